@@ -1,0 +1,36 @@
+"""The errors a user can cause or meet, each with the exit code that scripts rely on.
+
+The message of every error here is one line for a person: what is wrong, where, and how to mend it.
+The command line prints that line and exits with ``exit_code``; anything else that is raised is a bug.
+"""
+
+import signal
+
+
+class UserError(Exception):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class Diverged(UserError):
+    """Training produced a non-finite loss or gradient."""
+
+    exit_code = 3
+
+
+class Damaged(UserError):
+    """A dataset or a checkpoint on disk is not what was written."""
+
+    exit_code = 4
+
+
+class Stopped(UserError):
+    """A signal ended the work at a point from which it can go on.
+
+    The exit code is 130 after Ctrl-C and 75 (``EX_TEMPFAIL``, "run me again") after any other signal.
+    """
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.exit_code = 130 if signum == signal.SIGINT else 75

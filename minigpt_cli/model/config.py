@@ -1,0 +1,112 @@
+"""The shape of a model, in the names of Hugging Face's ``config.json``."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from minigpt_cli.errors import UserError
+
+Family = Literal["gpt2", "llama", "qwen3"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything the transformer needs to know about its shape; nothing about training but dropout.
+
+    ``gpt2`` is GPT2LMHeadModel (learned positions, LayerNorm with bias, GELU), ``llama`` is
+    LlamaForCausalLM (RMSNorm, RoPE, SwiGLU, grouped-query attention) and ``qwen3`` is
+    Qwen3ForCausalLM (llama with RMSNorm on each head's queries and keys).
+    """
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rope_theta: float
+    norm_eps: float
+    tie_word_embeddings: bool
+    initializer_range: float
+    dropout: float
+
+
+def model_config(
+    *,
+    family: Family,
+    vocab_size: int,
+    hidden_size: int,
+    num_hidden_layers: int,
+    num_attention_heads: int,
+    max_position_embeddings: int,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    intermediate_size: int | None = None,
+    rope_theta: float | None = None,
+    norm_eps: float | None = None,
+    tie_word_embeddings: bool | None = None,
+    initializer_range: float = 0.02,
+    dropout: float = 0.0,
+) -> ModelConfig:
+    """Fill in what was left out as the family's models in transformers do, and check the rest.
+
+    Raises:
+        UserError: sizes that don't fit together, all of them named at once.
+    """
+    gpt2 = family == "gpt2"
+    config = ModelConfig(
+        family=family,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads or num_attention_heads,
+        head_dim=head_dim or hidden_size // num_attention_heads,
+        # Two matrices of 4h, or SwiGLU's three of 8h/3 (Shazeer 2020), rounded up to whole tiles.
+        intermediate_size=intermediate_size
+        or (4 * hidden_size if gpt2 else -(-8 * hidden_size // (3 * 64)) * 64),
+        max_position_embeddings=max_position_embeddings,
+        rope_theta=rope_theta or 10_000.0,
+        norm_eps=norm_eps or (1e-5 if family != "qwen3" else 1e-6),
+        tie_word_embeddings=gpt2 if tie_word_embeddings is None else tie_word_embeddings,
+        initializer_range=initializer_range,
+        dropout=dropout,
+    )
+    problems = _problems(config)
+    if head_dim is None and hidden_size % num_attention_heads:
+        problems.insert(
+            0,
+            f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
+            f"{num_attention_heads}",
+        )
+    if problems:
+        raise UserError("[model] " + "; ".join(problems))
+    return config
+
+
+def _problems(config: ModelConfig) -> list[str]:
+    found = [
+        f"{field.name} must be positive, not {getattr(config, field.name)}"
+        for field in dataclasses.fields(config)
+        if isinstance(getattr(config, field.name), int)
+        and not isinstance(getattr(config, field.name), bool)
+        and getattr(config, field.name) < 1
+    ]
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if kv_heads > 0 and heads % kv_heads:
+        found.append(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    if not 0 <= config.dropout < 1:
+        found.append(f"dropout must lie in [0, 1), not {config.dropout}")
+    if config.family == "gpt2":
+        if kv_heads != heads:
+            found.append("family gpt2 has no grouped-query attention: leave out num_key_value_heads")
+        if config.head_dim * heads != config.hidden_size:
+            found.append("family gpt2 needs head_dim = hidden_size / num_attention_heads")
+    elif config.head_dim % 2:
+        found.append(f"rotary positions need an even head_dim, not {config.head_dim}")
+    return found

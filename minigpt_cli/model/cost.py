@@ -1,0 +1,71 @@
+"""What a model costs, by arithmetic: parameters and FLOPs, and what devices can do."""
+
+from minigpt_cli.model.config import ModelConfig
+
+# Dense peak of matrix products in bf16 or fp16, FLOP/s, from the makers' data sheets (the figures
+# there marked "with sparsity" are twice these). First match wins: longer names stand first.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H800": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 149.7e12,
+    "A6000": 154.8e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Every trainable number, tied embeddings counted once."""
+    c = config
+    gpt2 = c.family == "gpt2"
+    bias = 1 if gpt2 else 0
+    heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    attention = (c.hidden_size + bias) * (heads + 2 * kv_heads) + (heads + bias) * c.hidden_size
+    if c.family == "qwen3":
+        attention += 2 * c.head_dim
+    matrices_in = 1 if gpt2 else 2
+    mlp = matrices_in * (c.hidden_size + bias) * c.intermediate_size
+    mlp += (c.intermediate_size + bias) * c.hidden_size
+    norm = c.hidden_size * (1 + bias)
+    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    if gpt2:
+        embeddings += c.max_position_embeddings * c.hidden_size
+    return c.num_hidden_layers * (attention + mlp + 2 * norm) + norm + embeddings
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """FLOPs of forward and backward for one token: 6N + 12 L H T (Chowdhery et al. 2022, App. B).
+
+    N leaves out the embeddings that are only looked up. H is the width of attention. Recomputed
+    activations and the causal mask's savings don't count, so MFU compares across tools.
+    """
+    c = config
+    looked_up = c.max_position_embeddings * c.hidden_size if c.family == "gpt2" else 0
+    if not c.tie_word_embeddings:
+        looked_up += c.vocab_size * c.hidden_size
+    width = c.num_attention_heads * c.head_dim
+    return 6 * (parameter_count(c) - looked_up) + 12 * c.num_hidden_layers * width * sequence_length
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, or None where it isn't known (every CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)

@@ -1,0 +1,83 @@
+"""The output projection and the cross-entropy in one, without the whole logit tensor."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
+
+# Bytes of float32 logits that live at once. On a CPU a chunk should stay in cache, on a GPU it
+# should be large enough to fill the device with one matrix product.
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk, while the logits are at hand.
+
+    The usual way keeps N x V logits in float32 (and again as their gradient): 13 GB for 32,768
+    tokens of GPT-2's vocabulary. Here a chunk's logits become its loss and its gradient
+    (softmax - one_hot) and are dropped, at the same three matrix products in all.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int
+    ) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        wants_grad = any(ctx.needs_input_grad[:2])
+        losses = hidden.new_empty(targets.shape, dtype=dtype)
+        if wants_grad:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(weight, dtype=dtype)
+        for start in range(0, len(targets), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = (hidden[part] @ weight.T).to(dtype)  # (n, V)
+            ignored = targets[part] == IGNORE
+            index = targets[part].masked_fill(ignored, 0)[:, None]
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            loss = (normalizer - logits.gather(1, index)).squeeze(1)
+            losses[part] = loss.masked_fill(ignored, 0.0)
+            if wants_grad:
+                grad = logits.sub_(normalizer).exp_()  # softmax
+                grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
+                grad = grad.masked_fill_(ignored[:, None], 0.0).to(hidden.dtype)
+                torch.mm(grad, weight, out=grad_hidden[part])
+                grad_weight += grad.T @ hidden[part]
+        if wants_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        (scale,) = grads
+        return (
+            grad_hidden * scale.to(grad_hidden.dtype),
+            (grad_weight * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def projected_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
+) -> Tensor:
+    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``.
+
+    Args:
+        hidden: (N, H), in the computing dtype.
+        weight: (V, H), the output projection; cast to hidden's dtype.
+        targets: (N,) int64; ``IGNORE`` marks tokens that count for nothing.
+        chunk_tokens: rows of logits that exist at once; by default what the device likes.
+
+    Returns:
+        A scalar, in float32, or float64 where hidden is.
+    """
+    if chunk_tokens is None:
+        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        chunk_tokens = max(128, budget // (4 * len(weight)) // 128 * 128)
+    weight = weight.to(hidden.dtype)  # outside the Function: autograd casts the gradient back
+    loss: Tensor = _ProjectedCrossEntropy.apply(hidden, weight, targets, chunk_tokens)
+    return loss

@@ -1,0 +1,297 @@
+"""The transformer: one model for the families gpt2, llama and qwen3. No I/O, no distributed code.
+
+Shapes in comments: B sequences, T tokens, H hidden size, A attention heads, K key/value heads,
+D head dimension, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minigpt_cli.model.config import ModelConfig
+from minigpt_cli.model.cross_entropy import projected_cross_entropy
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens seen so far, each (layers, B, K, capacity, D)."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+
+def new_cache(
+    config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+) -> KVCache:
+    """An empty cache for ``batch`` sequences of up to ``capacity`` tokens."""
+    shape = (
+        config.num_hidden_layers,
+        batch,
+        config.num_key_value_heads,
+        capacity,
+        config.head_dim,
+    )
+    return KVCache(
+        torch.zeros(shape, device=device, dtype=dtype),
+        torch.zeros(shape, device=device, dtype=dtype),
+    )
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of x are computed in: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Norm(nn.Module):
+    """LayerNorm (gpt2) or RMSNorm; statistics in float32, the result ready for a matrix product."""
+
+    def __init__(self, size: int, eps: float, layer_norm: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if layer_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            out = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        else:
+            out = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Cast once here; autocast would cast anew for each of the projections that follow.
+        return out.to(computing_dtype(x))
+
+
+def rope_table(
+    positions: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of RoFormer's angles (Su et al. 2021), each (positions, head_dim).
+
+    The two halves of a head are the real and imaginary parts, as in transformers.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
+    angles = torch.outer(torch.arange(positions, device=device).to(dtype), theta**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn (..., T, D) by the angles of its positions; cos and sin are (T, D)."""
+    real, imaginary = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-imaginary, real), dim=-1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = config
+        self.head_dim = c.head_dim
+        self.dropout = c.dropout
+        self.gpt2 = c.family == "gpt2"
+        if self.gpt2:
+            self.qkv_proj = nn.Linear(c.hidden_size, 3 * c.hidden_size)
+        else:
+            self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+            self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+            self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(
+            c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.family == "gpt2"
+        )
+        if c.family == "qwen3":
+            self.q_norm = Norm(c.head_dim, c.norm_eps, layer_norm=False)
+            self.k_norm = Norm(c.head_dim, c.norm_eps, layer_norm=False)
+        self.qk_norm = c.family == "qwen3"
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        batch, tokens, _ = x.shape
+        if self.gpt2:
+            q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (part.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for part in (q, k, v))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        # q: (B, A, T, D); k, v: (B, K, T, D)
+
+        mask = None
+        if cache is not None:
+            past, end = cache.length, cache.length + tokens
+            cache.keys[layer, :, :, past:end] = k
+            cache.values[layer, :, :, past:end] = v
+            k, v = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end]
+            q = q.to(k.dtype)
+            if past and tokens > 1:  # is_causal counts from the first key, not the last
+                mask = torch.ones(tokens, end, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and tokens > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+        return out
+
+
+class MLP(nn.Module):
+    """GPT-2's two matrices with GELU, or SwiGLU's three (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = config
+        self.gpt2 = c.family == "gpt2"
+        if not self.gpt2:
+            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=self.gpt2)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=self.gpt2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gpt2:
+            inner = F.gelu(self.up_proj(x), approximate="tanh")
+        else:
+            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        out: Tensor = self.down_proj(inner)
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        layer_norm = config.family == "gpt2"
+        self.layer = layer
+        self.input_layernorm = Norm(config.hidden_size, config.norm_eps, layer_norm)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.norm_eps, layer_norm)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None
+    ) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), rope, cache, self.layer)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        out: Tensor = self.mlp(self.post_attention_layernorm(x))
+        return x + F.dropout(out, self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """A decoder-only language model.
+
+    Parameters are named after transformers' Llama, without its ``model.`` prefix; tied output
+    embeddings have no name of their own. ``initialize`` draws the weights.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = config
+        self.config = config
+        self.checkpoint_activations = False
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        if c.family == "gpt2":
+            self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
+        self.norm = Norm(c.hidden_size, c.norm_eps, layer_norm=c.family == "gpt2")
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    def head_weight(self) -> Tensor:
+        """The output projection, (V, H)."""
+        tied = self.config.tie_word_embeddings
+        return self.embed_tokens.weight if tied else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """The sum of the token losses, or the logits where there are no targets.
+
+        Args:
+            input_ids: (B, T) int64.
+            targets: (B, T) int64, the token after each input; -100 counts for nothing.
+            cache: keys and values of the tokens before these; extended in place.
+            last_only: logits of the last position alone.
+
+        Returns:
+            A float32 scalar (float64 for a float64 model), or logits (B, T or 1, V).
+        """
+        past = cache.length if cache is not None else 0
+        end = past + input_ids.shape[1]
+        assert end <= self.config.max_position_embeddings, (
+            f"{end} positions in a model of {self.config.max_position_embeddings}"
+        )
+        x = self.embed_tokens(input_ids)  # (B, T, H)
+        rope = None
+        if self.config.family == "gpt2":
+            x = x + self.embed_positions.weight[past:end]
+        else:
+            cos, sin = self._rope_table(x)
+            rope = (cos[past:end], sin[past:end])
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer in self.layers:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(layer, x, rope, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache)
+        if cache is not None:
+            cache.length = end
+        if last_only:
+            x = x[:, -1:]
+        x = self.norm(x)
+        if targets is not None:
+            return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
+        return F.linear(x, self.head_weight())
+
+    def _rope_table(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Made once per device; not a buffer, so that no checkpoint or meta device meets it."""
+        if self._rope is None or self._rope[0].device != x.device:
+            c = self.config
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            self._rope = rope_table(
+                c.max_position_embeddings, c.head_dim, c.rope_theta, x.device, dtype
+            )
+        return self._rope
+
+
+def initialize(model: GPT, seed: int) -> None:
+    """Draw the weights: normal with ``initializer_range``, biases 0, norms 1.
+
+    Projections that write to the residual stream get ``initializer_range / sqrt(2 layers)``, so
+    that its variance does not grow with depth (Radford et al. 2019, section 2.3). Each parameter
+    is drawn from a generator of its own, seeded by (seed, name): the same weights whatever the
+    order, the device or the sharding.
+    """
+    std = model.config.initializer_range
+    residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" in name:
+            nn.init.ones_(parameter)
+        else:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            values.normal_(0.0, residual_std if into_residual else std, generator=generator)
+            with torch.no_grad():
+                parameter.copy_(values)
