@@ -45,6 +45,7 @@ class Data:
     path: str | None = None  # default: data/<recipe's name>
     source: DataSource | None = None
     tokenizer: DataTokenizer | None = None
+    verify: bool = True  # compare every shard's sha256 before training
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,13 @@ FIXED_IN_A_RUN = (
 )
 
 
-def load(path: Path | str, overrides: list[str] | None = None) -> Recipe:
+def load(
+    path: Path | str, overrides: list[str] | None = None, name: str | None = None
+) -> Recipe:
     """Read a recipe, put the command line's ``section.key=value`` overrides over it, check it.
+
+    Args:
+        name: what to call it; by default the file's name without its ending.
 
     Raises:
         UserError: the file can't be read, or a list of everything that is wrong in it.
@@ -189,7 +195,7 @@ def load(path: Path | str, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}: no such recipe; recipes/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the recipe can't be read: {error}") from None
-    return parse(text, overrides or [], where=str(path), name=path.stem)
+    return parse(text, overrides or [], where=str(path), name=name or path.stem)
 
 
 def parse(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minigpt_cli.errors import UserError
+from minigpt_cli.recipe import Recipe
 
 Family = Literal["gpt2", "llama", "qwen3"]
 
@@ -85,6 +86,15 @@ def model_config(
     if problems:
         raise UserError("[model] " + "; ".join(problems))
     return config
+
+
+def config_from_recipe(recipe: Recipe, vocab_size: int) -> ModelConfig:
+    """The shape that a recipe's ``[model]`` asks for, with the tokenizer's vocabulary."""
+    settings = dataclasses.asdict(recipe.model)
+    settings["max_position_embeddings"] = (
+        settings["max_position_embeddings"] or recipe.train.sequence_length
+    )
+    return model_config(vocab_size=vocab_size, **settings)
 
 
 def _problems(config: ModelConfig) -> list[str]:

@@ -29,6 +29,13 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[3]
 
+    def layer(self, index: int) -> "LayerCache":
+        return self.keys[index], self.values[index], self.length
+
+
+# One layer's part of the cache: keys and values, each (B, K, capacity, D), and the tokens in it.
+LayerCache = tuple[Tensor, Tensor, int]
+
 
 def new_cache(
     config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
@@ -112,7 +119,7 @@ class Attention(nn.Module):
         self.qk_norm = c.family == "qwen3"
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None, layer: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None
     ) -> Tensor:
         batch, tokens, _ = x.shape
         if self.gpt2:
@@ -128,10 +135,11 @@ class Attention(nn.Module):
 
         mask = None
         if cache is not None:
-            past, end = cache.length, cache.length + tokens
-            cache.keys[layer, :, :, past:end] = k
-            cache.values[layer, :, :, past:end] = v
-            k, v = cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end]
+            keys, values, past = cache
+            end = past + tokens
+            keys[:, :, past:end] = k
+            values[:, :, past:end] = v
+            k, v = keys[:, :, :end], values[:, :, :end]
             q = q.to(k.dtype)
             if past and tokens > 1:  # is_causal counts from the first key, not the last
                 mask = torch.ones(tokens, end, dtype=torch.bool, device=x.device).tril(past)
@@ -170,10 +178,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         layer_norm = config.family == "gpt2"
-        self.layer = layer
         self.input_layernorm = Norm(config.hidden_size, config.norm_eps, layer_norm)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = Norm(config.hidden_size, config.norm_eps, layer_norm)
@@ -181,9 +188,9 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: KVCache | None = None
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rope, cache, self.layer)
+        attended = self.self_attn(self.input_layernorm(x), rope, cache)
         x = x + F.dropout(attended, self.dropout, self.training)
         out: Tensor = self.mlp(self.post_attention_layernorm(x))
         return x + F.dropout(out, self.dropout, self.training)
@@ -204,7 +211,7 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         if c.family == "gpt2":
             self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = Norm(c.hidden_size, c.norm_eps, layer_norm=c.family == "gpt2")
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -247,11 +254,11 @@ class GPT(nn.Module):
             cos, sin = self._rope_table(x)
             rope = (cos[past:end], sin[past:end])
         x = F.dropout(x, self.config.dropout, self.training)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training:
                 x = checkpoint(layer, x, rope, use_reentrant=False)
             else:
-                x = layer(x, rope, cache)
+                x = layer(x, rope, cache.layer(index) if cache is not None else None)
         if cache is not None:
             cache.length = end
         if last_only:
@@ -266,9 +273,10 @@ class GPT(nn.Module):
         if self._rope is None or self._rope[0].device != x.device:
             c = self.config
             dtype = torch.promote_types(x.dtype, torch.float32)
-            self._rope = rope_table(
-                c.max_position_embeddings, c.head_dim, c.rope_theta, x.device, dtype
-            )
+            with torch.inference_mode(False):  # sampling may come first; training uses it too
+                self._rope = rope_table(
+                    c.max_position_embeddings, c.head_dim, c.rope_theta, x.device, dtype
+                )
         return self._rope
 
 

@@ -1,0 +1,304 @@
+"""The command line: thin commands, each of which imports what it needs when it runs."""
+
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import typer
+
+from minigpt_cli import __version__
+from minigpt_cli.errors import Damaged, Stopped, UserError
+
+app = typer.Typer(
+    name="minigpt",
+    help="Pre-train GPT language models from one TOML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a recipe's setting."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")
+    ] = False,
+) -> None:
+    # Both are handled in main(), before a command is looked for.
+    del version, debug
+
+
+@app.command()
+def tokenize(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Text files, globs, .jsonl or .parquet files, a Hugging Face dataset "
+            "(a directory or ORG/NAME), or python-stdlib.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The token dataset to make.")],
+    train_vocab: Annotated[
+        int | None, typer.Option(help="Train a byte-level BPE tokenizer of this size.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json, or a directory with vocab.json and merges.txt."),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    val_fraction: Annotated[
+        float, typer.Option(help="The share of documents for validation.")
+    ] = 0.05,
+    strict: Annotated[bool, typer.Option(help="A malformed document is an error.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: all cores.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a token dataset from text."""
+    from minigpt_cli.data.sources import detect_source
+    from minigpt_cli.train.prepare import make_dataset, summary
+
+    manifest = make_dataset(
+        detect_source(sources, text_field),
+        out,
+        tokenizer_path=tokenizer,
+        train_vocab=train_vocab,
+        val_fraction=val_fraction,
+        strict=strict,
+        workers=workers,
+    )
+    if as_json:
+        _print_json(summary(manifest, out))
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe; see recipes/.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run directory; default: runs/<recipe's name>.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model from a recipe, preparing its data first where it isn't there."""
+    from minigpt_cli import recipe as recipes
+
+    loaded = recipes.load(recipe, overrides)
+    from minigpt_cli.train import setup
+    from minigpt_cli.train.prepare import prepare_data
+
+    prepare_data(loaded)
+    _fit(*setup.start_run(loaded, out or Path("runs") / loaded.name), as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run directory, or one checkpoint in it.")],
+    overrides: Overrides = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.KEY",
+            help="A setting that shaped what was already trained, and may change all the same.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with a run from its newest valid checkpoint, as if it had never stopped."""
+    from minigpt_cli.train import setup
+
+    _fit(*setup.resume_run(run, overrides or [], allow_change or []), as_json)
+
+
+def _fit(run: Any, state: Any, as_json: bool) -> None:
+    from minigpt_cli.train.loop import fit
+    from minigpt_cli.train.status import recorded
+
+    with recorded(run.directory, state):
+        fit(run, state)
+    if as_json:
+        _print_json(
+            {
+                "run": str(run.directory),
+                "step": state.step,
+                "tokens": state.tokens,
+                "val_loss": state.val_loss,
+                "best_val_loss": state.best_val_loss,
+                "best_step": state.best_step,
+            }
+        )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run directory, or one of its checkpoints.")],
+    data: Annotated[
+        Path | None, typer.Option(help="A token dataset; default: the one it was trained on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of the dataset.")] = "val",
+    text: Annotated[Path | None, typer.Option(help="A text file, instead of a dataset.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences at a time.", min=1)] = 8,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity and bits per byte on all of a split or a text."""
+    from minigpt_cli.commands import evaluate_model
+
+    result = evaluate_model(model, data, split, text, batch_size)
+    if as_json:
+        _print_json(result)
+    else:
+        typer.echo(
+            "loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits_per_byte:.4f}  "
+            "over {tokens:,} tokens".format(**result)
+        )
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A run directory or a checkpoint; default: the newest under runs/."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", min=1)] = 200,
+    num_samples: Annotated[int, typer.Option(help="Completions, made as one batch.", min=1)] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="The fewest tokens that hold p.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Tokens at least p times as likely as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest token always.")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another text.")] = 0,
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 on a GPU, else fp32.")
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, streamed as it is written."""
+    from minigpt_cli.commands import sample_model
+    from minigpt_cli.generate.sampling import SamplingOptions
+
+    sampling = SamplingOptions(
+        temperature=0.0 if greedy else temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    result = sample_model(
+        model,
+        prompt,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        stop=stop or [],
+        seed=seed,
+        dtype=dtype,
+        stream=not as_json,
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A run, a checkpoint or a token dataset.")],
+    as_json: Json = False,
+) -> None:
+    """Check every file against the size and sha256 that were recorded when it was written."""
+    from minigpt_cli.checkpoint import store
+    from minigpt_cli.data.manifest import MANIFEST
+    from minigpt_cli.data.shards import verify_dataset
+
+    if (path / MANIFEST).exists():
+        checked, damaged = 1, verify_dataset(path)
+    else:
+        run, checkpoint = store.locate(path)
+        checkpoints = [checkpoint] if checkpoint else [p for _, p in store.list_steps(run)]
+        checked = len(checkpoints)
+        damaged = [problem for each in checkpoints for problem in store.verify(each)]
+    if as_json:
+        _print_json({"valid": not damaged, "checked": checked, "damaged": damaged})
+    elif not damaged:
+        typer.echo(f"{path}: valid ({checked} checked)")
+    if damaged:
+        raise Damaged(f"{path}: " + "; ".join(damaged))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value))
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run a command; an error that a user can meet is one line and an exit code."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    if arguments == ["--version"]:
+        print(f"minigpt {__version__}")
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except Exception as error:
+        if debug:
+            raise
+        code = _report(error)
+    except KeyboardInterrupt:
+        code = _report(typer.Abort())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Outside the training loop, which has its own handler: give up where we are."""
+    raise Stopped(
+        f"stopped by {signal.Signals(signum).name}; run the same command again to go on", signum
+    )
+
+
+def _report(error: Exception) -> int:
+    """Print one line for this error; returns the exit code."""
+    if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's
+        error.show()
+        return int(error.exit_code)
+    if isinstance(error, typer.Abort):
+        error = Stopped("stopped by Ctrl-C; run the same command again to go on", signal.SIGINT)
+    if isinstance(error, BrokenPipeError):  # `minigpt ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, UserError):
+        message, code = str(error), error.exit_code
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        message, code = f"{error.filename or 'writing'}: {error.strerror}", UserError.exit_code
+    elif type(error).__name__ == "OutOfMemoryError":
+        message, code = (
+            "out of GPU memory: try a smaller train.micro_batch_size (the result stays the same) "
+            "or --set train.activation_checkpointing=true",
+            UserError.exit_code,
+        )
+    else:
+        message = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+        code = 1
+    print(f"minigpt: {message}", file=sys.stderr)
+    return code

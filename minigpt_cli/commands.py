@@ -1,0 +1,147 @@
+"""What the commands beside training do: put a model, data and a device together."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt_cli.checkpoint.load import TrainedModel, load_model, newest_run
+from minigpt_cli.data.shards import open_dataset
+from minigpt_cli.data.tokenizer import eos_id, fingerprint, token_byte_lengths
+from minigpt_cli.distributed import world as worlds
+from minigpt_cli.errors import UserError
+from minigpt_cli.evaluate.loss import evaluate, stream_batches
+from minigpt_cli.generate.sampling import SamplingOptions
+from minigpt_cli.generate.text import Piece, complete, stream_text
+from minigpt_cli.report.console import say, warn
+from minigpt_cli.train import precision
+
+
+def evaluate_model(
+    path: Path, data: Path | None, split: str, text: Path | None, batch_size: int
+) -> dict[str, Any]:
+    """Loss over every token of a dataset's split, or of a text file."""
+    trained = _load(path)
+    lengths = token_byte_lengths(trained.tokenizer)
+    length = trained.recipe.train.sequence_length
+    if text is not None:
+        if data is not None:
+            raise UserError("give --data or --text, not both")
+        content = _read_text(text)
+        ids = trained.tokenizer.encode(content, add_special_tokens=False).ids
+        # As every document in training does, the text follows an end of text: so its first token
+        # is predicted too.
+        stream = torch.tensor([eos_id(trained.tokenizer), *ids]).numpy()
+        tokens, bytes_per_token = len(stream), len(content.encode()) / max(1, len(ids))
+        batches = stream_batches(lambda a, b: stream[a:b], tokens, length, batch_size)
+        where = str(text)
+    else:
+        folder = data or Path(trained.recipe.data_path)
+        dataset = open_dataset(
+            folder, tokenizer_fingerprint=fingerprint(trained.tokenizer), verify=True
+        )
+        chosen = dataset.splits.get(split)
+        if chosen is None:
+            raise UserError(f"{folder}: has no split {split}, but {', '.join(dataset.splits)}")
+        text_bytes = dataset.manifest.splits[split].bytes
+        tokens, bytes_per_token = chosen.tokens, text_bytes / max(1, chosen.tokens)
+        batches = stream_batches(chosen.slice, tokens, length, batch_size)
+        where = f"{folder}, {split}"
+    if tokens < 2:
+        raise UserError(f"{where}: holds no text to evaluate on")
+    device = next(trained.model.parameters()).device
+    result = evaluate(
+        trained.model,
+        batches,
+        dtype=precision.computing_dtype(trained.recipe.precision, device),
+        token_bytes=lengths,
+        bytes_per_token=bytes_per_token,
+    )
+    assert result is not None
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "checkpoint": str(trained.checkpoint),
+    }
+
+
+def sample_model(
+    path: Path | None,
+    prompt: str,
+    options: SamplingOptions,
+    *,
+    max_new_tokens: int,
+    num_samples: int,
+    stop: list[str],
+    seed: int,
+    dtype: str,
+    stream: bool,
+) -> dict[str, Any]:
+    """Continue a prompt; with ``stream``, print the text as it comes."""
+    trained = _load(path or newest_run())
+    device = next(trained.model.parameters()).device
+    if dtype == "bf16" or (dtype == "auto" and device.type == "cuda"):
+        trained.model.to(torch.bfloat16)
+    pieces = stream_text(
+        trained.model,
+        trained.tokenizer,
+        trained.tokenizer.encode(prompt, add_special_tokens=False).ids,
+        options,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        seed=seed,
+        eos_id=eos_id(trained.tokenizer),
+        stop=stop,
+    )
+    if stream:
+        pieces = _printed(list(range(num_samples)), prompt, iter(pieces))
+    completions = complete(pieces)
+    return {
+        "prompt": prompt,
+        "completions": [completion.text for completion in completions],
+        "finish_reasons": [completion.finish_reason for completion in completions],
+        "checkpoint": str(trained.checkpoint),
+    }
+
+
+def _printed(samples: list[int], prompt: str, pieces: Any) -> Any:
+    """Pass the pieces on, printing them: the first sample live, each further one once those before
+    it are complete."""
+    waiting: dict[int, list[str]] = {sample: [] for sample in samples}
+    ended: set[int] = set()
+    current = 0
+    print(prompt, end="", flush=True)
+    piece: Piece
+    for piece in pieces:
+        yield piece
+        waiting[piece.sample].append(piece.text)
+        if piece.finish_reason is not None:
+            ended.add(piece.sample)
+        while current < len(samples):
+            print("".join(waiting[current]), end="", flush=True)
+            waiting[current] = []
+            if current not in ended:
+                break
+            current += 1
+            print(flush=True)
+            if current < len(samples):
+                print(f"\n--- {current + 1} ---\n{prompt}", end="", flush=True)
+
+
+def _load(path: Path) -> TrainedModel:
+    trained = load_model(path, worlds.start().device)
+    for problem in trained.passed_over:
+        warn(problem)
+    say(f"{trained.checkpoint}, step {trained.step}")
+    return trained
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text: {error}") from None

@@ -1,0 +1,206 @@
+"""What is recorded about a token dataset: ``dataset.json``, written last, and the check against it.
+
+``dataset.json`` makes a directory a dataset. It records every shard's token count, size and sha256,
+and its own checksum, so that a missing, torn or changed file is found and named.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minigpt_cli.errors import Damaged, UserError
+
+FORMAT = 1
+MANIFEST = "dataset.json"
+TOKENIZER = "tokenizer.json"
+JOURNAL = "journal.json"  # of an unfinished `tokenize`; gone once the manifest is there
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens. ``bytes_on_disk`` and ``sha256`` cover the whole file with its header."""
+
+    file: str
+    tokens: int
+    bytes_on_disk: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """``bytes``: UTF-8 bytes of the documents' text, end-of-text tokens not counted."""
+
+    shards: tuple[Shard, ...]
+    tokens: int
+    documents: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``dataset.json``. ``settings`` is what `tokenize` compares to tell whether it has been run
+    before.
+
+    ``source_fingerprint`` covers the text of all documents in order (see `tokenize`);
+    ``tokenizer_sha256`` covers the bytes of tokenizer.json, ``tokenizer_fingerprint`` what they
+    mean.
+    """
+
+    splits: dict[str, Split]
+    eos_id: int
+    dtype: str
+    vocab_size: int
+    tokenizer_fingerprint: str
+    tokenizer_sha256: str
+    source: dict[str, Any]
+    source_fingerprint: str
+    bad_lines: int
+    settings: dict[str, Any]
+    minigpt_version: str
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over every token of every split and the tokenizer: same value, same data."""
+        parts = [shard.sha256 for split in SPLITS for shard in self.splits[split].shards]
+        return hashlib.sha256(
+            " ".join([self.tokenizer_fingerprint, self.dtype, *parts]).encode()
+        ).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read ``dataset.json``; ``UserError`` when there is none, ``Damaged`` when it isn't as it was
+    written.
+    """
+    file = path / MANIFEST
+    try:
+        record = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        if (path / JOURNAL).exists():
+            hint = "its tokenization is unfinished: run the same `minigpt tokenize` again"
+        elif path.exists():
+            hint = f"there is no {MANIFEST} in it"
+        else:
+            hint = "no such directory; make it with `minigpt tokenize`"
+        raise UserError(f"{path} is not a token dataset: {hint}") from None
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise damaged(file, f"not valid JSON ({error})") from None
+    try:
+        if record["format"] > FORMAT:
+            raise UserError(
+                f"{path} has format {record['format']}, newer than the {FORMAT} that this minigpt "
+                "reads: update minigpt"
+            )
+        checksum = record.pop("checksum")
+        if checksum != _checksum(record):
+            raise damaged(file, "its content doesn't match its checksum")
+        splits = {
+            name: Split(tuple(Shard(**shard) for shard in split.pop("shards")), **split)
+            for name, split in ((name, record["splits"].pop(name)) for name in SPLITS)
+        }
+        return Manifest(**record | {"splits": splits})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(file, f"an entry is missing or of the wrong type ({error})") from None
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Make ``path`` a dataset. The shards must be on disk already."""
+    record = asdict(manifest)
+    write_atomically(path / MANIFEST, _json(record | {"checksum": _checksum(record)}))
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Replace ``file`` so that, whenever the power goes, it holds the old content or the new."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync_directory(file.parent)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def problems(path: Path, manifest: Manifest, verify: bool) -> list[tuple[str, str]]:
+    """Return (file, what is wrong with it) for every file that isn't as recorded."""
+    found = []
+    problem = _tokenizer_problem(path / TOKENIZER, manifest)
+    if problem:
+        found.append((TOKENIZER, problem))
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            problem = _shard_problem(path / shard.file, shard, manifest.dtype, verify)
+            if problem:
+                found.append((shard.file, problem))
+    return found
+
+
+def _tokenizer_problem(file: Path, manifest: Manifest) -> str | None:
+    from minigpt_cli.data.tokenizer import fingerprint, load_tokenizer
+
+    try:
+        if hashlib.sha256(file.read_bytes()).hexdigest() == manifest.tokenizer_sha256:
+            return None
+        if fingerprint(load_tokenizer(file)) == manifest.tokenizer_fingerprint:
+            return None  # written anew by some other tool, but the same tokenizer
+    except OSError as error:
+        return error.strerror or str(error)
+    except UserError:
+        pass
+    return "is not the tokenizer that the dataset was made with"
+
+
+def _shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != shard.bytes_on_disk:
+            return f"is {size:,} bytes instead of {shard.bytes_on_disk:,}"
+        with file.open("rb") as stream:
+            if np.lib.format.read_magic(stream) != (1, 0):
+                return "its header is not that of a shard"
+            header = np.lib.format.read_array_header_1_0(stream)
+        if header != ((shard.tokens,), False, np.dtype(dtype)):
+            return f"its header doesn't say {shard.tokens:,} tokens of {dtype}"
+        if verify and sha256_of(file) != shard.sha256:
+            return "its content doesn't match its sha256"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    except ValueError:
+        return "its header is not that of a shard"
+    return None
+
+
+def damaged(file: Path, problem: str) -> Damaged:
+    return Damaged(
+        f"{file}: {problem}; restore it from a copy, or delete {file.parent} and tokenize again"
+    )
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _json(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()

@@ -1,0 +1,109 @@
+"""Loss, perplexity and bits per byte, each token weighted the same."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured over ``tokens`` predicted tokens that stand for ``bytes`` of text."""
+
+    loss: float  # nats per token
+    tokens: int
+    bytes: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable across tokenizers: total nats / ln 2 / bytes of the predicted text."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
+
+
+def fixed_windows(available: int, wanted: int) -> NDArray[np.int64]:
+    """The same ``wanted`` windows every time, spread evenly over all that there are."""
+    count = min(available, wanted)
+    return np.arange(count, dtype=np.int64) * available // max(1, count)
+
+
+def window_batches(
+    split: TokenSplit, ids: NDArray[np.int64], sequence_length: int, batch: int
+) -> Iterator[NDArray[np.int64]]:
+    """(batch, sequence_length + 1) tokens of the windows ``ids``."""
+    for start in range(0, len(ids), batch):
+        yield split.gather(ids[start : start + batch], sequence_length)
+
+
+def stream_batches(
+    read: Callable[[int, int], NDArray[np.integer]], tokens: int, sequence_length: int, batch: int
+) -> Iterator[NDArray[np.int64]]:
+    """Every token of a stream as a target once, but the first; the last batch holds the tail.
+
+    Args:
+        read: (start, stop) -> those tokens.
+        tokens: how many there are.
+    """
+    whole = max(0, tokens - 1) // sequence_length
+    for first in range(0, whole, batch):
+        rows = min(batch, whole - first)
+        start = first * sequence_length
+        flat = np.asarray(read(start, start + rows * sequence_length + 1), dtype=np.int64)
+        starts = np.arange(rows)[:, None] * sequence_length
+        yield flat[starts + np.arange(sequence_length + 1)]
+    if whole * sequence_length < tokens - 1:
+        yield np.asarray(read(whole * sequence_length, tokens), dtype=np.int64)[None]
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT,
+    batches: Iterable[NDArray[np.int64]],
+    *,
+    dtype: torch.dtype,
+    token_bytes: NDArray[np.int32] | None,
+    bytes_per_token: float,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Loss over batches of windows, without dropout; the model's mode is put back.
+
+    Args:
+        batches: (n, T + 1) tokens each; the first T are inputs, the last T targets.
+        dtype: what matrix products are computed in.
+        token_bytes: (V,) UTF-8 bytes that each token stands for; where a tokenizer has no such
+            table, ``bytes_per_token`` counts instead.
+        stop: asked before each batch; True gives the evaluation up, and the result is None.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    tokens, text_bytes = 0, 0.0
+    try:
+        for batch in batches:
+            if stop():
+                return None
+            ids = torch.from_numpy(batch).to(device)
+            half = dtype in (torch.bfloat16, torch.float16)
+            with torch.autocast(device.type, dtype if half else None, enabled=half):
+                total += model(ids[:, :-1], ids[:, 1:])
+            targets = batch[:, 1:]
+            tokens += targets.size
+            text_bytes += (
+                targets.size * bytes_per_token
+                if token_bytes is None
+                else int(token_bytes[targets].sum(dtype=np.int64))
+            )
+    finally:
+        model.train(training)
+    assert tokens, "nothing to evaluate on"
+    return Evaluation(total.item() / tokens, tokens, text_bytes)

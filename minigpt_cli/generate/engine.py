@@ -1,0 +1,180 @@
+"""Autoregressive decoding: prompt in, tokens out, with a cache of keys and values.
+
+S is the number of samples asked for, B how many of them are still in the batch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from minigpt_cli.errors import Diverged, UserError
+from minigpt_cli.generate.sampling import (
+    NOT_FINITE,
+    SamplingOptions,
+    draw_uniforms,
+    next_tokens,
+)
+from minigpt_cli.model.gpt import GPT, KVCache, new_cache
+
+
+def generate(
+    model: GPT,
+    prompt_ids: list[int],
+    options: SamplingOptions,
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    seed: int = 0,
+    eos_id: int | None = None,
+    use_cache: bool = True,
+    dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
+    finished: list[bool] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue a prompt ``num_samples`` times, one step of the iterator per token.
+
+    The prompt is computed once and its keys and values are shared out to a batch of S rows. When
+    the model's context is full, its last half stays and is computed anew, with the cache or
+    without it, so both give the same tokens. The model is in evaluation mode only while a step
+    runs; torch's global generators are never used.
+
+    Args:
+        prompt_ids: the tokens to continue, the last ``max_position_embeddings`` of which count;
+            an empty prompt starts from ``eos_id``, as documents did in training.
+        seed: sample i depends on (seed, i) alone, not on ``num_samples``.
+        eos_id: ends a sample; yielded as its last token.
+        dtype: autocast's dtype and the cache's; None computes in that of the weights.
+        vocab_size: ids from here on are never chosen (embeddings padded beyond the tokenizer).
+        finished: S flags; the caller may set one between steps to end that sample.
+
+    Yields:
+        S entries: the new token of each sample, None where it ended before.
+
+    Raises:
+        UserError: an empty prompt without ``eos_id``, a token outside the vocabulary, or a count
+            below 1; raised at once, not at the first step.
+        Diverged: logits that aren't finite.
+    """
+    if max_new_tokens < 1 or num_samples < 1:
+        raise UserError(
+            f"max_new_tokens and num_samples must be 1 or more, not {max_new_tokens} and "
+            f"{num_samples}"
+        )
+    if not prompt_ids:
+        if eos_id is None:
+            raise UserError("an empty prompt needs a tokenizer with an end-of-text token")
+        prompt_ids = [eos_id]
+    known = model.config.vocab_size
+    unknown = next((token for token in prompt_ids if not 0 <= token < known), None)
+    if unknown is not None:
+        raise UserError(
+            f"token {unknown} of the prompt is outside the model's vocabulary of {known}: "
+            "is this the tokenizer it was trained with?"
+        )
+    finished = [False] * num_samples if finished is None else finished
+    assert len(finished) == num_samples
+    uniforms = draw_uniforms(seed, num_samples, max_new_tokens)
+    if dtype is None:
+        dtype = model.embed_tokens.weight.dtype
+    return _decode(
+        model, prompt_ids, options, uniforms, eos_id, use_cache, dtype, vocab_size, finished
+    )
+
+
+def _decode(
+    model: GPT,
+    prompt_ids: list[int],
+    options: SamplingOptions,
+    uniforms: Tensor,
+    eos_id: int | None,
+    use_cache: bool,
+    dtype: torch.dtype,
+    vocab_size: int | None,
+    finished: list[bool],
+) -> Iterator[list[int | None]]:
+    """The loop behind ``generate``. uniforms: (S, max_new_tokens), on the CPU."""
+    samples, max_new_tokens = uniforms.shape
+    context = model.config.max_position_embeddings
+    device = model.embed_tokens.weight.device
+    uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
+    window = torch.tensor([prompt_ids[-context:]], device=device)  # (B, T): what the model sees
+    seen = None
+    if options.repetition_penalty != 1:
+        seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=device)
+        seen[0, torch.tensor(prompt_ids, device=device)] = True
+    cache: KVCache | None = None
+    rows = list(range(samples))  # the sample that each row of the batch belongs to
+
+    for step in range(max_new_tokens):
+        with _evaluating(model, dtype):
+            if window.shape[1] > context:
+                window, cache = window[:, -max(1, context // 2) :], None
+            if not use_cache:
+                logits = model(window, last_only=True)
+            elif cache is None:
+                capacity = min(context, window.shape[1] + max_new_tokens - step)
+                cache = new_cache(model.config, len(window), capacity, device, dtype)
+                logits = model(window, cache=cache, last_only=True)
+            else:
+                logits = model(window[:, -1:], cache=cache, last_only=True)
+            if step == 0 and samples > 1:
+                every = torch.zeros(samples, dtype=torch.int64, device=device)
+                logits, window, seen, cache = logits[every], *_take(every, window, seen, cache)
+            logits = logits[:, -1, :vocab_size]
+            tokens = next_tokens(
+                logits,
+                options,
+                uniforms[:, step],
+                None if seen is None else seen[:, :vocab_size],
+            )
+            window = torch.cat((window, tokens[:, None]), dim=1)
+            chosen = tokens.tolist()  # the one synchronisation of a step
+            if NOT_FINITE in chosen:
+                raise Diverged(
+                    "the model's logits are not finite: its weights diverged in training, "
+                    "take an earlier checkpoint"
+                )
+            if seen is not None:
+                seen.scatter_(1, tokens[:, None], True)
+
+        new: list[int | None] = [None] * samples
+        for sample, token in zip(rows, chosen, strict=True):
+            if not finished[sample]:
+                new[sample] = token
+                finished[sample] = token == eos_id
+        yield new
+
+        alive = [row for row, sample in enumerate(rows) if not finished[sample]]
+        if not alive:
+            return
+        if len(alive) <= len(rows) // 2:  # by halves: each time costs a copy of the cache
+            keep = torch.tensor(alive, device=device)
+            with torch.inference_mode():
+                window, seen, cache = _take(keep, window, seen, cache)
+                uniforms = uniforms[keep]
+            rows = [rows[row] for row in alive]
+
+
+def _take(
+    keep: Tensor, window: Tensor, seen: Tensor | None, cache: KVCache | None
+) -> tuple[Tensor, Tensor | None, KVCache | None]:
+    """The rows ``keep`` (int64) of everything that is kept per row."""
+    if cache is not None:
+        cache = KVCache(cache.keys[:, keep], cache.values[:, keep], cache.length)
+    return window[keep], None if seen is None else seen[keep], cache
+
+
+@contextmanager
+def _evaluating(model: GPT, dtype: torch.dtype) -> Iterator[None]:
+    """Evaluation mode, no autograd, autocast to dtype; for one step, so none reaches the caller."""
+    training = model.training
+    weight = model.embed_tokens.weight
+    autocast = torch.autocast(weight.device.type, dtype=dtype, enabled=dtype != weight.dtype)
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast:
+            yield
+    finally:
+        model.train(training)

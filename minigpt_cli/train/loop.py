@@ -1,0 +1,256 @@
+"""fit(): the only training loop. One pass is one optimizer step."""
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minigpt_cli.checkpoint import state as checkpoint_state
+from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.data.batches import Batches
+from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.distributed.world import World
+from minigpt_cli.errors import Stopped, UserError
+from minigpt_cli.evaluate.loss import evaluate, fixed_windows, window_batches
+from minigpt_cli.recipe import Recipe, dump
+from minigpt_cli.report.console import TrainingDisplay
+from minigpt_cli.report.metrics import MetricsFile
+from minigpt_cli.train import guard
+from minigpt_cli.train.samples import Prompts
+from minigpt_cli.train.schedule import lr_at
+from minigpt_cli.train.step import Trainer, train_step
+from minigpt_cli.train.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The fixed windows that a run is evaluated on."""
+
+    split: TokenSplit
+    token_bytes: NDArray[np.int32] | None
+    bytes_per_token: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that fit() works with, made by setup."""
+
+    recipe: Recipe
+    directory: Path
+    world: World
+    trainer: Trainer
+    batches: Batches
+    validation: Validation | None  # None where the dataset has no validation split
+    prompts: Prompts
+    metrics: MetricsFile
+    tokenizer_json: bytes
+    flops_per_token: int
+    peak_flops: float | None
+
+
+class Clock:
+    """Training time since the last logged step; what stands between ``pause`` and ``start`` is not
+    counted: evaluating, saving, printing."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # since the last lap
+        self.total = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        if self._since is not None:
+            elapsed = time.perf_counter() - self._since
+            self.seconds, self.total, self._since = self.seconds + elapsed, self.total + elapsed, None
+
+    def lap(self) -> float:
+        self.pause()
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+def is_finished(recipe: Recipe, state: RunState) -> bool:
+    """Whether all steps are made, or the validation loss has stopped falling."""
+    patience = recipe.eval.patience
+    return state.step >= recipe.total_steps or (
+        patience is not None and state.evaluations_since_best >= patience
+    )
+
+
+def fit(run: Run, state: RunState) -> None:
+    """Train from ``state`` to the end of the recipe.
+
+    Raises:
+        Stopped: a signal came; everything up to a step's end is saved.
+        Diverged: loss or gradient was not finite; nothing after it was saved.
+    """
+    recipe, total = run.recipe, run.recipe.total_steps
+    peak = recipe.optimizer.lr
+    clock, laps_from, saved_at, saved_step = Clock(), state.step, time.monotonic(), state.step
+    with StopRequest() as stop, TrainingDisplay(total, state.step) as display:
+        if state.step and _evaluation_is_due(run, state):  # a stop had cut it short
+            _evaluate(run, state, display, stop)
+        clock.start()
+        while not is_finished(recipe, state) and not stop:
+            inputs, targets = run.batches(state.step)
+            lr = lr_at(recipe.schedule, peak, total, state.step + 1)
+            loss, grad_norm = train_step(run.trainer, inputs, targets, state.step, lr / peak)
+            state.step += 1
+            state.tokens += recipe.tokens_per_step
+
+            if state.step == 1 or state.step % recipe.log.every_steps == 0 or state.step == total:
+                numbers = torch.stack([loss, grad_norm]).tolist()  # waits for the device
+                steps, laps_from = state.step - laps_from, state.step
+                _log(run, state, display, lr, numbers, clock.lap() / steps)
+            is_best = False
+            if _evaluation_is_due(run, state):
+                clock.pause()
+                is_best = _evaluate(run, state, display, stop)
+
+            minutes = recipe.checkpoint.every_minutes
+            due = (
+                (recipe.checkpoint.every_steps and state.step % recipe.checkpoint.every_steps == 0)
+                or (minutes and time.monotonic() - saved_at >= 60 * minutes)
+                or (is_best and recipe.checkpoint.keep_best)
+            )
+            ending = is_finished(recipe, state) or bool(stop)
+            if due or ending:
+                clock.pause()
+                _save(run, state, display, must_succeed=ending)
+                saved_at, saved_step = time.monotonic(), state.step
+            clock.start()
+
+        if stop:
+            assert stop.signum is not None
+            if saved_step != state.step:
+                _save(run, state, display, must_succeed=True)
+            raise Stopped(
+                f"stopped by {signal.Signals(stop.signum).name} at step {state.step} of {total}, "
+                f"everything is saved; go on with: minigpt resume {run.directory}",
+                stop.signum,
+            )
+        display.say(
+            f"finished at step {state.step}: {state.tokens:,} tokens, {clock.total:.1f} s of "
+            f"training; {run.directory}"
+        )
+
+
+def _log(
+    run: Run,
+    state: RunState,
+    display: TrainingDisplay,
+    lr: float,
+    numbers: list[float],
+    seconds_per_step: float,
+) -> None:
+    loss, grad_norm = numbers
+    rate = run.recipe.tokens_per_step / seconds_per_step
+    peak = run.peak_flops
+    values = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens_per_second": rate,
+        "mfu": None if peak is None else rate * run.flops_per_token / peak,
+    }
+    if run.trainer.scaler.is_enabled():
+        values["loss_scale"] = run.trainer.scaler.get_scale()
+    run.metrics.write(values)
+    display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
+    if state.step == 1 and (
+        warning := guard.warn_about_first_loss(loss, run.trainer.model.config.vocab_size)
+    ):
+        display.say(f"warning: {warning}")
+    guard.check(run.trainer.guard, _last_good(run))
+
+
+def _evaluation_is_due(run: Run, state: RunState) -> bool:
+    every = run.recipe.eval.every_steps
+    due = state.step == run.recipe.total_steps or (every is not None and state.step % every == 0)
+    return due and run.validation is not None and state.evaluated_step != state.step
+
+
+def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopRequest) -> bool:
+    """Evaluate and complete the prompts; True if this is the lowest loss so far."""
+    assert run.validation is not None
+    recipe, v = run.recipe, run.validation
+    guard.check(run.trainer.guard, _last_good(run))
+    length = recipe.train.sequence_length
+    ids = fixed_windows(v.split.windows(length), recipe.eval.windows)
+    result = evaluate(
+        run.trainer.model,
+        window_batches(v.split, ids, length, recipe.micro_batch_size),
+        dtype=run.trainer.dtype,
+        token_bytes=v.token_bytes,
+        bytes_per_token=v.bytes_per_token,
+        stop=lambda: bool(stop),
+    )
+    if result is None:
+        return False
+    state.evaluated_step, state.val_loss = state.step, result.loss
+    is_best = state.best_val_loss is None or result.loss < state.best_val_loss
+    if is_best:
+        state.best_val_loss, state.best_step = result.loss, state.step
+    state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
+    run.metrics.write(
+        {
+            "step": state.step,
+            "tokens": state.tokens,
+            "val_loss": result.loss,
+            "val_perplexity": result.perplexity,
+            "val_bits_per_byte": result.bits_per_byte,
+        }
+    )
+    display.say(
+        f"step {state.step}  validation: loss {result.loss:.4f}  perplexity "
+        f"{result.perplexity:.2f}  bits per byte {result.bits_per_byte:.4f}"
+        + ("  (best)" if is_best else f"  (best: step {state.best_step})")
+    )
+    for prompt, completion in run.prompts.complete(run.trainer.model):
+        display.say(f"  | {prompt}{completion}".replace("\n", "\n  | "))
+    return is_best
+
+
+def _save(run: Run, state: RunState, display: TrainingDisplay, must_succeed: bool) -> None:
+    """Commit a checkpoint; one that can wait only warns when it fails, and the run goes on."""
+    trainer, keep = run.trainer, run.recipe.checkpoint
+    guard.check(trainer.guard, _last_good(run))
+    run.metrics.flush()
+    state.scaler = trainer.scaler.state_dict()
+    tensors = checkpoint_state.tensors_of(trainer.model, trainer.optimizers)
+
+    def write(directory: Path) -> None:
+        checkpoint_state.write_tensors(directory, tensors)
+        checkpoint_state.write_state(directory, state)
+        (directory / "recipe.toml").write_text(dump(run.recipe), encoding="utf-8")
+        (directory / "tokenizer.json").write_bytes(run.tokenizer_json)
+
+    val_loss = state.val_loss if state.evaluated_step == state.step else None
+    try:
+        path = store.commit(run.directory, state.step, write, tensors, val_loss)
+    except UserError as error:
+        if must_succeed:
+            raise
+        display.say(f"warning: {error}; training goes on and saves again at the next interval")
+        return
+    store.retain(
+        run.directory,
+        keep_last=keep.keep_last,
+        keep_best=keep.keep_best,
+        keep_every=keep.keep_every,
+    )
+    display.say(f"saved {path}")
+
+
+def _last_good(run: Run) -> str:
+    steps = store.list_steps(run.directory)
+    return f"The last good checkpoint is {steps[-1][1]}." if steps else "No checkpoint was saved yet."

@@ -1,0 +1,76 @@
+"""AdamW, or Muon for the hidden matrices with AdamW for the rest; updates that can be called off."""
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Muon
+
+from minigpt_cli.model.gpt import GPT
+from minigpt_cli.recipe import Optimizer as OptimizerRecipe
+
+
+def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run.
+
+    AdamW (Loshchilov and Hutter 2019) decays matrices and embeddings, not biases and norms. Muon
+    (Jordan et al. 2024), if asked for, takes the matrices inside the blocks: not the embeddings and
+    not the output projection. Each group's ``peak_lr`` is what the schedule scales.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizers: list[torch.optim.Optimizer] = []
+    if recipe.name == "muon":
+        hidden = [p for name, p in trainable if name.startswith("layers.") and p.ndim == 2]
+        trainable = [(n, p) for n, p in trainable if not (n.startswith("layers.") and p.ndim == 2)]
+        muon_lr = recipe.muon_lr or recipe.lr
+        muon = Muon(
+            hidden, lr=muon_lr, weight_decay=recipe.weight_decay, momentum=recipe.muon_momentum
+        )
+        muon.param_groups[0]["peak_lr"] = muon_lr
+        optimizers.append(muon)
+    groups = [
+        {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = AdamW(
+        [group | {"peak_lr": recipe.lr} for group in groups if group["params"]],
+        lr=recipe.lr,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        fused=True,  # CPU and CUDA have it; it is also what makes an update that can be called off
+    )
+    return [*optimizers, adamw]
+
+
+@torch.no_grad()
+def update(optimizers: list[torch.optim.Optimizer], lr_share: float, call_off: Tensor) -> None:
+    """One update of all weights and moments, or none at all where ``call_off`` is 1.
+
+    The decision stays on the device: nothing here waits for it.
+
+    Args:
+        lr_share: the schedule's value, as a share of each group's peak learning rate.
+        call_off: float32 scalar on the device, 0.0 or 1.0.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_share
+        if isinstance(optimizer, AdamW):
+            # The fused kernel leaves everything as it was, its step count too, as under GradScaler.
+            optimizer.found_inf = call_off  # type: ignore[attr-defined]
+            optimizer.step()
+        else:
+            _muon_step(optimizer, call_off.bool())
+
+
+def _muon_step(optimizer: torch.optim.Optimizer, call_off: Tensor) -> None:
+    """Muon's step has no switch. A gradient equal to the momentum leaves the momentum as it is;
+    the weights are put back."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in parameters:
+        assert p.grad is not None
+        momentum = optimizer.state[p].get("momentum_buffer")
+        rest = torch.zeros_like(p.grad) if momentum is None else momentum
+        torch.where(call_off, rest, p.grad, out=p.grad)
+    before = [p.clone() for p in parameters]
+    optimizer.step()
+    for p, old in zip(parameters, before, strict=True):
+        torch.where(call_off, old, p, out=p)

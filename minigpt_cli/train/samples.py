@@ -1,0 +1,37 @@
+"""Fixed prompts, completed at each evaluation: what the model writes, as it learns."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from minigpt_cli.generate.sampling import SamplingOptions
+from minigpt_cli.generate.text import complete, stream_text
+from minigpt_cli.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompts:
+    texts: tuple[str, ...]
+    tokenizer: "Tokenizer"
+    eos_id: int
+    max_new_tokens: int
+    dtype: torch.dtype
+
+    def complete(self, model: GPT) -> Iterator[tuple[str, str]]:
+        """(prompt, its likeliest completion) of each; greedy, so it differs only as the model does."""
+        for text in self.texts:
+            pieces = stream_text(
+                model,
+                self.tokenizer,
+                self.tokenizer.encode(text, add_special_tokens=False).ids,
+                SamplingOptions(temperature=0.0),
+                max_new_tokens=self.max_new_tokens,
+                eos_id=self.eos_id,
+                dtype=self.dtype,
+            )
+            yield text, complete(pieces)[0].text

@@ -1,0 +1,80 @@
+"""One optimizer step: micro-batches forward and backward, clip, update. Never waits for the device."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minigpt_cli.model.cross_entropy import IGNORE
+from minigpt_cli.model.gpt import GPT
+from minigpt_cli.train import guard, optimizer, precision
+from minigpt_cli.train.guard import Guard
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What a step works on."""
+
+    model: GPT
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    guard: Guard
+    dtype: torch.dtype
+    seed: int
+    micro_batch_size: int
+    clip_norm: float
+
+
+def train_step(
+    trainer: Trainer, inputs: Tensor, targets: Tensor, step: int, lr_share: float
+) -> tuple[Tensor, Tensor]:
+    """One update from this batch.
+
+    The loss is the sum of token losses over the number of valid targets in the whole batch, so it
+    doesn't matter how the batch is cut into micro-batches.
+
+    Args:
+        inputs, targets: (sequences, T) int64 on the device; targets of -100 count for nothing.
+        step: updates made before this one.
+        lr_share: the schedule's value, as a share of the peak learning rate.
+
+    Returns:
+        (loss, norm of the whole gradient before clipping), float32 scalars on the device.
+    """
+    t = trainer
+    valid = (targets != IGNORE).sum()
+    loss = torch.zeros((), device=inputs.device, dtype=precision.weights_dtype(t.dtype))
+    micro_batches = zip(
+        inputs.split(t.micro_batch_size), targets.split(t.micro_batch_size), strict=True
+    )
+    for index, (x, y) in enumerate(micro_batches):
+        if t.model.config.dropout:
+            torch.manual_seed(dropout_seed(t.seed, step, index))
+        with precision.autocast(t.dtype, inputs.device):
+            part = t.model(x, y) / valid
+        t.scaler.scale(part).backward()
+        loss += part.detach()
+
+    if t.scaler.is_enabled():
+        for each in t.optimizers:
+            t.scaler.unscale_(each)
+    grads = [p.grad for p in t.model.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+    call_off = guard.watch(t.guard, step + 1, loss, grad_norm, t.scaler.is_enabled())
+    if t.clip_norm:
+        shrink = torch.clamp(t.clip_norm / (grad_norm + 1e-6), max=1.0)
+        torch._foreach_mul_(grads, shrink)
+    optimizer.update(t.optimizers, lr_share, call_off)
+    if t.scaler.is_enabled():
+        t.scaler.update()
+    for each in t.optimizers:
+        each.zero_grad(set_to_none=True)
+    return loss, grad_norm
+
+
+def dropout_seed(seed: int, step: int, index: int) -> int:
+    """The seed of one micro-batch's dropout, by its place in the global batch: the same masks
+    however many devices share the work."""
+    digest = hashlib.sha256(f"dropout:{seed}:{step}:{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
