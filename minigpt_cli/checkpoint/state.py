@@ -102,13 +102,13 @@ def describe(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 
-def load_run(
+def load_tensors(
     directory: Path,
     recorded: dict[str, Any],
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-) -> RunState:
-    """Fill a model and its optimizers from a verified checkpoint; returns the rest of its state."""
+) -> None:
+    """Fill a model and its optimizers from a verified checkpoint."""
     moments = _optimizer_state(model, optimizers)  # makes the optimizers' state, to be overwritten
     weights = get_model_state_dict(model, options=_OPTIONS)
     wanted = {WEIGHTS + name: tensor for name, tensor in weights.items()}
@@ -121,7 +121,6 @@ def load_run(
     read_tensors(directory, wanted, recorded)
     model.load_state_dict(weights)
     set_optimizer_state_dict(model, optimizers, moments, options=_OPTIONS)
-    return read_state(directory)
 
 
 def load_weights(directory: Path, recorded: dict[str, Any], model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from minigpt_cli.errors import UserError
 
@@ -27,7 +27,9 @@ _F_SETPIPE_SZ = 1031  # Linux; in the fcntl module where it is supported
 
 @dataclass(frozen=True)
 class Batch:
-    """Pieces of text for one worker. ``flags`` has, per piece, ``LAST`` (end-of-text follows) and ``VAL``."""
+    """Pieces of text for one worker. ``flags`` has, per piece, ``LAST`` (end-of-text follows) and
+    ``VAL``.
+    """
 
     pieces: tuple[bytes, ...]
     flags: bytes
@@ -44,7 +46,8 @@ Ids = tuple[bytes, bytes]
 def encoders(
     workers: int, tokenizer: Path, eos: int, dtype: str
 ) -> Iterator[Callable[[Batch], Future[Ids]]]:
-    """Start up to ``workers`` processes as they are needed; yield the function that hands one a batch.
+    """Start up to ``workers`` processes as they are needed; yield the function that hands one a
+    batch.
 
     On the way out, also by an exception, the processes are killed: they hold nothing worth saving.
     A future raises ``UserError`` when its worker died.
@@ -126,14 +129,14 @@ def _exchange(process: "subprocess.Popen[bytes]", batch: Batch) -> Ids:
         ) from None
 
 
-def _read(stream: BinaryIO, size: int) -> bytes:
+def _read(stream: IO[bytes], size: int) -> bytes:
     data = stream.read(size)
     if len(data) < size:
         raise EOFError
     return data
 
 
-def _serve(requests: BinaryIO, replies: BinaryIO, file: str, eos: int, dtype: str) -> None:
+def _serve(requests: IO[bytes], replies: IO[bytes], file: str, eos: int, dtype: str) -> None:
     from minigpt_cli.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(file)

@@ -144,7 +144,7 @@ def problems(path: Path, manifest: Manifest, verify: bool) -> list[tuple[str, st
         found.append((TOKENIZER, problem))
     for split in manifest.splits.values():
         for shard in split.shards:
-            problem = _shard_problem(path / shard.file, shard, manifest.dtype, verify)
+            problem = shard_problem(path / shard.file, shard, manifest.dtype, verify)
             if problem:
                 found.append((shard.file, problem))
     return found
@@ -165,7 +165,8 @@ def _tokenizer_problem(file: Path, manifest: Manifest) -> str | None:
     return "is not the tokenizer that the dataset was made with"
 
 
-def _shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | None:
+def shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | None:
+    """Return what is wrong with a shard's file, None when it is as recorded."""
     try:
         size = file.stat().st_size
         if size != shard.bytes_on_disk:

@@ -6,8 +6,9 @@ Three rules, by the corpus's size, so that there is validation data whenever the
 - at most ``FEW`` documents and ``_SURVEYED`` bytes: those with the smallest hashes, at least one;
 - otherwise: every document whose hash falls below ``val_fraction``.
 
-The hash is the sha256 of the document's UTF-8 bytes, of the first piece only (about ``LONG_DOCUMENT``
-bytes) when it comes in several: a document's place must be known before its end is read.
+The hash is the sha256 of the document's UTF-8 bytes, of the first piece only (about
+``LONG_DOCUMENT`` bytes) when it comes in several: a document's place must be known before its end
+is read.
 """
 
 import hashlib

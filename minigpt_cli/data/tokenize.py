@@ -1,55 +1,56 @@
 """Documents -> a token dataset: bounded memory, all cores, restartable at any moment.
 
-The main process reads, places each document into a split and writes; workers encode. Batches come back in
-order, so the bytes written depend on the source and the settings alone: not on the number of workers, and
-not on how often the work was killed. ``journal.json`` says how far the shards on disk go.
+The main process reads, places each document into a split and writes; workers encode. Batches come
+back in order, so the bytes written depend on the source and the settings alone: not on the number
+of workers, and not on how often the work was killed. ``journal.json`` says how far the shards on
+disk go.
 """
 
+import errno
 import fcntl
 import hashlib
-import json
 import os
-import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minigpt_cli import __version__
-from minigpt_cli.data.documents import documents
 from minigpt_cli.data.encode import LAST, VAL, Batch, Ids, encoders
+from minigpt_cli.data.journal import Journal, State, read_journal, write_journal
 from minigpt_cli.data.manifest import (
-    FORMAT,
     JOURNAL,
     MANIFEST,
     SPLITS,
     TOKENIZER,
     Manifest,
-    Shard,
     Split,
     sha256_of,
+    shard_problem,
     write_atomically,
     write_manifest,
 )
-from minigpt_cli.data.placement import Place, Placed, Rule, choose_rule, placed
+from minigpt_cli.data.placement import Place, Rule, choose_rule, placed
+from minigpt_cli.data.progress import BadLines, Progress, Teller
 from minigpt_cli.data.shard_writer import ShardWriter
 from minigpt_cli.data.shards import open_dataset
-from minigpt_cli.data.sources import Source, listing
+from minigpt_cli.data.sources import Source, listing, source_files
 from minigpt_cli.data.tokenizer import (
+    MIN_VOCAB,
     eos_id,
     fingerprint,
     load_tokenizer,
     train_bpe,
     vocabulary_size,
 )
-from minigpt_cli.errors import UserError
+from minigpt_cli.errors import Damaged, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -59,47 +60,6 @@ LOCK = ".lock"
 _BATCH_BYTES = 512 << 10
 _BATCH_PIECES = 4096
 _JOURNAL_SECONDS = 5.0
-_REPORTED_BAD = 20
-_SPACE_KEPT = 64 << 20
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a tokenization is.
-
-    ``phase``: "training the tokenizer" or "tokenizing". ``bytes`` of UTF-8 text, ``documents``, ``tokens``
-    and ``bad`` lines so far, of which ``resumed_bytes`` were done by an earlier, interrupted run;
-    ``total_bytes`` when the source's size tells (None: unknown); ``seconds`` since this run began.
-    """
-
-    phase: str
-    bytes: int = 0
-    total_bytes: int | None = None
-    documents: int = 0
-    tokens: int = 0
-    bad: int = 0
-    resumed_bytes: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _State:
-    """How far the shards go: what the journal holds, apart from the settings. Plain JSON values.
-
-    ``chain`` is the running fingerprint of the text: sha256 of (the previous value, the sha256 of a piece),
-    hex. Unlike a hash that is still being fed, it can be written down and taken up again.
-    """
-
-    place: Place = Place()
-    chain: str = ""
-    documents: tuple[int, int] = (0, 0)  # in the order of SPLITS, as the others
-    bytes: tuple[int, int] = (0, 0)
-    shards: tuple[tuple[Shard, ...], tuple[Shard, ...]] = ((), ())
-    pending: tuple[int, int] = (0, 0)
-
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shards in self.shards for shard in shards) + sum(self.pending)
 
 
 @dataclass(frozen=True)
@@ -108,15 +68,25 @@ class _Work:
 
     source: Source
     out: Path
+    strict: bool
     settings: dict[str, Any]
     rule: Rule
-    tokenizer: "Tokenizer"
-    strict: bool
-    shard_tokens: int
+    source_modified: int | None
+    tokenizer_fingerprint: str
+    eos_id: int
+    vocab_size: int
 
     @property
     def dtype(self) -> str:
-        return "uint16" if vocabulary_size(self.tokenizer) <= 65_536 else "uint32"
+        return "uint16" if self.vocab_size <= 65_536 else "uint32"
+
+    def journal(self, state: State) -> None:
+        write_journal(
+            self.out,
+            Journal(
+                self.settings, self.source_modified, self.tokenizer_fingerprint, self.rule, state
+            ),
+        )
 
 
 def tokenize(
@@ -134,18 +104,19 @@ def tokenize(
 ) -> Manifest:
     """Turn ``source`` into a token dataset in the directory ``out``; return what it holds.
 
-    Exactly one of ``tokenizer_path`` (see `load_tokenizer`) and ``train_vocab`` (train a BPE tokenizer of that
-    size on the training documents) is given. Every document ends with the end-of-text id. About
-    ``val_fraction`` of the documents become validation, by a hash of their text; a single document is cut
-    near its end instead (see `placement.py`). ``workers`` defaults to the cores this process may use.
-    ``progress`` is called after every batch, ``warn`` with one line per bad line (the first 20) and notice;
-    by default warnings go to standard error.
+    Exactly one of ``tokenizer_path`` (see `load_tokenizer`) and ``train_vocab`` (train a BPE
+    tokenizer of that size on the training documents) is given. Every document ends with the
+    end-of-text id. About ``val_fraction`` of the documents become validation, by a hash of their
+    text; a single document is cut near its end instead (see `placement.py`). ``workers`` defaults
+    to the cores this process may use. ``progress`` is called after every batch, ``warn`` with one
+    line per bad line (the first 20) and notice; by default warnings go to standard error.
 
-    Killed at any moment, the same call goes on where it was and gives the same bytes. A dataset that is
-    complete with these settings is returned at once.
+    Killed at any moment, the same call goes on where it was and gives the same bytes. A dataset
+    that is complete with these settings is returned at once.
 
-    Raises ``UserError`` when the settings or the source are wrong, ``out`` holds a dataset made with other
-    settings, another process works in it, or the disk is full; ``Damaged`` when finished shards were changed.
+    Raises ``UserError`` when the settings or the source are wrong, ``out`` holds a dataset made
+    with other settings, another process works in it, or the disk is full; ``Damaged`` when finished
+    shards were changed.
     """
     out = Path(out)
     _check_arguments(tokenizer_path, train_vocab, val_fraction, shard_tokens, workers)
@@ -161,15 +132,15 @@ def tokenize(
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
     }
-    tell = _Teller(progress, total_bytes)
+    tell = Teller(progress, total_bytes)
     try:
         if (out / MANIFEST).exists():  # before the lock: a dataset may lie on a read-only disk
             return _finished(out, settings)
         with _locked(out):
             if (out / MANIFEST).exists():
                 return _finished(out, settings)
-            work, state = _resumed(source, out, settings, strict, warn) or _begun(
-                source, out, settings, strict, given, train_vocab, tell
+            work, state = _resumed(source, out, strict, settings, warn) or _begun(
+                source, out, strict, settings, given, train_vocab, tell
             )
             state = _encode(work, state, workers or _cores(), tell, warn)
             return _completed(work, state)
@@ -180,12 +151,12 @@ def tokenize(
 def _begun(
     source: Source,
     out: Path,
-    settings: dict[str, Any],
     strict: bool,
+    settings: dict[str, Any],
     given: "Tokenizer | None",
     train_vocab: int | None,
-    tell: "_Teller",
-) -> tuple[_Work, _State]:
+    tell: Teller,
+) -> tuple[_Work, State]:
     """Choose what is validation, make the tokenizer, write the first journal."""
     strays = _shard_files(out)
     if strays and not (out / JOURNAL).exists():
@@ -193,77 +164,91 @@ def _begun(
             f"{out} holds {strays[0].name} but neither {MANIFEST} nor {JOURNAL}: "
             "choose another --out, or delete it"
         )
+    modified = _modified(source)  # before the first byte is read
     rule = choose_rule(source, strict, settings["val_fraction"])
     tokenizer = given
     if tokenizer is None:
         assert train_vocab is not None
-        texts = _training_texts(source, rule, strict, tell)
-        tokenizer = train_bpe(texts, train_vocab)
-    file = out / TOKENIZER
-    if given is None or not _holds(file, given):
-        write_atomically(file, tokenizer.to_str(pretty=True).encode())
-    work = _Work(source, out, settings, rule, tokenizer, strict, settings["shard_tokens"])
-    _write_journal(work, _State())
-    return work, _State()
+        tokenizer = train_bpe(_training_texts(source, rule, strict, tell), train_vocab)
+    write_atomically(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
+    work = _work(source, out, strict, settings, rule, modified, tokenizer)
+    work.journal(State())
+    return work, State()
 
 
 def _resumed(
     source: Source,
     out: Path,
-    settings: dict[str, Any],
     strict: bool,
+    settings: dict[str, Any],
     warn: Callable[[str], None],
-) -> tuple[_Work, _State] | None:
+) -> tuple[_Work, State] | None:
     """Return where an interrupted run was; None when there is none."""
-    file = out / JOURNAL
-    if not file.exists():
+    journal = read_journal(out)
+    if journal is None:
+        return None
+    changed = _differences(journal.settings, settings)
+    modified = _modified(source)
+    if not changed and journal.source_modified != modified:
+        changed = ["the source's files were written since"]
+    state = journal.state
+    if changed and not state.tokens:
+        warn(f"{out}: beginning anew with other settings ({'; '.join(changed)})")
         return None
     anew = f"delete {out} to begin anew"
-    try:
-        record = json.loads(file.read_text())
-        state = _state_from(record["state"])
-        rule = Rule(**record["rule"] | {"digests": tuple(record["rule"]["digests"])})
-        settings_then, modified_then = record["settings"], record["source_modified"]
-        fingerprint_then = record["tokenizer_fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{file} can't be read ({error!r}): {anew}") from None
-    changed = _differences(settings_then, settings)
-    if not changed and modified_then != _modified(source):
-        changed = ["the source's files were written since"]
-    if changed and not state.tokens:
-        warn(f"{out}: beginning anew, with other settings ({'; '.join(changed)})")
-        return None
     if changed:
         raise UserError(
             f"{out} holds an unfinished dataset with other settings ({'; '.join(changed)}): "
-            f"run it with the same settings to go on, choose another --out, or {anew}"
+            f"run with the same settings to go on, choose another --out, or {anew}"
         )
     tokenizer = load_tokenizer(out / TOKENIZER)
-    if fingerprint(tokenizer) != fingerprint_then:
+    work = _work(source, out, strict, settings, journal.rule, modified, tokenizer)
+    if work.tokenizer_fingerprint != journal.tokenizer_fingerprint:
         raise Damaged(f"{out / TOKENIZER} was changed since the work began: {anew}")
     for shard in (shard for shards in state.shards for shard in shards):
-        problem = shard_problem(out / shard.file, shard)
+        problem = shard_problem(out / shard.file, shard, work.dtype, verify=False)
         if problem:
             raise Damaged(f"{out / shard.file}: {problem}; {anew}")
     if state.tokens:
         warn(f"{out}: going on after {sum(state.documents):,} documents, {state.tokens:,} tokens")
-    work = _Work(source, out, settings, rule, tokenizer, strict, settings["shard_tokens"])
     return work, state
 
 
+def _work(
+    source: Source,
+    out: Path,
+    strict: bool,
+    settings: dict[str, Any],
+    rule: Rule,
+    modified: int | None,
+    tokenizer: "Tokenizer",
+) -> _Work:
+    return _Work(
+        source=source,
+        out=out,
+        strict=strict,
+        settings=settings,
+        rule=rule,
+        source_modified=modified,
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        eos_id=eos_id(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
+    )
+
+
 def _encode(
-    work: _Work, state: _State, workers: int, tell: "_Teller", warn: Callable[[str], None]
-) -> _State:
+    work: _Work, state: State, workers: int, tell: Teller, warn: Callable[[str], None]
+) -> State:
     """Read, encode and write everything from ``state`` on; return the state at the end."""
     tell.begin("tokenizing", sum(state.bytes))
     bad_before = state.place.position.bad
-    bad = _BadLines(warn)
+    bad = BadLines(warn)
     writers = tuple(
-        ShardWriter(work.out, split, work.dtype, work.shard_tokens, finished, pending)
+        ShardWriter(work.out, split, work.dtype, work.settings["shard_tokens"], finished, pending)
         for split, finished, pending in zip(SPLITS, state.shards, state.pending, strict=True)
     )
     _remove_strays(work.out, state)
-    waiting: deque[tuple[_State, Future[Ids]]] = deque()
+    waiting: deque[tuple[State, Future[Ids]]] = deque()
     journaled = time.monotonic()
 
     def write_oldest() -> None:
@@ -277,16 +262,15 @@ def _encode(
             shards=tuple(tuple(writer.finished) for writer in writers),
             pending=tuple(writer.pending for writer in writers),
         )
-        tell(state)
+        tell.written(state)
         if state.shards != before or time.monotonic() > journaled + _JOURNAL_SECONDS:
             for writer in writers:
                 writer.sync()
-            _write_journal(work, state)
+            work.journal(state)
             journaled = time.monotonic()
 
-    eos = eos_id(work.tokenizer)
     try:
-        with encoders(workers, work.out / TOKENIZER, eos, work.dtype) as submit:
+        with encoders(workers, work.out / TOKENIZER, work.eos_id, work.dtype) as submit:
             for batch, reached in _batches(work, state, bad):
                 waiting.append((reached, submit(batch)))
                 if len(waiting) > 2 * workers:  # each busy, and as many batches at hand
@@ -304,7 +288,9 @@ def _encode(
     )
 
 
-def _batches(work: _Work, state: _State, on_bad: Callable[[str], None]) -> Iterator[tuple[Batch, _State]]:
+def _batches(
+    work: _Work, state: State, on_bad: Callable[[str], None]
+) -> Iterator[tuple[Batch, State]]:
     """Yield batches of about ``_BATCH_BYTES``, each with the state once it is written.
 
     Which pieces share a batch has no influence on what is written.
@@ -314,10 +300,14 @@ def _batches(work: _Work, state: _State, on_bad: Callable[[str], None]) -> Itera
     size = 0
     chain = bytes.fromhex(state.chain)
     counts, sizes = list(state.documents), list(state.bytes)
-    place = state.place
+    place: Place | None = state.place
     for piece in placed(work.source, work.rule, work.strict, on_bad, state.place):
         # A new batch begins where reading could
-        if pieces and place is not None and (size + len(piece.data) > _BATCH_BYTES or len(pieces) >= _BATCH_PIECES):
+        if (
+            pieces
+            and place is not None
+            and (size + len(piece.data) > _BATCH_BYTES or len(pieces) >= _BATCH_PIECES)
+        ):
             yield Batch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
             pieces, flags, size = [], bytearray(), 0
         pieces.append(piece.data)
@@ -332,11 +322,11 @@ def _batches(work: _Work, state: _State, on_bad: Callable[[str], None]) -> Itera
         yield Batch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
 
 
-def _reached(place: Place, chain: bytes, counts: list[int], sizes: list[int]) -> _State:
-    return _State(place, chain.hex(), (counts[0], counts[1]), (sizes[0], sizes[1]))
+def _reached(place: Place, chain: bytes, counts: list[int], sizes: list[int]) -> State:
+    return State(place, chain.hex(), (counts[0], counts[1]), (sizes[0], sizes[1]))
 
 
-def _completed(work: _Work, state: _State) -> Manifest:
+def _completed(work: _Work, state: State) -> Manifest:
     """Write ``dataset.json``."""
     splits = {
         name: Split(shards, sum(shard.tokens for shard in shards), documents, size)
@@ -350,10 +340,10 @@ def _completed(work: _Work, state: _State) -> Manifest:
         )
     manifest = Manifest(
         splits=splits,
-        eos_id=eos_id(work.tokenizer),
+        eos_id=work.eos_id,
         dtype=work.dtype,
-        vocab_size=vocabulary_size(work.tokenizer),
-        tokenizer_fingerprint=fingerprint(work.tokenizer),
+        vocab_size=work.vocab_size,
+        tokenizer_fingerprint=work.tokenizer_fingerprint,
         tokenizer_sha256=sha256_of(work.out / TOKENIZER),
         source=work.source.describe(),
         source_fingerprint=state.chain,
@@ -367,7 +357,9 @@ def _completed(work: _Work, state: _State) -> Manifest:
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> Manifest:
-    """Return the complete dataset that is there; ``UserError`` when it was made with other settings."""
+    """Return the complete dataset that is there; ``UserError`` when it was made with other
+    settings.
+    """
     manifest = open_dataset(out).manifest
     then = dict(manifest.settings)
     if settings["tokenizer"] == manifest.tokenizer_fingerprint:
@@ -381,9 +373,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _training_texts(
-    source: Source, rule: Rule, strict: bool, tell: "_Teller"
-) -> Iterator[str]:
+def _training_texts(source: Source, rule: Rule, strict: bool, tell: Teller) -> Iterator[str]:
     tell.begin("training the tokenizer")
     size = documents = 0
     # What is skipped here is told, and counted, when it is read to be encoded.
@@ -395,26 +385,93 @@ def _training_texts(
             tell.read(size, documents)
 
 
-def _write_journal(work: _Work, state: _State) -> None:
-    record = {
-        "format": FORMAT,
-        "settings": work.settings,
-        "source_modified": _modified(work.source),
-        "tokenizer_fingerprint": work.fingerprint,
-        "rule": asdict(work.rule),
-        "state": asdict(state),
-    }
-    write_atomically(work.out / JOURNAL, json.dumps(record).encode())
+def _check_arguments(
+    tokenizer_path: str | Path | None,
+    train_vocab: int | None,
+    val_fraction: float,
+    shard_tokens: int,
+    workers: int | None,
+) -> None:
+    if (tokenizer_path is None) == (train_vocab is None):
+        raise UserError("give either a tokenizer to load or the vocabulary size to train one with")
+    if train_vocab is not None and train_vocab < MIN_VOCAB:
+        raise UserError(f"a vocabulary of {train_vocab} is too small; ask for at least {MIN_VOCAB}")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens must be positive, not {shard_tokens}")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be positive, not {workers}")
 
 
-def _state_from(record: dict[str, Any]) -> _State:
-    position, val = record["place"]
-    train, held_out = (tuple(Shard(**shard) for shard in shards) for shards in record["shards"])
-    return _State(
-        Place(Position(*position), val),
-        record["chain"],
-        tuple(record["documents"]),
-        tuple(record["bytes"]),
-        (train, held_out),
-        tuple(record["pending"]),
-    )
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the directory for this process; the system lets go of it however the process ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / LOCK).open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is tokenizing into {out}: wait for it or choose another --out"
+            ) from None
+        yield
+
+
+def _shard_files(out: Path) -> list[Path]:
+    return sorted(file for split in SPLITS for file in out.glob(f"{split}-[0-9]*.npy*"))
+
+
+def _remove_strays(out: Path, state: State) -> None:
+    """Delete what was written after the journal, but for the shard that is appended to."""
+    kept = set()
+    for split, shards, pending in zip(SPLITS, state.shards, state.pending, strict=True):
+        kept |= {shard.file for shard in shards}
+        if pending:
+            kept.add(f"{split}-{len(shards):05d}.npy.partial")
+    for file in _shard_files(out):
+        if file.name not in kept:
+            file.unlink()
+
+
+def _modified(source: Source) -> int | None:
+    """Return when the source's files were last written (ns); None for a Hugging Face dataset."""
+    if source.kind == "huggingface":
+        return None
+    return max(file.stat().st_mtime_ns for file in source_files(source))
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return, in words, which settings of a run differ from those of another."""
+    words = []
+    for name in sorted(then.keys() | now.keys()):
+        before, after = then.get(name), now.get(name)
+        if before == after:
+            continue
+        if name == "source_files":
+            words.append("the source's files have other names or sizes")
+        elif name == "tokenizer":
+            words.append(f"tokenizer: {str(before)[:12]} -> {str(after)[:12]}")
+        else:
+            words.append(f"{name}: {before} -> {after}")
+    return words
+
+
+def _os_problem(error: OSError, out: Path) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"the disk of {out} is full: free some space and run the same command again; "
+            "it goes on where it was"
+        )
+    where = error.filename or out
+    return UserError(f"can't write to {out}: {where}: {error.strerror}; choose another --out")
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _to_stderr(message: str) -> None:
+    print(f"minigpt: {message}", file=sys.stderr)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 EOS = "<|endoftext|>"
 
+MIN_VOCAB = 257  # the bytes and EOS
+
 # What other families call the end of a text, most specific first.
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[EOS]")
 
@@ -44,10 +46,10 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
 
     Raises ``UserError`` when ``vocab_size`` can't hold the bytes and ``EOS``.
     """
-    if vocab_size < 257:
+    if vocab_size < MIN_VOCAB:
         raise UserError(
             f"a vocabulary of {vocab_size} is too small: byte-level BPE needs 256 bytes and {EOS}; "
-            "ask for at least 257"
+            f"ask for at least {MIN_VOCAB}"
         )
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ class Run:
     tokenizer_json: bytes
     flops_per_token: int
     peak_flops: float | None
+    resources: ExitStack  # the run directory's lock, open files, the reading thread
 
 
 class Clock:
@@ -94,7 +96,7 @@ def fit(run: Run, state: RunState) -> None:
     recipe, total = run.recipe, run.recipe.total_steps
     peak = recipe.optimizer.lr
     clock, laps_from, saved_at, saved_step = Clock(), state.step, time.monotonic(), state.step
-    with StopRequest() as stop, TrainingDisplay(total, state.step) as display:
+    with run.resources, StopRequest() as stop, TrainingDisplay(total, state.step) as display:
         if state.step and _evaluation_is_due(run, state):  # a stop had cut it short
             _evaluate(run, state, display, stop)
         clock.start()
@@ -131,9 +133,12 @@ def fit(run: Run, state: RunState) -> None:
             assert stop.signum is not None
             if saved_step != state.step:
                 _save(run, state, display, must_succeed=True)
+            name = signal.Signals(stop.signum).name
             raise Stopped(
-                f"stopped by {signal.Signals(stop.signum).name} at step {state.step} of {total}, "
-                f"everything is saved; go on with: minigpt resume {run.directory}",
+                f"stopped by {name} at step {state.step} of {total}, everything is saved; go on "
+                f"with: minigpt resume {run.directory}"
+                if state.step
+                else f"stopped by {name} before the first step; run the same command again",
                 stop.signum,
             )
         display.say(

@@ -7,6 +7,9 @@ import fcntl
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,6 @@ from minigpt_cli.data import tokenizer as tokenizers_
 from minigpt_cli.data.batches import Batches
 from minigpt_cli.data.shards import TokenDataset, open_dataset
 from minigpt_cli.distributed import world as worlds
-from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import UserError
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
@@ -34,28 +36,24 @@ from minigpt_cli.train.loop import Run, Validation, is_finished
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import Trainer
 
-_LOCKS: list[int] = []  # descriptors of run directories; held until the process ends
-
-
 def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     """A new run in ``directory``, from random weights.
 
     Raises:
         UserError: the directory already holds a run's checkpoints, or the recipe can't be followed.
     """
-    _claim(directory)
-    if steps := store.list_steps(directory):
-        raise UserError(
-            f"{directory} already holds a run at step {steps[-1][0]}: go on with minigpt resume "
-            f"{directory}, or choose another --out"
-        )
-    dataset = open_dataset(recipe.data_path, verify=recipe.data.verify)
-    world = worlds.start()
-    run, state = _build(recipe, directory, dataset, world)
-    metrics.cut_back(directory, -1)
-    initialize(run.trainer.model, recipe.train.seed)
-    _record(run)
-    return run, state
+    with ExitStack() as resources:
+        resources.enter_context(_claimed(directory))
+        if steps := store.list_steps(directory):
+            raise UserError(
+                f"{directory} already holds a run at step {steps[-1][0]}: go on with minigpt "
+                f"resume {directory}, or choose another --out"
+            )
+        metrics.cut_back(directory, -1)
+        run, state = _build(recipe, directory, resources)
+        initialize(run.trainer.model, recipe.train.seed)
+        _record(run)
+        return replace(run, resources=resources.pop_all()), state
 
 
 def resume_run(
@@ -71,49 +69,42 @@ def resume_run(
         UserError: there is nothing to resume, or a change that isn't allowed.
         Damaged: no checkpoint is valid, or the dataset is not the one trained on.
     """
-    directory, _ = store.locate(path)
-    _claim(directory)
-    store.sweep(directory)
-    directory, checkpoint, manifest, passed_over = store.choose(path)
-    for problem in passed_over:
-        warn(problem)
-    old = recipes.load(checkpoint / "recipe.toml", name=directory.name)
-    recipe = recipes.load(checkpoint / "recipe.toml", overrides, name=directory.name)
-    _check_changes(old, recipe, allow_changes)
-
-    dataset = open_dataset(recipe.data_path, verify=recipe.data.verify)
-    world = worlds.start()
-    run, _ = _build(recipe, directory, dataset, world)
-    state = checkpoint_state.load_run(
-        checkpoint, manifest.tensors, run.trainer.model, run.trainer.optimizers
-    )
-    now = _fingerprints(dataset)
-    for what, before in state.dataset.items():
-        if now[what] != before and "data" not in allow_changes:
-            raise UserError(
-                f"{recipe.data_path}: its {what} is not that of the dataset this run was trained "
-                "on; give the old one with --set data.path=..., or --allow-change data"
-            )
-    state.dataset = now
-    if state.scaler:
-        run.trainer.scaler.load_state_dict(state.scaler)
-    if not is_finished(recipe, state):
-        for step, later in store.list_steps(directory):
-            if step > state.step:
-                aside = store.set_aside(later)
-                say(f"{later.name} lies beyond where the run goes on from: now {aside.name}")
-        metrics.cut_back(directory, state.step)
-    _warn_of_another_machine(run)
-    _record(run)
-    say(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
-    return run, state
+    with ExitStack() as resources:
+        resources.enter_context(_claimed(store.locate(path)[0]))
+        directory, checkpoint, manifest, passed_over = store.choose(path)
+        store.sweep(directory)
+        for problem in passed_over:
+            warn(problem)
+        old = recipes.load(checkpoint / "recipe.toml", name=directory.name)
+        recipe = recipes.load(checkpoint / "recipe.toml", overrides, name=directory.name)
+        _check_changes(old, recipe, allow_changes)
+        state = checkpoint_state.read_state(checkpoint)
+        if not is_finished(recipe, state):
+            metrics.cut_back(directory, state.step)
+        run, fresh = _build(recipe, directory, resources)
+        _check_dataset(recipe, state, fresh, allow_changes)
+        checkpoint_state.load_tensors(
+            checkpoint, manifest.tensors, run.trainer.model, run.trainer.optimizers
+        )
+        if state.scaler:
+            run.trainer.scaler.load_state_dict(state.scaler)
+        if not is_finished(recipe, state):
+            for step, later in store.list_steps(directory):
+                if step > state.step:
+                    aside = store.set_aside(later)
+                    say(f"{later.name} is beyond where the run goes on from: now {aside.name}")
+        _warn_of_another_machine(run)
+        _record(run)
+        say(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
+        return replace(run, resources=resources.pop_all()), state
 
 
-def _claim(directory: Path) -> None:
-    """Make the run directory and lock it until this process ends.
+@contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """The run directory, made if need be, and locked: nobody else trains in it.
 
     Raises:
-        UserError: another process trains in it, or it can't be made.
+        UserError: another process does, or it can't be written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -122,16 +113,17 @@ def _claim(directory: Path) -> None:
         raise UserError(f"{directory}: can't be written to: {error.strerror}") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
-        os.close(lock)
         raise UserError(f"{directory}: another process is training in it") from None
-    _LOCKS.append(lock)
+    finally:
+        os.close(lock)
 
 
-def _build(
-    recipe: Recipe, directory: Path, dataset: TokenDataset, world: World
-) -> tuple[Run, RunState]:
-    """Everything but the weights."""
+def _build(recipe: Recipe, directory: Path, resources: ExitStack) -> tuple[Run, RunState]:
+    """Everything but the weights; what must be closed at the end goes to ``resources``."""
+    dataset = open_dataset(recipe.data_path, verify=recipe.data.verify)
+    world = worlds.start()
     device = world.device
     dtype = precision.computing_dtype(recipe.precision, device)
     config = config_from_recipe(recipe, dataset.manifest.vocab_size)
@@ -163,19 +155,23 @@ def _build(
     val = dataset.splits["val"]
     if not val.windows(length):
         warn(f"{recipe.data_path}: no validation window of {length} tokens; nothing is evaluated")
+    batches = Batches(
+        train,
+        seed=recipe.train.seed,
+        global_batch_size=recipe.train.global_batch_size,
+        sequence_length=length,
+        share=slice(None),
+        device=device,
+    )
+    metrics_file = metrics.MetricsFile(directory)
+    resources.callback(batches.close)
+    resources.callback(metrics_file.close)
     run = Run(
         recipe=recipe,
         directory=directory,
         world=world,
         trainer=trainer,
-        batches=Batches(
-            train,
-            seed=recipe.train.seed,
-            global_batch_size=recipe.train.global_batch_size,
-            sequence_length=length,
-            share=slice(None),
-            device=device,
-        ),
+        batches=batches,
         validation=Validation(
             val,
             tokenizers_.token_byte_lengths(tokenizer),
@@ -190,10 +186,11 @@ def _build(
             recipe.eval.prompt_tokens,
             dtype,
         ),
-        metrics=metrics.MetricsFile(directory),
+        metrics=metrics_file,
         tokenizer_json=dataset.tokenizer_file.read_bytes(),
         flops_per_token=flops_per_token(config, length),
         peak_flops=peak_flops(worlds.device_name(device)),
+        resources=resources,
     )
     say(_summary(run, train.windows(length)))
     return run, RunState(dataset=_fingerprints(dataset))
@@ -234,6 +231,19 @@ def _check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
             f"{', '.join(refused)} shaped what was already trained; to change it all the same, "
             "add " + " ".join(f"--allow-change {key}" for key in refused)
         )
+
+
+def _check_dataset(
+    recipe: Recipe, state: RunState, fresh: RunState, allow_changes: list[str]
+) -> None:
+    """Refuse another dataset than the one trained on."""
+    for what, before in state.dataset.items():
+        if fresh.dataset[what] != before and "data" not in allow_changes:
+            raise UserError(
+                f"{recipe.data_path}: its {what} is not that of the dataset this run was trained "
+                "on; give that one with --set data.path=..., or add --allow-change data"
+            )
+    state.dataset = fresh.dataset
 
 
 def _fingerprints(dataset: TokenDataset) -> dict[str, Any]:

@@ -1,0 +1,35 @@
+# Everything runs in .venv, which `setup` makes; nothing else has to be installed.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/tiny
+
+.PHONY: setup train test check bench clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Trains a small model on the Python standard library's own source, then lets it write.
+train: setup
+	if [ -d $(RUN)/checkpoints ]; then $(BIN)/minigpt resume $(RUN); \
+	else $(BIN)/minigpt pretrain recipes/tiny.toml --out $(RUN); fi
+	$(BIN)/minigpt sample $(RUN) --prompt 'def ' --max-new-tokens 200
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python benchmarks/bench_tokenize.py
+	$(BIN)/python benchmarks/bench_startup.py
+
+clean:
+	rm -rf .venv runs data build *.egg-info

@@ -1,0 +1,116 @@
+"""What the tests share: a small real dataset, recipes for it, and minigpt as a real process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from minigpt_cli import recipe as recipes
+from minigpt_cli.data.sources import Source
+from minigpt_cli.data.tokenize import tokenize
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+TINY = """
+[data]
+path = "{data}"
+[model]
+family = "llama"
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 4
+num_key_value_heads = 2
+[train]
+steps = 12
+global_batch_size = 8
+micro_batch_size = 4
+sequence_length = 32
+[optimizer]
+lr = 3e-3
+[schedule]
+warmup_steps = 3
+[checkpoint]
+every_steps = 4
+keep_last = 100
+[eval]
+every_steps = 4
+windows = 8
+[log]
+every_steps = 1
+"""
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This package's own source, as tokens of a vocabulary of 320."""
+    out = tmp_path_factory.mktemp("data") / "dataset"
+    source = Source("files", (str(ROOT / "minigpt_cli" / "**" / "*.py"),))
+    tokenize(source, out, train_vocab=320, val_fraction=0.2, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """So few windows that a run of 12 steps goes through it more than once."""
+    folder = tmp_path_factory.mktemp("small")
+    text = (ROOT / "LICENSE").read_text()
+    (folder / "a.txt").write_text(text[:4000])
+    tokenize(Source("files", (str(folder / "a.txt"),)), folder / "data", train_vocab=320,
+             val_fraction=0.25, workers=1)  # fmt: skip
+    return folder / "data"
+
+
+@pytest.fixture
+def make_recipe(dataset: Path) -> Callable[..., recipes.Recipe]:
+    """``make_recipe("train.steps=3", ...)`` -> the tiny recipe with these overrides."""
+
+    def make(*overrides: str, data: Path = dataset) -> recipes.Recipe:
+        return recipes.parse(TINY.format(data=data), list(overrides), name="tiny")
+
+    return make
+
+
+@pytest.fixture
+def recipe_file(dataset: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY.format(data=dataset))
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "minigpt_cli", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def minigpt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a command; whatever is left of it is killed at the test's end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command(*arguments), cwd=cwd, env=environment(), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -1,0 +1,156 @@
+"""N steps straight equal k steps, a resume, and N - k more: bit for bit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minigpt_cli.checkpoint import store
+from minigpt_cli.errors import Damaged, UserError
+from minigpt_cli.recipe import Recipe
+from minigpt_cli.train import setup
+from minigpt_cli.train.loop import fit
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")}
+        for line in lines
+    ]
+
+
+def assert_same_run(a: Path, b: Path, step: int) -> None:
+    one, other = (run / f"checkpoints/step-{step:08d}" for run in (a, b))
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+    assert (one / "state.json").read_text() == (other / "state.json").read_text()
+    assert curve(a) == curve(b)
+
+
+def rewind(run: Path, to: int) -> None:
+    """As if the run had been killed after this checkpoint."""
+    for step, path in store.list_steps(run):
+        if step > to:
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("precision.dtype=fp32",),
+        ("precision.dtype=bf16", "optimizer.name=muon"),
+        ("precision.dtype=fp16", "schedule.name=wsd"),
+        ("precision.dtype=fp32", "model.dropout=0.1", "model.family=qwen3"),
+        ("precision.dtype=bf16", "model.family=gpt2", "model.num_key_value_heads=4",
+         "train.activation_checkpointing=true", "model.dropout=0.1"),
+    ],
+    ids=["fp32", "bf16-muon", "fp16", "dropout", "gpt2-recompute"],
+)  # fmt: skip
+def test_resume_is_bit_exact_twice_in_a_row_and_across_epochs(
+    tmp_path: Path, make_recipe: MakeRecipe, small_dataset: Path, overrides: tuple[str, ...]
+):
+    recipe = make_recipe(*overrides, data=small_dataset)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    run, state = setup.start_run(recipe, straight)
+    windows = run.batches._windows
+    assert 4 * 8 < windows * 1.5 < 12 * 8  # an epoch ends between the first resume and the end
+    fit(run, state)
+    shutil.copytree(straight, resumed)
+    rewind(resumed, 4)
+    run, state = setup.resume_run(resumed, [], [])
+    assert state.step == 4
+    fit(run, state)
+    assert_same_run(straight, resumed, 12)
+    rewind(resumed, 8)
+    fit(*setup.resume_run(resumed, [], []))
+    assert_same_run(straight, resumed, 12)
+    fit(*setup.resume_run(resumed, [], []))  # finished: nothing happens
+    assert_same_run(straight, resumed, 12)
+
+
+def test_an_old_checkpoint_starts_a_new_branch_and_loses_nothing(
+    tmp_path: Path, make_recipe: MakeRecipe
+):
+    run_dir = tmp_path / "run"
+    fit(*setup.start_run(make_recipe(), run_dir))
+    fit(*setup.resume_run(run_dir / "checkpoints/step-00000004", ["optimizer.lr=1e-3"], []))
+    steps = [step for step, _ in store.list_steps(run_dir)]
+    assert steps == [4, 8, 12]
+    aside = sorted(path.name for path in (run_dir / "checkpoints").glob("*.aside-*"))
+    assert aside == ["step-00000008.aside-1", "step-00000012.aside-1"]
+    assert [line["step"] for line in curve(run_dir) if "loss" in line] == list(range(1, 13))
+    assert curve(run_dir)[-2]["lr"] < 1e-3
+    assert 'lr = 0.001  # command line' in (run_dir / "recipe.toml").read_text()
+
+
+def test_changes_that_would_alter_what_was_trained_are_refused_unless_named(
+    tmp_path: Path, make_recipe: MakeRecipe, small_dataset: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_dir = tmp_path / "run"
+    fit(*setup.start_run(make_recipe("train.steps=4"), run_dir))
+    for change in ("train.seed=2", "model.dropout=0.2", "train.global_batch_size=4"):
+        key = change.partition("=")[0]
+        with pytest.raises(UserError, match=f"--allow-change {key}"):
+            setup.resume_run(run_dir, [change], [])
+    with pytest.raises(UserError, match="--allow-change data"):
+        setup.resume_run(run_dir, [f"data.path={small_dataset}"], [])
+    capsys.readouterr()
+    run, state = setup.resume_run(run_dir, ["train.seed=2", "train.steps=6"], ["train.seed"])
+    assert "changed: train.seed = 2 (was 1337)" in capsys.readouterr().err
+    fit(run, state)
+    assert state.step == 6
+    with pytest.raises(Damaged, match="another model, optimizer or precision"):
+        setup.resume_run(run_dir, ["model.hidden_size=64"], ["model.hidden_size"])
+
+
+def test_resume_walks_back_past_damaged_checkpoints(
+    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+):
+    straight, run_dir = tmp_path / "straight", tmp_path / "run"
+    fit(*setup.start_run(make_recipe(), straight))
+    shutil.copytree(straight, run_dir)
+    newest = run_dir / "checkpoints/step-00000012"
+    weights = next(newest.glob("*00001-of-00002.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    (run_dir / "checkpoints/step-00000008/state.json").unlink()
+    fit(*setup.resume_run(run_dir, [], []))
+    errors = capsys.readouterr().err
+    assert "step-00000012 passed over" in errors
+    assert "sha256 differs" in errors
+    assert "step-00000008 passed over" in errors
+    assert "from step 4 of 12" in errors
+    assert_same_run(straight, run_dir, 12)
+
+
+def test_a_run_that_is_there_is_not_started_over(tmp_path: Path, make_recipe: MakeRecipe):
+    fit(*setup.start_run(make_recipe("train.steps=4"), tmp_path))
+    with pytest.raises(UserError, match="already holds a run at step 4"):
+        setup.start_run(make_recipe(), tmp_path)
+    fit(*setup.resume_run(tmp_path, ["train.steps=5"], []))  # the refusal left no lock behind
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path: Path, make_recipe: MakeRecipe):
+    run, _ = setup.start_run(make_recipe(), tmp_path)
+    with pytest.raises(UserError, match="another process is training in it"):
+        setup.start_run(make_recipe(), tmp_path)
+    run.resources.close()
