@@ -1,58 +1,18 @@
-"""Documents of a source, streamed in pieces of bounded size, from any position on.
-
-A document of more than ``LONG_DOCUMENT`` bytes comes as several pieces. They are cut just before a
-space that a word follows, where byte-level tokenizers (GPT-2's pattern and its descendants) start a
-token anyway, so that encoding the pieces gives the ids of the whole. Without such a space in the
-last ``_REACH`` bytes the cut falls before other white space, and without any at a character's
-boundary.
-"""
+"""Documents of a source, streamed in pieces of bounded size, from any position on."""
 
 import io
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, cast
 
-from minigpt_cli.data.sources import Source, local_folder, source_files
+from minigpt_cli.data.pieces import LONG_DOCUMENT, Bad, Piece, Pieces, Position, cut, split_text
+from minigpt_cli.data.sources import Source, source_files
+from minigpt_cli.data.tables import huggingface, parquet
 from minigpt_cli.errors import UserError
-
-# One piece's encoding takes up to 200 times its size in memory while it lasts (base64, measured),
-# and one piece is in work per core.
-LONG_DOCUMENT = 1 << 20
 
 # A line of JSON must be in memory as a whole to be read; a longer one counts as malformed.
 MAX_LINE = 256 << 20
-
-_REACH = 64 << 10
-_WHITE = b" \t\n\r\v\f"
-_ROWS = 256
-
-
-class Position(NamedTuple):
-    """A place between two pieces, from which reading goes on. Plain JSON values.
-
-    ``file``: index into the source's files. ``offset``: bytes (unpacked) into a file of text or
-    JSON lines; rows into a Parquet file or a Hugging Face dataset. ``line``: lines read so far
-    (JSON lines); 1 once the current text file has been counted as bad. ``inside``: UTF-8 bytes of
-    the current document that were already yielded. ``bad``: bad lines or files so far.
-    """
-
-    file: int = 0
-    offset: int = 0
-    line: int = 0
-    inside: int = 0
-    bad: int = 0
-
-
-# Named tuples rather than frozen dataclasses: two are made per document, and they cost a quarter.
-class Piece(NamedTuple):
-    """``data``: UTF-8 text, not empty. ``last``: the document ends here. ``after``: where reading
-    goes on.
-    """
-
-    data: bytes
-    last: bool
-    after: Position
 
 
 def documents(
@@ -83,12 +43,12 @@ def documents(
     start = start or Position()
     try:
         if source.kind == "huggingface":
-            yield from _huggingface(source, bad, start)
+            yield from huggingface(source, bad, start)
             return
         read = {
             "files": _text_file,
             "jsonl": _json_lines,
-            "parquet": _parquet,
+            "parquet": parquet,
             "python-stdlib": _python_file,
         }[source.kind]
         for index, file in enumerate(source_files(source)):
@@ -101,49 +61,6 @@ def documents(
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise UserError(f"the source can't be read: {where}{error.strerror or error}") from None
-
-
-def cut(text: bytes | bytearray, limit: int) -> int:
-    """Return where to end a piece: at most ``limit`` bytes, at least 1; ``text`` is longer than
-    ``limit``.
-
-    The last space within reach that an ASCII word follows; else the last white space that begins a
-    run of it; else the last character's boundary.
-    """
-    assert 0 < limit < len(text), (limit, len(text))
-    low = max(1, limit - _REACH)
-    at = limit
-    while (at := text.rfind(b" ", low, at)) > 0:
-        if 0x20 < text[at + 1] < 0x80:
-            return at
-    for at in range(limit, low - 1, -1):
-        if text[at] in _WHITE and text[at - 1] not in _WHITE:
-            return at
-    at = limit
-    while at > max(1, limit - 4) and text[at] & 0xC0 == 0x80:  # a continuation byte
-        at -= 1
-    return at
-
-
-Bad = Callable[[str], None]
-Pieces = Generator[Piece, None, int]  # returns the number of bad lines and files so far
-
-
-def _split(text: bytes, here: Position, after: Position) -> Iterator[Piece]:
-    """Yield a document that is in memory, from ``here.inside`` on."""
-    done = here.inside
-    if len(text) - done <= LONG_DOCUMENT:
-        if len(text) > done:
-            yield Piece(text[done:] if done else text, True, after)
-        return
-    view = memoryview(text)
-    while len(text) - done > LONG_DOCUMENT:
-        # The window is one byte longer than the limit: `cut` looks at the byte after.
-        window = bytes(view[done : done + LONG_DOCUMENT + 1])
-        end = cut(window, LONG_DOCUMENT)
-        done += end
-        yield Piece(window[:end], False, here._replace(inside=done, bad=after.bad))
-    yield Piece(text[done:], True, after)
 
 
 def _text_file(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
@@ -191,7 +108,7 @@ def _python_file(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
         reason = "not valid UTF-8" if isinstance(error, ValueError) else error.strerror
         bad(f"{file}: {reason}; skipped")
         return here.bad + 1
-    yield from _split(text, here, after)
+    yield from split_text(text, here, after)
     return here.bad
 
 
@@ -224,7 +141,7 @@ def _json_lines(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
                 bad(f"{file}:{after.line}: {reason}; skipped")
                 after = after._replace(bad=after.bad + 1)
             elif text:
-                yield from _split(text, here, after)
+                yield from split_text(text, here, after)
             here = after
     return here.bad
 
@@ -251,127 +168,6 @@ def _text_of(line: bytes, field: str) -> tuple[bytes, str | None]:
         return b"", f"not valid JSON ({error})"
 
 
-def _parquet(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
-    """One document per row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as table:
-            _check_field(table.schema_arrow, field, str(file))
-            groups: list[int] = []
-            row = 0  # of the first group that is read: those before `here` are not
-            for index in range(table.num_row_groups):
-                rows = table.metadata.row_group(index).num_rows
-                if groups or row + rows > here.offset:
-                    groups.append(index)
-                else:
-                    row += rows
-            batches = table.iter_batches(_ROWS, row_groups=groups, columns=[field])
-            return (yield from _rows(batches, row, str(file), field, bad, here))
-    except pa.ArrowException as error:
-        raise UserError(f"{file} is not a Parquet file that can be read: {_line(error)}") from None
-
-
-def _huggingface(source: Source, bad: Bad, here: Position) -> Iterator[Piece]:
-    folder = local_folder(source)
-    name = source.path[0]
-    if folder is not None:
-        saved = _saved_split(folder, source.split)
-        if saved is not None:
-            yield from _rows(_arrow_batches(saved, source.field), 0, name, source.field, bad, here)
-            return
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(
-            str(folder or name), name=source.config, split=source.split, streaming=True
-        )
-        batches = (
-            batch
-            for table in data.skip(here.offset).with_format("arrow").iter(_ROWS)
-            for batch in _checked(table, source.field, name).to_batches()
-        )
-        yield from _rows(batches, here.offset, name, source.field, bad, here)
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as error:  # `datasets` raises whatever its file system, builder or parser raised
-        raise UserError(
-            f"the Hugging Face dataset {name} (split {source.split}) can't be read: {_line(error)}"
-        ) from None
-
-
-def _saved_split(folder: Path, split: str) -> Path | None:
-    """Return the directory of one split that `save_to_disk` wrote; None for another kind of
-    directory.
-    """
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        if split not in splits:
-            raise UserError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-        folder = folder / split
-    return folder if (folder / "state.json").is_file() else None
-
-
-def _arrow_batches(folder: Path, field: str) -> Iterator[Any]:
-    """Yield the record batches of a saved dataset, by plain reads: a memory map would count as our
-    memory.
-    """
-    import pyarrow as pa
-
-    try:
-        files = json.loads((folder / "state.json").read_text())["_data_files"]
-        for name in (entry["filename"] for entry in files):
-            with pa.OSFile(str(folder / name)) as file, pa.ipc.open_stream(file) as batches:
-                _check_field(batches.schema, field, str(folder / name))
-                for batch in batches:
-                    yield batch.select([field])
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise UserError(
-            f"{folder} is not a saved dataset that can be read: {_line(error)}"
-        ) from None
-
-
-def _checked(table: Any, field: str, where: str) -> Any:
-    _check_field(table.schema, field, where)
-    return table.select([field])
-
-
-def _check_field(schema: Any, field: str, where: str) -> None:
-    import pyarrow as pa
-
-    if field not in schema.names:
-        raise UserError(f"{where} has no field {field!r}; it has {', '.join(schema.names)}")
-    kind = schema.field(field).type
-    if not any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string)):
-        raise UserError(f"field {field!r} of {where} holds {kind}, not text")
-
-
-def _rows(
-    batches: Iterator[Any], row: int, where: str, field: str, bad: Bad, here: Position
-) -> Pieces:
-    """Yield the rows of one-column record batches whose first row has number ``row``."""
-    for batch in batches:
-        if row + len(batch) <= here.offset:  # read before; not converted again
-            row += len(batch)
-            continue
-        # Bytes, not strings: Arrow's text is UTF-8 already
-        for text in (
-            batch.column(0).cast("large_binary").slice(max(0, here.offset - row)).to_pylist()
-        ):
-            after = here._replace(offset=here.offset + 1, inside=0)
-            if text is None:
-                bad(f"{where}: row {here.offset}: no text in field {field!r}; skipped")
-                after = after._replace(bad=after.bad + 1)
-            elif text:
-                yield from _split(text, here, after)
-            here = after
-        row = here.offset
-    return here.bad
-
-
 def _opened(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
         import gzip
@@ -390,8 +186,3 @@ def _skip(stream: BinaryIO, offset: int) -> None:
         return
     while offset > 0:  # a compressed stream can only be read through
         offset -= len(stream.read(min(offset, LONG_DOCUMENT))) or offset
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

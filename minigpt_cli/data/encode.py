@@ -145,7 +145,7 @@ def _serve(requests: IO[bytes], replies: IO[bytes], file: str, eos: int, dtype: 
         (count,) = struct.unpack("<Q", head)
         lengths = array("Q", _read(requests, 8 * count))
         flags = _read(requests, count)
-        texts = [_read(requests, length).decode() for length in lengths]
+        texts = [_read(requests, length).decode(errors="replace") for length in lengths]
         out = (array(typecode), array(typecode))
         start = 0
         while start < count:

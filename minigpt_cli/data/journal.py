@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.data.documents import Position
 from minigpt_cli.data.manifest import FORMAT, JOURNAL, Shard, write_atomically
+from minigpt_cli.data.pieces import Position
 from minigpt_cli.data.placement import Place, Rule
 from minigpt_cli.errors import Damaged
 

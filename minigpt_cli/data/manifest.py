@@ -120,11 +120,15 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def write_atomically(file: Path, content: bytes) -> None:
     """Replace ``file`` so that, whenever the power goes, it holds the old content or the new."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk its bytes are wanted
+        raise
     sync_directory(file.parent)
 
 

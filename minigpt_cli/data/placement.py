@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minigpt_cli.data.documents import Position, cut, documents
+from minigpt_cli.data.documents import documents
+from minigpt_cli.data.pieces import Position, cut
 from minigpt_cli.data.sources import Source
 from minigpt_cli.errors import UserError
 

@@ -8,23 +8,15 @@ disk go.
 
 import errno
 import fcntl
-import hashlib
 import os
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from minigpt_cli import __version__
-from minigpt_cli.data.encode import LAST, VAL, Batch, Ids, encoders
-from minigpt_cli.data.journal import Journal, State, read_journal, write_journal
+from minigpt_cli.data.journal import State, read_journal
 from minigpt_cli.data.manifest import (
     JOURNAL,
     MANIFEST,
@@ -37,9 +29,9 @@ from minigpt_cli.data.manifest import (
     write_atomically,
     write_manifest,
 )
+from minigpt_cli.data.pipeline import Work, encode_all, shard_files
 from minigpt_cli.data.placement import Place, Rule, choose_rule, placed
-from minigpt_cli.data.progress import BadLines, Progress, Teller
-from minigpt_cli.data.shard_writer import ShardWriter
+from minigpt_cli.data.progress import Progress, Teller
 from minigpt_cli.data.shards import open_dataset
 from minigpt_cli.data.sources import Source, listing, source_files
 from minigpt_cli.data.tokenizer import (
@@ -56,37 +48,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 LOCK = ".lock"
-
-_BATCH_BYTES = 512 << 10
-_BATCH_PIECES = 4096
-_JOURNAL_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What stays the same from the start to the end, and over restarts."""
-
-    source: Source
-    out: Path
-    strict: bool
-    settings: dict[str, Any]
-    rule: Rule
-    source_modified: int | None
-    tokenizer_fingerprint: str
-    eos_id: int
-    vocab_size: int
-
-    @property
-    def dtype(self) -> str:
-        return "uint16" if self.vocab_size <= 65_536 else "uint32"
-
-    def journal(self, state: State) -> None:
-        write_journal(
-            self.out,
-            Journal(
-                self.settings, self.source_modified, self.tokenizer_fingerprint, self.rule, state
-            ),
-        )
 
 
 def tokenize(
@@ -142,7 +103,7 @@ def tokenize(
             work, state = _resumed(source, out, strict, settings, warn) or _begun(
                 source, out, strict, settings, given, train_vocab, tell
             )
-            state = _encode(work, state, workers or _cores(), tell, warn)
+            state = encode_all(work, state, workers or _cores(), tell, warn)
             return _completed(work, state)
     except OSError as error:
         raise _os_problem(error, out) from None
@@ -156,9 +117,9 @@ def _begun(
     given: "Tokenizer | None",
     train_vocab: int | None,
     tell: Teller,
-) -> tuple[_Work, State]:
+) -> tuple[Work, State]:
     """Choose what is validation, make the tokenizer, write the first journal."""
-    strays = _shard_files(out)
+    strays = shard_files(out)
     if strays and not (out / JOURNAL).exists():
         raise UserError(
             f"{out} holds {strays[0].name} but neither {MANIFEST} nor {JOURNAL}: "
@@ -182,7 +143,7 @@ def _resumed(
     strict: bool,
     settings: dict[str, Any],
     warn: Callable[[str], None],
-) -> tuple[_Work, State] | None:
+) -> tuple[Work, State] | None:
     """Return where an interrupted run was; None when there is none."""
     journal = read_journal(out)
     if journal is None:
@@ -222,8 +183,8 @@ def _work(
     rule: Rule,
     modified: int | None,
     tokenizer: "Tokenizer",
-) -> _Work:
-    return _Work(
+) -> Work:
+    return Work(
         source=source,
         out=out,
         strict=strict,
@@ -236,97 +197,7 @@ def _work(
     )
 
 
-def _encode(
-    work: _Work, state: State, workers: int, tell: Teller, warn: Callable[[str], None]
-) -> State:
-    """Read, encode and write everything from ``state`` on; return the state at the end."""
-    tell.begin("tokenizing", sum(state.bytes))
-    bad_before = state.place.position.bad
-    bad = BadLines(warn)
-    writers = tuple(
-        ShardWriter(work.out, split, work.dtype, work.settings["shard_tokens"], finished, pending)
-        for split, finished, pending in zip(SPLITS, state.shards, state.pending, strict=True)
-    )
-    _remove_strays(work.out, state)
-    waiting: deque[tuple[State, Future[Ids]]] = deque()
-    journaled = time.monotonic()
-
-    def write_oldest() -> None:
-        nonlocal state, journaled
-        reached, future = waiting.popleft()
-        for writer, raw in zip(writers, future.result(), strict=True):
-            writer.write(np.frombuffer(raw, dtype=work.dtype))
-        before = state.shards
-        state = replace(
-            reached,
-            shards=tuple(tuple(writer.finished) for writer in writers),
-            pending=tuple(writer.pending for writer in writers),
-        )
-        tell.written(state)
-        if state.shards != before or time.monotonic() > journaled + _JOURNAL_SECONDS:
-            for writer in writers:
-                writer.sync()
-            work.journal(state)
-            journaled = time.monotonic()
-
-    try:
-        with encoders(workers, work.out / TOKENIZER, work.eos_id, work.dtype) as submit:
-            for batch, reached in _batches(work, state, bad):
-                waiting.append((reached, submit(batch)))
-                if len(waiting) > 2 * workers:  # each busy, and as many batches at hand
-                    write_oldest()
-            while waiting:
-                write_oldest()
-        shards = tuple(writer.finish() for writer in writers)
-    finally:
-        for writer in writers:
-            writer.close()
-    # Lines after the last document belong to no position
-    position = state.place.position._replace(bad=bad_before + bad.count)
-    return replace(
-        state, shards=shards, pending=(0, 0), place=state.place._replace(position=position)
-    )
-
-
-def _batches(
-    work: _Work, state: State, on_bad: Callable[[str], None]
-) -> Iterator[tuple[Batch, State]]:
-    """Yield batches of about ``_BATCH_BYTES``, each with the state once it is written.
-
-    Which pieces share a batch has no influence on what is written.
-    """
-    pieces: list[bytes] = []
-    flags = bytearray()
-    size = 0
-    chain = bytes.fromhex(state.chain)
-    counts, sizes = list(state.documents), list(state.bytes)
-    place: Place | None = state.place
-    for piece in placed(work.source, work.rule, work.strict, on_bad, state.place):
-        # A new batch begins where reading could
-        if (
-            pieces
-            and place is not None
-            and (size + len(piece.data) > _BATCH_BYTES or len(pieces) >= _BATCH_PIECES)
-        ):
-            yield Batch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
-            pieces, flags, size = [], bytearray(), 0
-        pieces.append(piece.data)
-        flags.append((LAST if piece.last else 0) | (VAL if piece.val else 0))
-        size += len(piece.data)
-        chain = hashlib.sha256(chain + piece.digest).digest()
-        counts[piece.val] += piece.last
-        sizes[piece.val] += len(piece.data)
-        place = piece.after
-    if pieces:
-        assert place is not None
-        yield Batch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
-
-
-def _reached(place: Place, chain: bytes, counts: list[int], sizes: list[int]) -> State:
-    return State(place, chain.hex(), (counts[0], counts[1]), (sizes[0], sizes[1]))
-
-
-def _completed(work: _Work, state: State) -> Manifest:
+def _completed(work: Work, state: State) -> Manifest:
     """Write ``dataset.json``."""
     splits = {
         name: Split(shards, sum(shard.tokens for shard in shards), documents, size)
@@ -352,7 +223,8 @@ def _completed(work: _Work, state: State) -> Manifest:
         minigpt_version=__version__,
     )
     write_manifest(work.out, manifest)
-    (work.out / JOURNAL).unlink()
+    for leftover in (work.out / JOURNAL, *work.out.glob(".*.tmp")):
+        leftover.unlink()
     return manifest
 
 
@@ -381,7 +253,7 @@ def _training_texts(source: Source, rule: Rule, strict: bool, tell: Teller) -> I
         size += len(piece.data)
         documents += piece.last
         if not piece.val:
-            yield piece.data.decode()
+            yield piece.data.decode(errors="replace")
             tell.read(size, documents)
 
 
@@ -416,22 +288,6 @@ def _locked(out: Path) -> Iterator[None]:
                 f"another process is tokenizing into {out}: wait for it or choose another --out"
             ) from None
         yield
-
-
-def _shard_files(out: Path) -> list[Path]:
-    return sorted(file for split in SPLITS for file in out.glob(f"{split}-[0-9]*.npy*"))
-
-
-def _remove_strays(out: Path, state: State) -> None:
-    """Delete what was written after the journal, but for the shard that is appended to."""
-    kept = set()
-    for split, shards, pending in zip(SPLITS, state.shards, state.pending, strict=True):
-        kept |= {shard.file for shard in shards}
-        if pending:
-            kept.add(f"{split}-{len(shards):05d}.npy.partial")
-    for file in _shard_files(out):
-        if file.name not in kept:
-            file.unlink()
 
 
 def _modified(source: Source) -> int | None:

@@ -1,13 +1,15 @@
 """The shape of a model, in the names of Hugging Face's ``config.json``."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from minigpt_cli.errors import UserError
 from minigpt_cli.recipe import Recipe
 
 Family = Literal["gpt2", "llama", "qwen3"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,21 @@ def model_config(
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads or num_attention_heads,
-        head_dim=head_dim or hidden_size // num_attention_heads,
+        num_key_value_heads=_given(num_key_value_heads, num_attention_heads),
+        head_dim=_given(head_dim, hidden_size // max(1, num_attention_heads)),
         # Two matrices of 4h, or SwiGLU's three of 8h/3 (Shazeer 2020), rounded up to whole tiles.
-        intermediate_size=intermediate_size
-        or (4 * hidden_size if gpt2 else -(-8 * hidden_size // (3 * 64)) * 64),
+        intermediate_size=_given(
+            intermediate_size, 4 * hidden_size if gpt2 else -(-8 * hidden_size // (3 * 64)) * 64
+        ),
         max_position_embeddings=max_position_embeddings,
-        rope_theta=rope_theta or 10_000.0,
-        norm_eps=norm_eps or (1e-5 if family != "qwen3" else 1e-6),
-        tie_word_embeddings=gpt2 if tie_word_embeddings is None else tie_word_embeddings,
+        rope_theta=_given(rope_theta, 10_000.0),
+        norm_eps=_given(norm_eps, 1e-5 if family != "qwen3" else 1e-6),
+        tie_word_embeddings=_given(tie_word_embeddings, gpt2),
         initializer_range=initializer_range,
         dropout=dropout,
     )
     problems = _problems(config)
-    if head_dim is None and hidden_size % num_attention_heads:
+    if head_dim is None and hidden_size % max(1, num_attention_heads):
         problems.insert(
             0,
             f"hidden_size {hidden_size} is not a multiple of num_attention_heads "
@@ -88,11 +91,16 @@ def model_config(
     return config
 
 
+def _given(value: T | None, default: T) -> T:
+    """``default`` where the value was left out; a 0 was given and has to be refused."""
+    return default if value is None else value
+
+
 def config_from_recipe(recipe: Recipe, vocab_size: int) -> ModelConfig:
     """The shape that a recipe's ``[model]`` asks for, with the tokenizer's vocabulary."""
     settings = dataclasses.asdict(recipe.model)
-    settings["max_position_embeddings"] = (
-        settings["max_position_embeddings"] or recipe.train.sequence_length
+    settings["max_position_embeddings"] = _given(
+        settings["max_position_embeddings"], recipe.train.sequence_length
     )
     return model_config(vocab_size=vocab_size, **settings)
 
@@ -105,6 +113,11 @@ def _problems(config: ModelConfig) -> list[str]:
         and not isinstance(getattr(config, field.name), bool)
         and getattr(config, field.name) < 1
     ]
+    found += [
+        f"{name} must be above 0, not {getattr(config, name)}"
+        for name in ("rope_theta", "norm_eps", "initializer_range")
+        if not 0 < getattr(config, name) < math.inf
+    ]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if kv_heads > 0 and heads % kv_heads:
         found.append(
@@ -114,7 +127,9 @@ def _problems(config: ModelConfig) -> list[str]:
         found.append(f"dropout must lie in [0, 1), not {config.dropout}")
     if config.family == "gpt2":
         if kv_heads != heads:
-            found.append("family gpt2 has no grouped-query attention: leave out num_key_value_heads")
+            found.append(
+                "family gpt2 has no grouped-query attention: leave out num_key_value_heads"
+            )
         if config.head_dim * heads != config.hidden_size:
             found.append("family gpt2 needs head_dim = hidden_size / num_attention_heads")
     elif config.head_dim % 2:

@@ -126,7 +126,9 @@ class Attention(nn.Module):
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (part.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (
+            part.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for part in (q, k, v)
+        )
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

@@ -178,12 +178,12 @@ def test_a_learned_text_streams_up_to_its_stop_string(text, data):
 
 def test_a_learned_text_ends_with_eos_and_streams_as_it_comes():
     text = "the end 👩‍👩‍👧 of naïve cats"
-    model, ids = teach(text)
+    model, _ = teach(text)
     pieces = stream(model)
     assert complete(pieces) == complete(stream(model, use_cache=False))
     assert complete(pieces)[0].text == text
     assert complete(pieces)[0].finish_reason == "eos"
-    assert len(pieces) > 0.5 * len(ids) - 20  # not all at the end
+    assert [piece.text for piece in pieces[:5]] == ["the", " end", " ", "👩", "\u200d"]
     held = stream(model, stop=["cats and dogs"])
     assert complete(held)[0].text == text  # what was held back comes out at the end
 

@@ -1,0 +1,140 @@
+"""The fused projection and cross-entropy against torch's own two steps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minigpt_cli.model.cross_entropy import IGNORE, projected_cross_entropy
+
+N, H, V = 37, 8, 23
+
+
+def data(dtype=torch.float64, n=N, h=H, v=V):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n, h, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(v, h, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[::5] = IGNORE
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def value_and_gradients(hidden, weight, targets, chunk_tokens=None, scale=1.0):
+    loss = projected_cross_entropy(hidden, weight, targets, chunk_tokens)
+    return loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight))
+
+
+def expected(hidden, weight, targets, scale=1.0):
+    loss = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORE)
+    return loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 5, 36, 37, 1000])
+@pytest.mark.parametrize("scale", [1.0, -0.01])
+def test_value_and_gradients_equal_torchs(chunk_tokens, scale):
+    ours = value_and_gradients(*data(), chunk_tokens, scale)
+    for mine, theirs in zip(ours, expected(*data(), scale), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_gradcheck():
+    hidden, weight, targets = data(n=6, h=3, v=5)
+    assert torch.autograd.gradcheck(
+        lambda h, w: projected_cross_entropy(h, w, targets, 4), (hidden, weight)
+    )
+
+
+def test_extreme_logits_stay_finite():
+    hidden, weight, targets = data()
+    with torch.no_grad():
+        weight *= 1e4
+    ours = value_and_gradients(hidden, weight, targets)
+    for mine, theirs in zip(ours, expected(hidden, weight, targets), strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_ignored_targets_alone_give_zero():
+    hidden, weight, targets = data()
+    for result in value_and_gradients(hidden, weight, torch.full_like(targets, IGNORE)):
+        assert (result == 0).all()
+
+
+def test_ignored_tokens_have_no_gradient():
+    hidden, weight, targets = data()
+    _, grad, _ = value_and_gradients(hidden, weight, targets)
+    assert torch.equal((grad == 0).all(-1), targets == IGNORE)
+
+
+def test_no_gradients_are_made_where_none_are_wanted():
+    hidden, weight, targets = data()
+    value = projected_cross_entropy(hidden, weight, targets)
+    with torch.no_grad():
+        assert torch.equal(projected_cross_entropy(hidden, weight, targets), value.detach())
+        assert not projected_cross_entropy(hidden, weight, targets).requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_one_side_may_be_frozen(frozen):
+    """A base model's head under LoRA, or hidden states that are given."""
+    hidden, weight, targets = data()
+    _, grad_hidden, grad_weight = expected(hidden, weight, targets)
+    (hidden if frozen == "hidden" else weight).requires_grad_(False)
+    projected_cross_entropy(hidden, weight, targets).backward()
+    other, grad = (weight, grad_weight) if frozen == "hidden" else (hidden, grad_hidden)
+    torch.testing.assert_close(other.grad, grad, rtol=0, atol=1e-12)
+
+
+def test_bf16_activations_with_float32_weights_come_close():
+    """The way it runs under autocast: the weight's gradient comes back in float32."""
+    hidden, weight, targets = data(torch.bfloat16, n=300, h=64, v=500)
+    weight = weight.detach().float().requires_grad_()
+    with torch.no_grad():
+        weight *= 0.3
+    loss, grad_hidden, grad_weight = value_and_gradients(hidden, weight, targets, 128)
+    assert (loss.dtype, grad_hidden.dtype, grad_weight.dtype) == (
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+    )
+    exact = expected(
+        hidden.detach().double().requires_grad_(),
+        weight.detach().double().requires_grad_(),
+        targets,
+    )
+    for mine, theirs in zip((loss, grad_hidden, grad_weight), exact, strict=True):
+        error = (mine.double() - theirs).norm() / theirs.norm()
+        assert error < 0.01
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most elements that any operation's result held."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.untyped_storage().nbytes() // out.itemsize)
+        return out
+
+
+def test_the_logits_of_all_tokens_never_exist_at_once():
+    n, v, chunk = 1000, 200, 50
+    hidden, weight, targets = data(torch.float32, n=n, h=H, v=v)
+    with LargestTensor() as usual:
+        expected(hidden, weight, targets)
+    assert usual.elements == n * v  # the probe sees them where they do exist
+    with LargestTensor() as ours:
+        projected_cross_entropy(hidden, weight, targets, chunk).backward()
+    assert ours.elements == chunk * v
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_tokens_times_vocabulary():
+    n, v = 1000, 200
+    hidden, weight, targets = data(torch.float32, n=n, h=H, v=v)
+    loss = projected_cross_entropy(hidden, weight, targets)
+    kept = sum(tensor.numel() for tensor in loss.grad_fn.saved_tensors)
+    assert kept == n * H + v * H

@@ -1,0 +1,215 @@
+"""One optimizer step, against arithmetic done another way."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from minigpt_cli.errors import Diverged
+from minigpt_cli.model.config import model_config
+from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.recipe import Optimizer
+from minigpt_cli.train import guard, optimizer, precision
+from minigpt_cli.train.step import Trainer, dropout_seed, train_step
+
+CPU = torch.device("cpu")
+VOCAB = 67
+
+
+def trainer(
+    dtype: torch.dtype = torch.float64,
+    *,
+    name: str = "adamw",
+    clip: float = 1.0,
+    micro: int = 8,
+    dropout: float = 0.0,
+    device: torch.device = CPU,
+) -> Trainer:
+    config = model_config(
+        family="llama", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=16, dropout=dropout,
+    )  # fmt: skip
+    model = GPT(config).to(device, precision.weights_dtype(dtype))
+    initialize(model, 3)
+    return Trainer(
+        model=model,
+        optimizers=optimizer.build(model, Optimizer(lr=1e-2, name=name, clip_norm=clip)),
+        scaler=precision.grad_scaler(dtype, device),
+        guard=guard.new_guard(device),
+        dtype=dtype,
+        seed=5,
+        micro_batch_size=micro,
+        clip_norm=clip,
+    )
+
+
+def batch(seed: int = 0, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(VOCAB, (8, 17), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1].to(device), tokens[:, 1:].to(device)
+
+
+def everything(t: Trainer) -> list[Tensor]:
+    """Weights, moments and step counts."""
+    found = [p.detach() for p in t.model.parameters()]
+    for each in t.optimizers:
+        for p in each.state:
+            found += [value for value in each.state[p].values() if isinstance(value, Tensor)]
+    return [value.clone() for value in found]
+
+
+def adamw_by_hand(before: Tensor, grad: Tensor, lr: float, decay: float) -> Tensor:
+    """The first step of AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
+    m, v = 0.1 * grad, 0.05 * grad**2
+    m_hat, v_hat = m / (1 - 0.9), v / (1 - 0.95)
+    return before - lr * (m_hat / (v_hat.sqrt() + 1e-8) + decay * before)
+
+
+def test_a_step_is_clipped_adamw():
+    t = trainer(clip=0.3)
+    reference = copy.deepcopy(t.model)
+    inputs, targets = batch()
+    logits = reference(inputs)
+    mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    mean.backward()
+    norm = math.sqrt(sum((p.grad**2).sum().item() for p in reference.parameters()))
+    assert norm > 0.3  # else clipping is not tested
+
+    loss, grad_norm = train_step(t, inputs, targets, step=0, lr_share=0.5)
+    assert loss.item() == pytest.approx(mean.item(), rel=1e-12)
+    assert grad_norm.item() == pytest.approx(norm, rel=1e-12)
+    for (name, p), q in zip(t.model.named_parameters(), reference.parameters(), strict=True):
+        grad = q.grad * 0.3 / (norm + 1e-6)
+        expected = adamw_by_hand(q.detach(), grad, 0.5e-2, 0.1 if q.ndim == 2 else 0.0)
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-9, atol=1e-12, msg=name)
+        assert p.grad is None
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulation_equals_the_whole_batch(micro: int):
+    whole, parts = trainer(), trainer(micro=micro)
+    inputs, targets = batch()
+    targets = targets.clone()
+    targets[:3, 4:] = -100  # micro-batches with unequal numbers of valid targets
+    for step in range(3):
+        a = train_step(whole, inputs, targets, step, 1.0)
+        b = train_step(parts, inputs, targets, step, 1.0)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    for p, q in zip(everything(whole), everything(parts), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_decay_is_for_matrices_only_and_muon_takes_the_hidden_ones():
+    t = trainer(name="muon")
+    muon, adamw = t.optimizers
+    names = {id(p): name for name, p in t.model.named_parameters()}
+    hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert hidden == {
+        name for name, p in t.model.named_parameters() if name.startswith("layers.") and p.ndim == 2
+    }
+    decayed, kept = adamw.param_groups
+    assert {names[id(p)] for p in decayed["params"]} == {"embed_tokens.weight", "lm_head.weight"}
+    assert decayed["weight_decay"] == 0.1
+    assert kept["weight_decay"] == 0.0
+    assert all("norm" in names[id(p)] for p in kept["params"])
+    everywhere = [id(p) for each in t.optimizers for g in each.param_groups for p in g["params"]]
+    assert sorted(everywhere) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_bad_step_changes_nothing_and_ends_the_run(name: str, after: int, poison: float):
+    t = trainer(torch.float32, name=name)
+    for step in range(after):
+        train_step(t, *batch(step), step, 1.0)
+    before = everything(t)
+    weight = t.model.layers[0].mlp.up_proj.weight
+    hook = weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), poison))
+    loss, norm = train_step(t, *batch(9), after, 1.0)
+    hook.remove()
+    assert loss.isfinite()
+    assert not norm.isfinite()
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(t), strict=False))
+    fresh = everything(t)[len(before) :]  # moments made by this very step
+    assert not any(value.any() for value in fresh)
+    with pytest.raises(Diverged, match=f"not finite at step {after + 1};.*keep this"):
+        guard.check(t.guard, "keep this")
+
+    train_step(t, *batch(after), after, 1.0)  # and the next good one is as if nothing had been
+    other = trainer(torch.float32, name=name)
+    for step in range(after + 1):
+        train_step(other, *batch(step), step, 1.0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(everything(t), everything(other), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_fp16_overflow_only_skips_and_halves_the_scale(name: str):
+    overflowing = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    t = replace(trainer(torch.float16, name=name), scaler=overflowing)
+    before = everything(t)
+    scales = []
+    while not train_step(t, *batch(), 0, 1.0)[1].isfinite():
+        assert all(torch.equal(a, b) for a, b in zip(before, everything(t), strict=False))
+        scales.append(t.scaler.get_scale())
+    assert scales[:3] == [2.0**39, 2.0**38, 2.0**37]
+    assert not all(torch.equal(a, b) for a, b in zip(before, everything(t), strict=False))
+    assert t.guard.skipped.item() == len(scales)
+    guard.check(t.guard, "")  # skipping is no divergence
+
+
+def test_fp16_gradients_are_unscaled_before_clipping():
+    half, full = trainer(torch.float16), trainer(torch.float32)
+    (loss, norm), (loss32, norm32) = (train_step(t, *batch(), 0, 1.0) for t in (half, full))
+    assert loss.item() == pytest.approx(loss32.item(), rel=1e-3)
+    assert norm.item() == pytest.approx(norm32.item(), rel=1e-2)
+
+
+def test_a_loss_that_is_not_finite_ends_an_fp16_run_too():
+    t = trainer(torch.float16)
+    with torch.no_grad():
+        t.model.norm.weight.fill_(math.nan)
+    train_step(t, *batch(), 0, 1.0)
+    with pytest.raises(Diverged):
+        guard.check(t.guard, "")
+
+
+def test_dropout_depends_on_step_and_place_only():
+    one, other = trainer(dropout=0.5, micro=4), trainer(dropout=0.5, micro=4)
+    torch.manual_seed(1)
+    a, _ = train_step(one, *batch(), 7, 1.0)
+    torch.manual_seed(2)
+    b, _ = train_step(other, *batch(), 7, 1.0)
+    c, _ = train_step(replace(other, model=trainer(dropout=0.5).model), *batch(), 8, 1.0)
+    assert a == b
+    assert a != c
+    assert len({dropout_seed(1, step, index) for step in range(9) for index in range(9)}) == 81
+
+
+def test_no_step_waits_for_the_device():
+    """Nothing in a step reads a tensor's value: on a GPU that would stall the queue."""
+
+    class NoReading(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN
+            assert func not in (
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+            ), func
+            return func(*args, **(kwargs or {}))
+
+    for name in ("adamw", "muon"):
+        t = trainer(torch.bfloat16, name=name)
+        train_step(t, *batch(), 0, 1.0)
+        with NoReading():
+            train_step(t, *batch(), 1, 1.0)
+
+
+@pytest.mark.parametrize(("loss", "warns"), [(4.2, False), (4.9, False), (9.0, True), (0.5, True)])
+def test_the_first_loss_is_compared_with_a_uniform_guess(loss: float, warns: bool):
+    warning = guard.warn_about_first_loss(loss, VOCAB)  # ln(67) = 4.205
+    assert (warning is not None) == warns
+    assert warning is None or "initializer_range" in warning
