@@ -1,0 +1,107 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minigpt_cli.evaluate.loss import evaluate, fixed_windows, stream_batches
+from minigpt_cli.model.config import model_config
+from minigpt_cli.model.gpt import GPT, initialize
+
+CONFIG = model_config(
+    family="llama", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+    max_position_embeddings=8, dropout=0.3,
+)  # fmt: skip
+LENGTHS = np.arange(50, dtype=np.int32) % 5
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    model = GPT(CONFIG).double()
+    initialize(model, 1)
+    return model.train()
+
+
+@given(tokens=st.integers(0, 100), length=st.integers(1, 9), batch=st.integers(1, 5))
+def test_a_stream_gives_every_token_as_a_target_once(tokens: int, length: int, batch: int):
+    stream = np.arange(tokens)
+    batches = list(stream_batches(lambda a, b: stream[a:b], tokens, length, batch))
+    targets = np.concatenate([each[:, 1:].ravel() for each in batches] or [np.array([])])
+    assert targets.tolist() == list(range(1, tokens))
+    for each in batches:
+        assert (each[:, 1:] == each[:, :-1] + 1).all()
+        assert each.shape[1] <= length + 1
+
+
+@given(available=st.integers(0, 1000), wanted=st.integers(1, 100))
+def test_fixed_windows_are_spread_over_all(available: int, wanted: int):
+    ids = fixed_windows(available, wanted)
+    assert len(ids) == min(available, wanted)
+    assert len(set(ids.tolist())) == len(ids)
+    if len(ids) > 1:
+        gaps = np.diff(ids)
+        assert gaps.max() - gaps.min() <= 1
+        assert ids[0] == 0
+        assert ids[-1] + gaps.max() + 1 >= available
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_each_token_counts_the_same_and_bytes_are_the_targets(model: GPT, batch: int):
+    stream = np.random.default_rng(0).integers(0, 50, 30)  # 3 windows of 8, a tail of 5
+    result = evaluate(
+        model,
+        stream_batches(lambda a, b: stream[a:b], 30, 8, batch),
+        dtype=torch.float64,
+        token_bytes=LENGTHS,
+        bytes_per_token=99.0,
+    )
+    assert result is not None
+    model.eval()
+    losses = []
+    for start in range(0, 29, 8):
+        window = torch.from_numpy(stream[start : start + 9])
+        logits = model(window[None, :-1])[0]
+        losses += (-logits.log_softmax(-1)[range(len(window) - 1), window[1:]]).tolist()
+    model.train()
+    text_bytes = sum(int(LENGTHS[token]) for token in stream[1:])
+    assert len(losses) == 29
+    assert result.tokens == 29
+    assert result.loss == pytest.approx(np.mean(losses), rel=1e-12)
+    assert result.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-12)
+    assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / text_bytes, rel=1e-12)
+
+
+def test_dropout_is_off_the_mode_is_put_back_and_no_random_number_is_drawn(model: GPT):
+    stream = np.arange(40) % 50
+
+    def run() -> float:
+        result = evaluate(
+            model,
+            stream_batches(lambda a, b: stream[a:b], 40, 8, 2),
+            dtype=torch.float64,
+            token_bytes=None,
+            bytes_per_token=2.5,
+        )
+        assert result is not None
+        assert result.bytes == 39 * 2.5
+        return result.loss
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert run() == run()
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_it_can_be_given_up(model: GPT):
+    asked = iter([False, True])
+    batches = (np.zeros((1, 9), dtype=np.int64) for _ in range(5))
+    result = evaluate(
+        model, batches, dtype=torch.float64, token_bytes=LENGTHS, bytes_per_token=1.0,
+        stop=lambda: next(asked),
+    )  # fmt: skip
+    assert result is None
+    assert model.training

@@ -1,0 +1,40 @@
+import json
+import math
+from pathlib import Path
+
+from minigpt_cli.report import metrics
+from minigpt_cli.report.console import duration, step_line
+
+
+def test_lines_are_whole_json_and_cut_back_to_one_curve(tmp_path: Path):
+    file = metrics.MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        file.write({"step": step, "loss": 1 / step})
+    file.write({"step": 3, "val_loss": math.nan})
+    file.flush()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1]) == {"step": 3, "val_loss": None}
+    file.close()
+
+    with (tmp_path / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 2, "lo')
+    metrics.cut_back(tmp_path, 2)
+    assert metrics.read(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    again = metrics.MetricsFile(tmp_path)
+    again.write({"step": 3})
+    again.close()
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2, 3]
+
+
+def test_the_words_for_a_step():
+    values = {
+        "step": 10, "loss": 3.14159, "lr": 1e-3, "grad_norm": 0.5,
+        "tokens_per_second": 12345.6, "mfu": None,
+    }  # fmt: skip
+    line = step_line(values, 100, 3700)
+    assert line == (
+        "step 10/100  loss 3.1416  lr 1.00e-03  grad norm 0.500  12,346 tok/s  MFU n/a  left 1:01:40"
+    )
+    assert "MFU 41.2%" in step_line(values | {"mfu": 0.412}, 100, 1)
+    assert duration(math.inf) == "?"
+    assert duration(59.6) == "1:00"
