@@ -1,7 +1,7 @@
 """The errors a user can cause or meet, each with the exit code that scripts rely on.
 
 The message of every error here is one line for a person: what is wrong, where, and how to mend it.
-The command line prints that line and exits with ``exit_code``; anything else that is raised is a bug.
+The command line prints that line and exits with ``exit_code``; anything else raised is a bug.
 """
 
 import signal
@@ -28,7 +28,7 @@ class Damaged(UserError):
 class Stopped(UserError):
     """A signal ended the work at a point from which it can go on.
 
-    The exit code is 130 after Ctrl-C and 75 (``EX_TEMPFAIL``, "run me again") after any other signal.
+    The exit code is 130 after Ctrl-C and 75 (``EX_TEMPFAIL``, "run me again") after others.
     """
 
     def __init__(self, message: str, signum: int):

@@ -177,9 +177,7 @@ FIXED_IN_A_RUN = (
 )
 
 
-def load(
-    path: Path | str, overrides: list[str] | None = None, name: str | None = None
-) -> Recipe:
+def load(path: Path | str, overrides: list[str] | None = None, name: str | None = None) -> Recipe:
     """Read a recipe, put the command line's ``section.key=value`` overrides over it, check it.
 
     Args:
@@ -367,8 +365,7 @@ def _convert(hint: Any, value: Any) -> Any:
         options = [str(option) for option in get_args(hint)]
         near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.6)
         raise TypeError(
-            f"must be one of {', '.join(options)}"
-            + (f" (did you mean {near[0]}?)" if near else "")
+            f"must be one of {', '.join(options)}" + (f" (did you mean {near[0]}?)" if near else "")
         )
     if kind is tuple:
         inner = get_args(hint)

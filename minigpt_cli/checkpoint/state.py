@@ -57,9 +57,7 @@ def tensors_of(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dic
     }
 
 
-def _optimizer_state(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Any]:
+def _optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return get_optimizer_state_dict(model, optimizers, options=_OPTIONS)

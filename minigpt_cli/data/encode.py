@@ -4,6 +4,7 @@ A worker is a plain child process on two pipes. It ends when its input does, so 
 parent however that dies, and it sits in its own session, so that Ctrl-C reaches the parent alone.
 """
 
+import itertools
 import os
 import signal
 import struct
@@ -42,6 +43,19 @@ VAL = 2
 Ids = tuple[bytes, bytes]
 
 
+class _Worker:
+    """A child process that can hold a second batch in its pipe while it works on the first.
+
+    A thread that sent a batch waits for ``receiving`` before it lets go of ``sending``: so replies
+    are taken in the order of the batches.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]"):
+        self.process = process
+        self.sending = threading.Lock()
+        self.receiving = threading.Lock()
+
+
 @contextmanager
 def encoders(
     workers: int, tokenizer: Path, eos: int, dtype: str
@@ -52,31 +66,34 @@ def encoders(
     On the way out, also by an exception, the processes are killed: they hold nothing worth saving.
     A future raises ``UserError`` when its worker died.
     """
-    processes: list[subprocess.Popen[bytes]] = []
+    started: list[_Worker] = []
     mine = threading.local()
+    numbers = itertools.count()
     lock = threading.Lock()
     closed = False
 
     def encode(batch: Batch) -> Ids:
-        if not hasattr(mine, "process"):
+        if not hasattr(mine, "worker"):
             with lock:  # so that no process starts after the others were killed
                 if closed:
                     raise RuntimeError("the workers were stopped")
-                mine.process = _start(tokenizer, eos, dtype)
-                processes.append(mine.process)
-        return _exchange(mine.process, batch)
+                number = next(numbers) % workers  # two threads to each process
+                if number == len(started):
+                    started.append(_Worker(_start(tokenizer, eos, dtype)))
+                mine.worker = started[number]
+        return _exchange(mine.worker, batch)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+    pool = ThreadPoolExecutor(2 * workers, thread_name_prefix="encode")
     try:
         yield lambda batch: pool.submit(encode, batch)
     finally:
         with lock:
             closed = True
-            for process in processes:
-                process.kill()
+            for worker in started:
+                worker.process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
-        for process in processes:
-            process.communicate()
+        for worker in started:
+            worker.process.communicate()
 
 
 def _start(tokenizer: Path, eos: int, dtype: str) -> "subprocess.Popen[bytes]":
@@ -108,18 +125,24 @@ def _widen(pipe: object) -> None:
         pass  # another system, or over the user's limit: slower, nothing else
 
 
-def _exchange(process: "subprocess.Popen[bytes]", batch: Batch) -> Ids:
+def _exchange(worker: _Worker, batch: Batch) -> Ids:
+    process = worker.process
     assert process.stdin is not None
     assert process.stdout is not None
     lengths = array("Q", map(len, batch.pieces)).tobytes()
+    head = struct.pack("<Q", len(batch.pieces)) + lengths + batch.flags
     try:
-        process.stdin.write(struct.pack("<Q", len(batch.pieces)) + lengths + batch.flags)
-        process.stdin.writelines(batch.pieces)
-        process.stdin.flush()
-        train, val, failure = struct.unpack("<QQQ", _read(process.stdout, 24))
-        if failure:
-            raise RuntimeError(f"encoding failed: {_read(process.stdout, failure).decode()}")
-        return _read(process.stdout, train), _read(process.stdout, val)
+        with worker.sending:
+            process.stdin.write(b"".join((head, *batch.pieces)))
+            process.stdin.flush()
+            worker.receiving.acquire()
+        try:
+            train, val, failure = struct.unpack("<QQQ", _read(process.stdout, 24))
+            if failure:
+                raise RuntimeError(f"encoding failed: {_read(process.stdout, failure).decode()}")
+            return _read(process.stdout, train), _read(process.stdout, val)
+        finally:
+            worker.receiving.release()
     except (BrokenPipeError, EOFError):
         code = process.wait()
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -146,7 +169,7 @@ def _serve(requests: IO[bytes], replies: IO[bytes], file: str, eos: int, dtype: 
         lengths = array("Q", _read(requests, 8 * count))
         flags = _read(requests, count)
         texts = [_read(requests, length).decode(errors="replace") for length in lengths]
-        out = (array(typecode), array(typecode))
+        out: tuple[list[array[int]], list[array[int]]] = ([], [])
         start = 0
         while start < count:
             stop, size = start + 1, lengths[start]
@@ -155,16 +178,17 @@ def _serve(requests: IO[bytes], replies: IO[bytes], file: str, eos: int, dtype: 
                 stop += 1
             encodings = tokenizer.encode_batch_fast(texts[start:stop], add_special_tokens=False)
             for flag, encoding in zip(flags[start:stop], encodings, strict=True):
-                ids = out[1] if flag & VAL else out[0]
-                ids.extend(encoding.ids)
+                ids = array(typecode, encoding.ids)  # twice as fast as extending one
                 if flag & LAST:
                     ids.append(eos)
+                if sys.byteorder == "big":
+                    ids.byteswap()
+                out[1 if flag & VAL else 0].append(ids)
             start = stop
-        if sys.byteorder == "big":
-            for ids in out:
-                ids.byteswap()
-        train, val = (ids.tobytes() for ids in out)
-        replies.write(struct.pack("<QQQ", len(train), len(val), 0) + train + val)
+        train, val = map(b"".join, out)
+        replies.write(struct.pack("<QQQ", len(train), len(val), 0))
+        replies.write(train)
+        replies.write(val)
         replies.flush()
 
 

@@ -1,9 +1,9 @@
 """Which windows of the training split make up optimizer step s: a pure function of (seed, step).
 
-An epoch visits every window once, in the order of a keyed bijection of ``range(windows)``: a Feistel
-network over the next power of four (Luby and Rackoff 1988), walked along its cycle until it lands
-inside the range (Black and Rogaway 2002). Nothing is stored, so a run is resumed by its step
-number alone, at any number of devices, and a corpus of 10^12 tokens costs as little as a small one.
+An epoch visits every window once, in the order of a keyed bijection of ``range(windows)``: a
+Feistel network over the next power of four (Luby and Rackoff 1988), walked along its cycle until it
+lands inside the range (Black and Rogaway 2002). Nothing is stored, so a run is resumed by its step
+number alone, at any number of devices, and 10^12 tokens cost as little as a small corpus.
 """
 
 import hashlib

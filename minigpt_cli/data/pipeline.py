@@ -92,7 +92,7 @@ def encode_all(
         with encoders(workers, work.out / TOKENIZER, work.eos_id, work.dtype) as submit:
             for batch, reached in _batches(work, state, bad):
                 waiting.append((reached, submit(batch)))
-                if len(waiting) > 2 * workers:  # each busy, and as many batches at hand
+                if len(waiting) > 3 * workers:  # in work, in the pipe, and as many at hand
                     write_oldest()
             while waiting:
                 write_oldest()

@@ -32,18 +32,21 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight, dtype=dtype)
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = (hidden[part] @ weight.T).to(dtype)  # (n, V)
-            ignored = targets[part] == IGNORE
-            index = targets[part].masked_fill(ignored, 0)[:, None]
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            loss = (normalizer - logits.gather(1, index)).squeeze(1)
-            losses[part] = loss.masked_fill(ignored, 0.0)
+            rows, kept = hidden[part], (targets[part] != IGNORE)[:, None]
+            index = targets[part, None].where(kept, 0)
+            logits = rows @ weight.T  # (n, V)
+            probabilities = logits.softmax(-1, dtype=dtype)
+            # -log p[target], also where p[target] underflows: by way of the likeliest token.
+            likeliest = logits.amax(-1, keepdim=True).to(dtype) - logits.gather(1, index)
+            loss = likeliest - probabilities.amax(-1, keepdim=True).log()
+            losses[part] = loss.where(kept, 0.0).squeeze(1)
             if wants_grad:
-                grad = logits.sub_(normalizer).exp_()  # softmax
-                grad.scatter_add_(1, index, grad.new_full(index.shape, -1.0))
-                grad = grad.masked_fill_(ignored[:, None], 0.0).to(hidden.dtype)
-                torch.mm(grad, weight, out=grad_hidden[part])
-                grad_weight += grad.T @ hidden[part]
+                grad = probabilities.scatter_add_(
+                    1, index, loss.new_full((1, 1), -1.0).expand_as(loss)
+                )
+                grad = grad.to(hidden.dtype)  # of the logits: softmax - one_hot
+                grad_hidden[part] = (grad @ weight).where(kept, 0.0)
+                grad_weight += grad.T @ rows.where(kept, 0.0)
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minigpt_cli.model.attention import cached_attention, causal_attention
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import projected_cross_entropy
+from minigpt_cli.model.norm import Norm
 
 
 @dataclass
@@ -60,41 +62,23 @@ def computing_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class Norm(nn.Module):
-    """LayerNorm (gpt2) or RMSNorm; statistics in float32, the result ready for a matrix product."""
-
-    def __init__(self, size: int, eps: float, layer_norm: bool):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-        self.bias = nn.Parameter(torch.zeros(size)) if layer_norm else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None:
-            out = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        else:
-            out = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        # Cast once here; autocast would cast anew for each of the projections that follow.
-        return out.to(computing_dtype(x))
-
-
 def rope_table(
     positions: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of RoFormer's angles (Su et al. 2021), each (positions, head_dim).
+    """Cosine and sine of RoFormer's angles (Su et al. 2021), each (positions, 1, head_dim).
 
     The two halves of a head are the real and imaginary parts, as in transformers.
     """
     exponents = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
     angles = torch.outer(torch.arange(positions, device=device).to(dtype), theta**-exponents)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return angles.cos()[:, None], angles.sin()[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (..., T, D) by the angles of its positions; cos and sin are (T, D)."""
+    """Turn (B, T, heads, D) by the angles of its positions; cos and sin are (T, 1, D)."""
     real, imaginary = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-imaginary, real), dim=-1) * sin).to(x.dtype)
+    return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -126,34 +110,24 @@ class Attention(nn.Module):
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         else:
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (
-            part.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for part in (q, k, v)
-        )
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.view(batch, tokens, -1, self.head_dim) for part in (q, k, v))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = q.to(rope[0].dtype), k.to(rope[0].dtype)
+            if self.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         # q: (B, A, T, D); k, v: (B, K, T, D)
 
-        mask = None
-        if cache is not None:
+        if cache is None:
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+        else:
             keys, values, past = cache
             end = past + tokens
             keys[:, :, past:end] = k
             values[:, :, past:end] = v
             k, v = keys[:, :, :end], values[:, :, :end]
-            q = q.to(k.dtype)
-            if past and tokens > 1:  # is_causal counts from the first key, not the last
-                mask = torch.ones(tokens, end, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and tokens > 1,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+            y = cached_attention(q.to(k.dtype), k, v)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
         return out
 
@@ -192,9 +166,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None
     ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), rope, cache)
+        # Cast once: autocast would cast anew for each of the projections that follow.
+        dtype = computing_dtype(x)
+        attended = self.self_attn(self.input_layernorm(x).to(dtype), rope, cache)
         x = x + F.dropout(attended, self.dropout, self.training)
-        out: Tensor = self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
         return x + F.dropout(out, self.dropout, self.training)
 
 
@@ -265,7 +241,7 @@ class GPT(nn.Module):
             cache.length = end
         if last_only:
             x = x[:, -1:]
-        x = self.norm(x)
+        x = self.norm(x).to(computing_dtype(x))
         if targets is not None:
             return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
         return F.linear(x, self.head_weight())

@@ -8,7 +8,7 @@ from typing import Any
 import rich.progress
 from rich.console import Console
 
-from minigpt_cli.data.tokenize import Progress
+from minigpt_cli.data.progress import Progress
 
 
 def stderr() -> Console:
@@ -105,7 +105,9 @@ class TrainingDisplay:
     def step(self, values: dict[str, Any], seconds_left: float) -> None:
         line = step_line(values, self._total, seconds_left)
         if self._live:
-            self._progress.update(self._task, completed=values["step"], line=line.rsplit("  ", 1)[0])
+            self._progress.update(
+                self._task, completed=values["step"], line=line.rsplit("  ", 1)[0]
+            )
         else:
             self.say(line)
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per logged step and per evaluation; one curve, whatever happens."""
+"""metrics.jsonl: an object per logged step and per evaluation; one curve, whatever happens."""
 
 import json
 import math

@@ -57,7 +57,7 @@ def check(guard: Guard, last_good: str) -> None:
 
 
 def warn_about_first_loss(loss: float, vocab_size: int) -> str | None:
-    """A warning if the loss before any update is far from that of a uniform guess, ln(vocabulary)."""
+    """A warning if the loss before any update is far from a uniform guess's, ln(vocabulary)."""
     expected = math.log(vocab_size)
     if math.isfinite(loss) and abs(loss - expected) <= 0.1 * expected + 0.5:
         return None

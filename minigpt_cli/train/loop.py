@@ -70,7 +70,11 @@ class Clock:
     def pause(self) -> None:
         if self._since is not None:
             elapsed = time.perf_counter() - self._since
-            self.seconds, self.total, self._since = self.seconds + elapsed, self.total + elapsed, None
+            self.seconds, self.total, self._since = (
+                self.seconds + elapsed,
+                self.total + elapsed,
+                None,
+            )
 
     def lap(self) -> float:
         self.pause()
@@ -258,4 +262,6 @@ def _save(run: Run, state: RunState, display: TrainingDisplay, must_succeed: boo
 
 def _last_good(run: Run) -> str:
     steps = store.list_steps(run.directory)
-    return f"The last good checkpoint is {steps[-1][1]}." if steps else "No checkpoint was saved yet."
+    return (
+        f"The last good checkpoint is {steps[-1][1]}." if steps else "No checkpoint was saved yet."
+    )

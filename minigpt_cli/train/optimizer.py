@@ -1,11 +1,12 @@
-"""AdamW, or Muon for the hidden matrices with AdamW for the rest; updates that can be called off."""
+"""AdamW, or Muon for the hidden matrices and AdamW for the rest; updates that can be called off."""
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Optimizer as OptimizerRecipe
+from minigpt_cli.train.muon import Muon
 
 
 def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
@@ -53,24 +54,9 @@ def update(optimizers: list[torch.optim.Optimizer], lr_share: float, call_off: T
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
-        if isinstance(optimizer, AdamW):
+        if isinstance(optimizer, Muon):
+            optimizer.call_off = call_off
+        else:
             # The fused kernel leaves everything as it was, its step count too, as under GradScaler.
             optimizer.found_inf = call_off  # type: ignore[attr-defined]
-            optimizer.step()
-        else:
-            _muon_step(optimizer, call_off.bool())
-
-
-def _muon_step(optimizer: torch.optim.Optimizer, call_off: Tensor) -> None:
-    """Muon's step has no switch. A gradient equal to the momentum leaves the momentum as it is;
-    the weights are put back."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters:
-        assert p.grad is not None
-        momentum = optimizer.state[p].get("momentum_buffer")
-        rest = torch.zeros_like(p.grad) if momentum is None else momentum
-        torch.where(call_off, rest, p.grad, out=p.grad)
-    before = [p.clone() for p in parameters]
-    optimizer.step()
-    for p, old in zip(parameters, before, strict=True):
-        torch.where(call_off, old, p, out=p)
+        optimizer.step()

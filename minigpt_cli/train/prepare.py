@@ -42,7 +42,9 @@ def make_dataset(
 ) -> Manifest:
     """``tokenize`` with its progress and a summary on standard error."""
     if (tokenizer_path is None) == (train_vocab is None):
-        raise UserError("give a tokenizer (--tokenizer) or the size of one to train (--train-vocab)")
+        raise UserError(
+            "give a tokenizer (--tokenizer) or the size of one to train (--train-vocab)"
+        )
     with TokenizingDisplay() as display:
         manifest = tokenize(
             source,

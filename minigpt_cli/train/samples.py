@@ -23,7 +23,7 @@ class Prompts:
     dtype: torch.dtype
 
     def complete(self, model: GPT) -> Iterator[tuple[str, str]]:
-        """(prompt, its likeliest completion) of each; greedy, so it differs only as the model does."""
+        """(prompt, its likeliest completion) of each; greedy: it changes as the model does."""
         for text in self.texts:
             pieces = stream_text(
                 model,

@@ -36,6 +36,7 @@ from minigpt_cli.train.loop import Run, Validation, is_finished
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import Trainer
 
+
 def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     """A new run in ``directory``, from random weights.
 
@@ -56,9 +57,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         return replace(run, resources=resources.pop_all()), state
 
 
-def resume_run(
-    path: Path, overrides: list[str], allow_changes: list[str]
-) -> tuple[Run, RunState]:
+def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
     """The run at ``path`` (its directory, or one checkpoint in it) as it stood there.
 
     Args:

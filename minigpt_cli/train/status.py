@@ -18,7 +18,7 @@ def recorded(directory: Path, state: RunState) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        status = {Stopped: "stopped", Diverged: "diverged"}.get(type(error), "failed")  # type: ignore[call-overload]
+        status = {Stopped: "stopped", Diverged: "diverged"}.get(type(error), "failed")
         code = error.exit_code if isinstance(error, UserError) else 1
         _write(directory, state, status, code, str(error))
         raise

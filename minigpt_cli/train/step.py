@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, clip, update. Never waits for the device."""
+"""One optimizer step: micro-batches, clipping, the update. Nothing waits for the device."""
 
 import hashlib
 from dataclasses import dataclass

@@ -196,6 +196,7 @@ def test_dropout_is_off():
     assert texts(model) == texts(model)
 
 
+@pytest.mark.filterwarnings("error")  # a user would see them at every run
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_autocast_caches_bf16_and_stays_close(family):
     model = small_model(family, context=64).float()

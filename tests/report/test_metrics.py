@@ -33,7 +33,8 @@ def test_the_words_for_a_step():
     }  # fmt: skip
     line = step_line(values, 100, 3700)
     assert line == (
-        "step 10/100  loss 3.1416  lr 1.00e-03  grad norm 0.500  12,346 tok/s  MFU n/a  left 1:01:40"
+        "step 10/100  loss 3.1416  lr 1.00e-03  grad norm 0.500  12,346 tok/s  "
+        "MFU n/a  left 1:01:40"
     )
     assert "MFU 41.2%" in step_line(values | {"mfu": 0.412}, 100, 1)
     assert duration(math.inf) == "?"

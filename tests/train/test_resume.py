@@ -98,7 +98,7 @@ def test_an_old_checkpoint_starts_a_new_branch_and_loses_nothing(
     assert aside == ["step-00000008.aside-1", "step-00000012.aside-1"]
     assert [line["step"] for line in curve(run_dir) if "loss" in line] == list(range(1, 13))
     assert curve(run_dir)[-2]["lr"] < 1e-3
-    assert 'lr = 0.001  # command line' in (run_dir / "recipe.toml").read_text()
+    assert "lr = 0.001  # command line" in (run_dir / "recipe.toml").read_text()
 
 
 def test_changes_that_would_alter_what_was_trained_are_refused_unless_named(

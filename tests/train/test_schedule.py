@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -55,7 +56,7 @@ def test_it_rises_then_never_rises_again_and_never_leaves_its_bounds(
     updates = [*range(0, total, max(1, total // 97)), total, total + 5]
     rates = [lr_at(schedule, 1.0, total, update) for update in updates]
     after = [rate for update, rate in zip(updates, rates, strict=True) if update >= warmup]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
     assert all(min(floor, 1.0) - 1e-12 <= rate <= 1.0 for rate in after)
     assert all(0 <= rate <= 1 for rate in rates)
 

@@ -142,9 +142,7 @@ def test_a_bad_step_changes_nothing_and_ends_the_run(name: str, after: int, pois
     other = trainer(torch.float32, name=name)
     for step in range(after + 1):
         train_step(other, *batch(step), step, 1.0)
-    assert all(
-        torch.equal(a, b) for a, b in zip(everything(t), everything(other), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(everything(t), everything(other), strict=True))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -194,7 +192,7 @@ def test_no_step_waits_for_the_device():
     """Nothing in a step reads a tensor's value: on a GPU that would stall the queue."""
 
     class NoReading(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             assert func not in (
                 torch.ops.aten._local_scalar_dense.default,
                 torch.ops.aten.nonzero.default,

@@ -1,0 +1,79 @@
+"""Causal attention: torch's own kernels, but on a CPU matrix products, which are faster there."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# On a CPU, torch's flash kernel took 2 to 3 times as long as this at up to 1,024 tokens in bf16
+# (benchmarks/LOG.md); beyond this length its memory, linear in the sequence, counts for more.
+_CPU_MATMUL_TOKENS = 2048
+_BLOCK = 128  # queries at a time: they need no keys beyond their own block
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, where a token sees itself and those before it.
+
+    Args:
+        q: (B, A, T, D).
+        k, v: (B, K, T, D), K dividing A: each serves A/K neighbouring query heads.
+        dropout: probability of leaving a weight out.
+
+    Returns:
+        (B, A, T, D).
+    """
+    tokens = q.shape[2]
+    if q.device.type == "cpu" and not dropout and tokens <= _CPU_MATMUL_TOKENS:
+        return _by_matmul(q, k, v)
+    return F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, is_causal=tokens > 1, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the last T of the S tokens seen so far.
+
+    Args:
+        q: (B, A, T, D), of the tokens that came last.
+        k, v: (B, K, S, D).
+    """
+    tokens, seen = q.shape[2], k.shape[2]
+    mask = None
+    if 1 < tokens < seen:  # is_causal would count from the first key, not from the last
+        mask = torch.ones(tokens, seen, dtype=torch.bool, device=q.device).tril(seen - tokens)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=1 < tokens == seen,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _by_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, heads, tokens, dim = q.shape
+    groups = heads // k.shape[1]
+    rows = batch * k.shape[1]
+    # The query heads that share a key head are stacked as rows of one product.
+    q = q.reshape(rows, groups, tokens, dim)
+    k = k.reshape(rows, tokens, dim).transpose(1, 2)
+    v = v.reshape(rows, tokens, dim)
+    out = []
+    for start in range(0, tokens, _BLOCK):
+        end = min(tokens, start + _BLOCK)
+        mask = _mask(start, end, groups, q.dtype).expand(rows, -1, -1)
+        block = q[:, :, start:end].reshape(rows, -1, dim)
+        scores = torch.baddbmm(mask, block, k[:, :, :end], alpha=dim**-0.5)
+        seen = torch.bmm(scores.softmax(-1), v[:, :end])
+        out.append(seen.view(rows, groups, end - start, dim))
+    return torch.cat(out, dim=2).view(batch, heads, tokens, dim)
+
+
+@lru_cache(maxsize=64)
+def _mask(start: int, end: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """0 where a query of this block may look, -inf elsewhere: (groups * block, end)."""
+    with torch.inference_mode(False):
+        hidden = torch.full((end - start, end), -torch.inf).triu(start + 1)
+        return hidden.to(dtype).repeat(groups, 1)

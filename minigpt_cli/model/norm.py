@@ -1,0 +1,55 @@
+"""LayerNorm and RMSNorm."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm with a fused backward pass on a CPU, where torch composes one of seven passes.
+
+    With y = x r w and r = 1 / rms(x), the gradient is r (g w - x r mean(g w x r)). LayerNorm's
+    fused kernel, told that the mean is 0, gives r (g w - mean(g w) - x r mean(g w x r)): the middle
+    term is added back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, scale = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad, x, weight.shape, torch.zeros_like(scale), scale, weight, None, (True, True, False)
+        )
+        mean = torch.mv(grad.flatten(0, -2), weight).view_as(scale).div_(weight.numel())
+        return grad_x.addcmul_(mean, scale), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in x's dtype."""
+    if x.device.type == "cpu" and x.dtype == weight.dtype:
+        out: Tensor = _RMSNorm.apply(x.contiguous(), weight, eps)
+        return out
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class Norm(nn.Module):
+    """LayerNorm with bias (gpt2), or RMSNorm."""
+
+    def __init__(self, size: int, eps: float, layer_norm: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if layer_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,174 @@
+"""Our models against transformers' own: the same weights, the same logits and gradients."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from minigpt_cli.model.config import model_config
+from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.huggingface import (
+    from_huggingface,
+    huggingface_config,
+    huggingface_name,
+    is_transposed,
+    to_huggingface,
+)
+
+BASE = {
+    "vocab_size": 83,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.2,
+}
+SHAPES = {
+    "gpt2": {"family": "gpt2"},
+    "gpt2 untied, narrow, other eps": {
+        "family": "gpt2",
+        "tie_word_embeddings": False,
+        "intermediate_size": 80,
+        "norm_eps": 1e-2,
+    },
+    "llama": {"family": "llama"},
+    "llama tied, grouped, other theta": {
+        "family": "llama",
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 2,
+        "rope_theta": 500.0,
+        "norm_eps": 1e-2,
+    },
+    "llama multi-query, wide heads": {
+        "family": "llama",
+        "num_key_value_heads": 1,
+        "head_dim": 20,
+        "intermediate_size": 72,
+    },
+    "qwen3 wide heads, grouped": {
+        "family": "qwen3",
+        "head_dim": 32,
+        "num_key_value_heads": 2,
+        "rope_theta": 1e6,
+    },
+    "qwen3 tied, narrow heads": {
+        "family": "qwen3",
+        "head_dim": 6,
+        "tie_word_embeddings": True,
+        "norm_eps": 1e-2,
+    },
+}
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+def config(request):
+    return model_config(**BASE, **request.param)
+
+
+def transformers_model(config, seed=0):
+    """Random, norms and biases too: ones and zeros would hide a mistake."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**huggingface_config(config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.float().eval()
+
+
+def ours_from(config, theirs):
+    model = GPT(config)
+    names = [name for name, _ in model.named_parameters()]
+    model.load_state_dict(from_huggingface(config, names, theirs.state_dict()))
+    return model
+
+
+def batch(config):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(config.vocab_size, (2, 25), generator=generator)
+    return ids[:, :-1], ids[:, 1:]  # as long as the context
+
+
+def test_logits_and_gradients_are_transformers(config):
+    theirs = transformers_model(config)
+    ours = ours_from(config, theirs)
+    inputs, targets = batch(config)
+    n = targets.numel()
+
+    their_logits = theirs(inputs).logits
+    torch.testing.assert_close(ours(inputs), their_logits, rtol=1e-4, atol=1e-4)
+    assert their_logits.std() > 0.5  # so that 1e-4 means something
+
+    their_loss = F.cross_entropy(their_logits.flatten(0, 1), targets.flatten())
+    our_loss = ours(inputs, targets) / n
+    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=1e-5)
+    their_loss.backward()
+    our_loss.backward()
+    gradients = to_huggingface(config, {k: p.grad for k, p in ours.named_parameters()})
+    expected = {k: p.grad for k, p in theirs.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            gradients[name], gradient, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+        assert (gradient.abs().max() > 1e-4) or name.endswith("k_proj.bias"), name
+
+
+def test_names_and_shapes_are_all_of_transformers(config):
+    theirs = dict(transformers_model(config).named_parameters())
+    with torch.device("meta"):
+        ours = GPT(config)
+    weights = to_huggingface(config, dict(ours.named_parameters()))
+    assert {name: w.shape for name, w in weights.items()} == {
+        name: w.shape for name, w in theirs.items()
+    }
+    for name, parameter in ours.named_parameters():
+        theirs_shape = theirs[huggingface_name(config, name)].shape
+        assert (theirs_shape[::-1] if is_transposed(config, name) else theirs_shape) == (
+            parameter.shape
+        )
+
+
+def test_the_round_trip_is_bit_equal(config):
+    model = GPT(config)
+    initialize(model, 3)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    there = to_huggingface(config, weights)
+    assert all(tensor.is_contiguous() for tensor in there.values())  # as safetensors wants them
+    back = from_huggingface(config, list(weights), there)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_what_is_saved_loads_with_from_pretrained(config, tmp_path):
+    """Only our files, no help from transformers' writer."""
+    from safetensors.torch import save_file
+
+    model = GPT(config)
+    initialize(model, 3)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    save_file(to_huggingface(config, weights), tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(huggingface_config(config, eos_token_id=7)))
+    theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    inputs, _ = batch(config)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.eval()(inputs).logits, model(inputs))
+    assert theirs.config.eos_token_id == theirs.config.bos_token_id == 7
+    assert type(theirs).__name__ == huggingface_config(config)["architectures"][0]
+    assert theirs.config.get_text_config().max_position_embeddings == 24
+
+
+def test_the_configuration_carries_dropout_and_the_initial_std():
+    for family in ("gpt2", "llama", "qwen3"):
+        config = model_config(family=family, dropout=0.25, **BASE)
+        theirs = AutoConfig.for_model(**huggingface_config(config))
+        assert theirs.initializer_range == 0.2
+        names = ("attn_pdrop", "embd_pdrop", "resid_pdrop") if family == "gpt2" else (
+            "attention_dropout",
+        )  # fmt: skip
+        assert [getattr(theirs, name) for name in names] == [0.25] * len(names)

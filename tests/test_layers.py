@@ -1,0 +1,59 @@
+"""What import-linter can't say: who may import torch.distributed, and what starts without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT, minigpt
+
+PACKAGE = ROOT / "minigpt_cli"
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def test_only_some_modules_import_torch_distributed():
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(name.startswith("torch.distributed") for name in imported(path))
+    }
+    allowed = ("distributed/", "checkpoint/", "train/setup.py")
+    assert {user for user in users if not user.startswith(allowed)} == set()
+    assert "checkpoint/state.py" in users  # the search finds what is there
+
+
+def test_nothing_loads_pickles():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load(" not in text, path
+        assert not {"pickle", "dill", "marshal"} & imported(path), path
+
+
+def test_help_imports_neither_torch_nor_datasets():
+    code = (
+        "import sys; sys.argv = ['minigpt', '--help']\n"
+        "from minigpt_cli.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'datasets', 'numpy', 'tokenizers', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "pretrain" in done.stdout
+
+
+def test_every_command_has_help():
+    for name in ("tokenize", "pretrain", "resume", "eval", "sample", "verify"):
+        done = minigpt(name, "--help")
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
