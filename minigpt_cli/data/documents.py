@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -41,26 +42,25 @@ def documents(
             on_bad(message)
 
     start = start or Position()
-    try:
-        if source.kind == "huggingface":
-            yield from huggingface(source, bad, start)
-            return
-        read = {
-            "files": _text_file,
-            "jsonl": _json_lines,
-            "parquet": parquet,
-            "python-stdlib": _python_file,
-        }[source.kind]
-        for index, file in enumerate(source_files(source)):
-            if index < start.file:
-                continue
-            here = start if index == start.file else Position(file=index, bad=start.bad)
+    if source.kind == "huggingface":
+        yield from huggingface(source, bad, start)
+        return
+    read = {
+        "files": _text_file,
+        "jsonl": _json_lines,
+        "parquet": parquet,
+        "python-stdlib": _python_file,
+    }[source.kind]
+    for index, file in enumerate(source_files(source)):
+        if index < start.file:
+            continue
+        here = start if index == start.file else Position(file=index, bad=start.bad)
+        try:
             # Each reader returns the number of bad lines so far, which the next file starts from.
-            count = yield from read(file, source.field, bad, here)
-            start = start._replace(bad=count)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"the source can't be read: {where}{error.strerror or error}") from None
+            start = start._replace(bad=(yield from read(file, source.field, bad, here)))
+        except (OSError, EOFError, zlib.error) as error:  # the last two from torn .gz files
+            reason = error.strerror if isinstance(error, OSError) else None
+            raise UserError(f"{file} can't be read: {reason or error}") from None
 
 
 def _text_file(file: Path, field: str, bad: Bad, here: Position) -> Pieces:

@@ -15,8 +15,9 @@ from minigpt_cli.errors import Damaged
 class State:
     """How far the shards go: what the journal holds, apart from the settings. Plain JSON values.
 
-    ``chain`` is the running fingerprint of the text: sha256 of (the previous value, the sha256 of a
-    piece), hex. Unlike a hash that is still being fed, it can be written down and taken up again.
+    ``chain`` is the running fingerprint of the text, hex: sha256 over the previous value, the
+    sha256 of a piece and whether its document ends with it. Unlike a hash that is still being fed,
+    it can be written down and taken up again.
     """
 
     place: Place = field(default_factory=Place)

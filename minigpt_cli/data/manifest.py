@@ -47,7 +47,7 @@ class Manifest:
     """``dataset.json``. ``settings`` is what `tokenize` compares to tell whether it has been run
     before.
 
-    ``source_fingerprint`` covers the text of all documents in order (see `tokenize`);
+    ``source_fingerprint`` covers the text of all documents in order, whatever files they came from;
     ``tokenizer_sha256`` covers the bytes of tokenizer.json, ``tokenizer_fingerprint`` what they
     mean.
     """

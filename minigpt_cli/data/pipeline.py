@@ -81,12 +81,12 @@ def encode_all(
             shards=tuple(tuple(writer.finished) for writer in writers),
             pending=tuple(writer.pending for writer in writers),
         )
-        tell.written(state)
         if state.shards != before or time.monotonic() > journaled + _JOURNAL_SECONDS:
             for writer in writers:
                 writer.sync()
             work.journal(state)
             journaled = time.monotonic()
+        tell.written(state)
 
     try:
         with encoders(workers, work.out / TOKENIZER, work.eos_id, work.dtype) as submit:
@@ -132,7 +132,8 @@ def _batches(
         pieces.append(piece.data)
         flags.append((LAST if piece.last else 0) | (VAL if piece.val else 0))
         size += len(piece.data)
-        chain = hashlib.sha256(chain + piece.digest).digest()
+        if piece.mark is not None:
+            chain = hashlib.sha256(chain + piece.mark).digest()
         counts[piece.val] += piece.last
         sizes[piece.val] += len(piece.data)
         place = piece.after

@@ -45,13 +45,15 @@ class Place(NamedTuple):
 class Placed(NamedTuple):
     """A piece of a document in its split.
 
-    ``digest``: sha256 of ``data``. ``after``: where to go on; None where that isn't possible.
+    ``mark`` stands for the source's piece in the fingerprint of the text: its sha256 and whether
+    its document ends with it. It and ``after``, where to go on, are None for the first part of a
+    piece that was cut in two: positions lie between the source's pieces.
     """
 
     data: bytes
     val: bool
     last: bool
-    digest: bytes
+    mark: bytes | None
     after: Place | None
 
 
@@ -97,14 +99,13 @@ def placed(
     inside, val = start.position.inside, start.val
     for data, last, after in documents(source, strict, on_bad, start.position):
         digest = hashlib.sha256(data).digest()
+        mark = digest + bytes([last])
         if rule.name == "tail":
             here, end = inside, inside + len(data)
             if here < rule.cut_at < end and len(data) > 1:
                 at = cut(data, rule.cut_at - here)
                 head, data = data[:at], data[at:]
-                # No way to start again between the two: positions lie between the source's pieces.
-                yield Placed(head, False, True, hashlib.sha256(head).digest(), None)
-                digest = hashlib.sha256(data).digest()
+                yield Placed(head, False, True, None, None)
             val = here >= rule.cut_at or end > rule.cut_at
             last = last or end == rule.cut_at
         elif not inside:
@@ -113,5 +114,5 @@ def placed(
                 if rule.name == "smallest"
                 else int.from_bytes(digest[:8]) < threshold
             )
-        yield Placed(data, val, last, digest, Place(after, val))
+        yield Placed(data, val, last, mark, Place(after, val))
         inside = after.inside

@@ -59,9 +59,9 @@ def huggingface(source: Source, bad: Bad, here: Position) -> Iterator[Piece]:
     except (
         Exception
     ) as error:  # `datasets` raises whatever its file system, builder or parser raised
-        raise UserError(
-            f"the Hugging Face dataset {name} (split {source.split}) can't be read: {_line(error)}"
-        ) from None
+        where = f"the Hugging Face dataset {name} (split {source.split})"
+        hint = "" if folder else "; there is no such local directory either"
+        raise UserError(f"{where} can't be read: {_line(error)}{hint}") from None
 
 
 def _saved_split(folder: Path, split: str) -> Path | None:
@@ -89,7 +89,7 @@ def _arrow_batches(folder: Path, field: str) -> Iterator[Any]:
                 _check_field(batches.schema, field, str(folder / name))
                 for batch in batches:
                     yield batch.select([field])
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise UserError(
             f"{folder} is not a saved dataset that can be read: {_line(error)}"
         ) from None

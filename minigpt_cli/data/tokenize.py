@@ -324,9 +324,15 @@ def _os_problem(error: OSError, out: Path) -> UserError:
 
 
 def _cores() -> int:
+    """Return how many cores this process may use, a container's share counted."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # another system, or "max": no limit
+        return cores
 
 
 def _to_stderr(message: str) -> None:

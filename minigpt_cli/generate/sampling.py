@@ -80,7 +80,6 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(-1)
     likelier = probs.cumsum(-1) - probs
-    likelier[:, 0] = 0.0
     dropped = torch.empty_like(likelier, dtype=torch.bool).scatter_(-1, ids, likelier >= p)
     return logits.masked_fill(dropped, -math.inf)
 
@@ -139,7 +138,8 @@ def next_tokens(
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
         cumulative = logits.to(wide).softmax(-1).cumsum(-1)  # (B, V)
         total = cumulative[:, -1:]
-        # Below the total even after rounding, so that the token found has a probability above 0.
+        # Below the total even where float32 rounds a uniform up to 1, so that the token found has
+        # a probability above 0.
         drawn = uniforms.to(wide)[:, None] * total
         drawn = torch.minimum(drawn, total.nextafter(torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, drawn, right=True).squeeze(-1)

@@ -65,7 +65,8 @@ class Clock:
         self._since: float | None = None
 
     def start(self) -> None:
-        self._since = time.perf_counter()
+        if self._since is None:
+            self._since = time.perf_counter()
 
     def pause(self) -> None:
         if self._since is not None:

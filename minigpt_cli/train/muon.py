@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_BATCH_ELEMENTS = 2**26  # of matrices orthogonalised together: bounds the memory this takes
+# Elements of the matrices orthogonalised together: enough to fill a GPU, few enough for a CPU's cache.
+_BATCH_ELEMENTS = {"cuda": 2**26, "cpu": 2**20}
 
 
 class Muon(torch.optim.Muon):
@@ -27,24 +28,24 @@ class Muon(torch.optim.Muon):
                 self._update(batch, group)
 
     def _update(self, batch: list[Tensor], group: dict[str, Any]) -> None:
-        grads = torch.stack([p.grad for p in batch if p.grad is not None])
+        grads = [p.grad for p in batch if p.grad is not None]
         momenta = [self._momentum(p) for p in batch]
-        momentum = torch.stack(momenta)
+        lr: float | Tensor = group["lr"]
         if self.call_off is not None:
-            called_off = self.call_off.bool()
-            grads = torch.where(called_off, momentum, grads)  # leaves the momentum as it is
-        momentum.lerp_(grads, 1 - group["momentum"])
-        direction = grads.lerp_(momentum, group["momentum"]) if group["nesterov"] else momentum
+            off = self.call_off.bool()
+            # Where it is called off, a gradient equal to the momentum leaves the momentum as it is.
+            grads = [torch.where(off, m, g) for m, g in zip(momenta, grads, strict=True)]
+            lr = lr * (1 - self.call_off)
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        if group["nesterov"]:
+            grads = list(torch._foreach_lerp(grads, momenta, group["momentum"]))
+        direction = torch.stack([g.bfloat16() for g in (grads if group["nesterov"] else momenta)])
         update = orthogonalize(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = batch[0].shape
-        scaled_lr = group["lr"] * math.sqrt(max(1, rows / columns))
-        weights = torch.stack(batch)
-        updated = weights.mul(1 - group["lr"] * group["weight_decay"])
-        updated.add_(update, alpha=-scaled_lr)
-        if self.call_off is not None:
-            updated = torch.where(called_off, weights, updated)
-        torch._foreach_copy_(momenta, list(momentum.unbind()))
-        torch._foreach_copy_(batch, list(updated.unbind()))
+        update = update.float() * (-lr * math.sqrt(max(1, rows / columns)))
+        if group["weight_decay"]:
+            torch._foreach_mul_(batch, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(batch, list(update.unbind()))
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -60,10 +61,10 @@ def orthogonalize(
     """About U V^T of each matrix U S V^T, by a quintic Newton-Schulz iteration in bf16.
 
     Args:
-        matrices: (N, rows, columns).
+        matrices: (N, rows, columns) bf16.
     """
     a, b, c = coefficients
-    x = matrices.bfloat16()
+    x = matrices
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT.contiguous()
@@ -80,6 +81,7 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     for p in parameters:
         by_shape.setdefault(p.shape, []).append(p)
     for shape, same in by_shape.items():
-        size = max(1, _BATCH_ELEMENTS // shape.numel())
+        budget = _BATCH_ELEMENTS.get(same[0].device.type, _BATCH_ELEMENTS["cuda"])
+        size = max(1, budget // shape.numel())
         for start in range(0, len(same), size):
             yield same[start : start + size]

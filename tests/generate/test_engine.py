@@ -68,6 +68,7 @@ def test_windows_when_the_context_is_full():
             tokens.append(token)
             window.append(token)
     assert texts(model, max_new_tokens=40)[0] == tokens[len(PROMPT) :]
+    assert texts(model, prompt=list(range(40))) == texts(model, prompt=list(range(24, 40)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

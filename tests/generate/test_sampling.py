@@ -126,7 +126,7 @@ def test_frequencies_match_the_probabilities():
     assert ((counts - n * probs).abs() <= 5 * sigma).all()
 
 
-@given(st.sampled_from([0.0, 0.5, 1 - 2**-53]), st.integers(0, 100))
+@given(st.sampled_from([0.0, 0.5, 1 - 2**-53, 1.0]), st.integers(0, 100))  # 1 is float32's
 def test_a_filtered_token_is_never_drawn_at_the_ends_of_the_interval(uniform, seed):
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))
     options = SamplingOptions(temperature=1.0, top_k=3)

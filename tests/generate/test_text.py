@@ -114,6 +114,8 @@ def test_little_is_held_back(text):
 def test_special_tokens_are_no_text():
     a = TOKENIZER.encode("a", add_special_tokens=False).ids
     assert pushed(TOKENIZER, [EOS_ID, *a, EOS_ID, *a]) == ["", "a", "", "a", ""]
+    emoji = TOKENIZER.encode("😀", add_special_tokens=False).ids
+    assert "".join(pushed(TOKENIZER, [*emoji[:2], *[EOS_ID] * 50, *emoji[2:]])) == "😀"
 
 
 def test_decoders_that_strip_the_first_space_or_fall_back_to_bytes():

@@ -91,7 +91,7 @@ def test_bf16_activations_with_float32_weights_come_close():
     weight = weight.detach().float().requires_grad_()
     with torch.no_grad():
         weight *= 0.3
-    loss, grad_hidden, grad_weight = value_and_gradients(hidden, weight, targets, 128)
+    loss, grad_hidden, grad_weight = value_and_gradients(hidden, weight, targets, 4)
     assert (loss.dtype, grad_hidden.dtype, grad_weight.dtype) == (
         torch.float32,
         torch.bfloat16,
@@ -104,7 +104,7 @@ def test_bf16_activations_with_float32_weights_come_close():
     )
     for mine, theirs in zip((loss, grad_hidden, grad_weight), exact, strict=True):
         error = (mine.double() - theirs).norm() / theirs.norm()
-        assert error < 0.01
+        assert error < 0.005  # bf16 sums over the 75 chunks would reach 0.007
 
 
 class LargestTensor(TorchDispatchMode):

@@ -1,0 +1,126 @@
+"""What only a CUDA GPU shows. Run by scripts/gpu_check.sh; needs no network and no `datasets`."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt_cli.checkpoint import store
+from minigpt_cli.model.cost import peak_flops
+from minigpt_cli.recipe import Recipe
+from minigpt_cli.report import metrics
+from minigpt_cli.train import setup
+from minigpt_cli.train.loop import fit
+from minigpt_cli.train.step import train_step
+from tests.train.test_resume import assert_same_run, rewind
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture(autouse=True)
+def default_kernels():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics.read(run) if "loss" in line]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_it_learns(tmp_path: Path, make_recipe: MakeRecipe, dtype: str, name: str):
+    recipe = make_recipe(
+        "train.steps=60", f"precision.dtype={dtype}", f"optimizer.name={name}",
+        "eval.every_steps=1000", "checkpoint.every_steps=1000",
+    )  # fmt: skip
+    run, state = setup.start_run(recipe, tmp_path)
+    assert run.trainer.model.embed_tokens.weight.is_cuda
+    fit(run, state)
+    curve = losses(tmp_path)
+    assert curve[-1] < curve[0] - 1.5
+    if peak_flops(torch.cuda.get_device_name()):
+        assert all(0 < line["mfu"] < 1 for line in metrics.read(tmp_path) if "mfu" in line)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_never_waits_for_the_gpu(tmp_path: Path, make_recipe: MakeRecipe, name: str):
+    for dtype in ("bf16", "fp16"):
+        recipe = make_recipe(f"precision.dtype={dtype}", f"optimizer.name={name}")
+        run, state = setup.start_run(recipe, tmp_path / dtype)
+        for step in range(2):
+            train_step(run.trainer, *run.batches(step), step, 1.0)
+        inputs, targets = run.batches(2)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            train_step(run.trainer, inputs, targets, 2, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            run.resources.close()
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_forced_fp16_overflow_only_skips(tmp_path: Path, make_recipe: MakeRecipe, name: str):
+    recipe = make_recipe("precision.dtype=fp16", f"optimizer.name={name}", "train.steps=60")
+    run, state = setup.start_run(recipe, tmp_path)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    run = replace(run, trainer=replace(run.trainer, scaler=scaler))
+    fit(run, state)
+    lines = [line for line in metrics.read(tmp_path) if "loss" in line]
+    skipped = [line for line in lines if line["grad_norm"] is None]
+    assert 5 < len(skipped) < 40
+    assert lines[0]["loss_scale"] == 2.0**39
+    assert lines[-1]["loss_scale"] < 2.0**30
+    assert lines[len(skipped)]["loss"] == pytest.approx(lines[0]["loss"], abs=0.2)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+
+
+def test_compiled_and_eager_agree(
+    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+):
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        recipe = make_recipe("precision.dtype=fp32", f"precision.compile={compiled}")
+        fit(*setup.start_run(recipe, tmp_path / name))
+    assert "torch.compile failed" not in capsys.readouterr().err
+    eager, compiled_losses = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
+    assert compiled_losses == pytest.approx(eager, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("precision.dtype=bf16", "optimizer.name=muon"),
+        ("precision.dtype=fp16", "model.dropout=0.1"),
+        ("precision.dtype=bf16", "precision.compile=true"),
+        ("precision.dtype=bf16", "model.family=gpt2", "model.num_key_value_heads=4"),
+    ],
+    ids=["bf16-muon", "fp16-dropout", "compiled", "gpt2"],
+)
+def test_resume_is_bit_exact(tmp_path: Path, make_recipe: MakeRecipe, overrides: tuple[str, ...]):
+    recipe = make_recipe(*overrides)
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    fit(*setup.start_run(recipe, straight))
+    shutil.copytree(straight, resumed)
+    rewind(resumed, 4)
+    fit(*setup.resume_run(resumed, [], []))
+    assert_same_run(straight, resumed, 12)
+    assert [step for step, _ in store.list_steps(resumed)] == [4, 8, 12]
+
+
+def test_a_seed_gives_the_same_weights_on_gpu_and_cpu(tmp_path: Path, make_recipe: MakeRecipe):
+    from minigpt_cli.model.gpt import GPT, initialize
+
+    run, _ = setup.start_run(make_recipe(), tmp_path)
+    on_cpu = GPT(run.trainer.model.config)
+    initialize(on_cpu, run.recipe.train.seed)
+    for p, q in zip(run.trainer.model.parameters(), on_cpu.parameters(), strict=True):
+        assert torch.equal(p.cpu(), q)
+    run.resources.close()

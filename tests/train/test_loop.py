@@ -1,0 +1,128 @@
+"""The loop's own bookkeeping: time, intervals, the best, early stop."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt_cli.checkpoint import store
+from minigpt_cli.errors import Diverged
+from minigpt_cli.recipe import Recipe
+from minigpt_cli.report import metrics
+from minigpt_cli.train import setup
+from minigpt_cli.train.loop import Clock, fit
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def test_the_clock_counts_everything_between_start_and_pause():
+    clock = Clock()
+    clock.start()
+    time.sleep(0.02)
+    clock.start()  # already running: nothing is lost
+    time.sleep(0.02)
+    clock.pause()
+    time.sleep(0.05)
+    clock.start()
+    lap = clock.lap()
+    assert 0.04 <= lap < 0.05 + 0.04
+    assert clock.total == lap
+    assert clock.lap() == 0
+
+
+def test_throughput_is_that_of_the_whole_run(tmp_path: Path, make_recipe: MakeRecipe):
+    run, state = setup.start_run(make_recipe("log.every_steps=3", "eval.every_steps=100"), tmp_path)
+    began = time.perf_counter()
+    fit(run, state)
+    elapsed = time.perf_counter() - began
+    lines = [line for line in metrics.read(tmp_path) if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 3, 6, 9, 12]
+    assert [line["tokens"] for line in lines] == [256 * step for step in (1, 3, 6, 9, 12)]
+    steps = [1, 2, 3, 3, 3]
+    seconds = sum(
+        256 * n / line["tokens_per_second"] for n, line in zip(steps, lines, strict=True)
+    )
+    assert 0.2 * elapsed < seconds < elapsed
+    assert all(line["mfu"] is None for line in lines)  # a CPU's peak is not known
+
+
+def test_logged_rates_follow_the_schedule(tmp_path: Path, make_recipe: MakeRecipe):
+    fit(*setup.start_run(make_recipe("schedule.name=linear", "schedule.min_lr_ratio=0"), tmp_path))
+    rates = [line["lr"] for line in metrics.read(tmp_path) if "lr" in line]
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, *(3e-3 * (9 - n) / 9 for n in range(1, 10))])
+
+
+def test_evaluations_and_the_best_checkpoint(tmp_path: Path, make_recipe: MakeRecipe):
+    recipe = make_recipe("checkpoint.every_steps=5", "checkpoint.keep_last=1", "eval.every_steps=4")
+    run, state = setup.start_run(recipe, tmp_path)
+    fit(run, state)
+    evaluations = [line for line in metrics.read(tmp_path) if "val_loss" in line]
+    assert [line["step"] for line in evaluations] == [4, 8, 12]
+    for line in evaluations:
+        assert line["val_perplexity"] == pytest.approx(math.exp(line["val_loss"]))
+        assert 0 < line["val_bits_per_byte"] < 10
+    best = min(evaluations, key=lambda line: line["val_loss"])
+    assert (state.best_step, state.best_val_loss) == (best["step"], best["val_loss"])
+    kept = [step for step, _ in store.list_steps(tmp_path)]
+    assert kept == sorted({12, best["step"]})
+
+
+def test_early_stop_ends_the_run_for_good(tmp_path: Path, make_recipe: MakeRecipe):
+    """At a learning rate that makes it worse, two evaluations without a new best are enough."""
+    recipe = make_recipe(
+        "train.steps=40", "optimizer.lr=3", "schedule.warmup_steps=0", "schedule.name=constant",
+        "eval.patience=2", "eval.every_steps=2", "optimizer.clip_norm=0",
+    )  # fmt: skip
+    run, state = setup.start_run(recipe, tmp_path)
+    fit(run, state)
+    assert state.evaluations_since_best == 2
+    assert state.step < 40
+    ended = state.step
+    run, state = setup.resume_run(tmp_path, [], [])
+    fit(run, state)
+    assert state.step == ended
+
+
+def test_prompts_are_completed_at_each_evaluation(
+    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+):
+    recipe = make_recipe("eval.prompts=['def f', 'import ']", "eval.prompt_tokens=5")
+    fit(*setup.start_run(recipe, tmp_path))
+    shown = capsys.readouterr().err
+    assert shown.count("  | def f") == 3
+    assert shown.count("  | import ") == 3
+
+
+def test_divergence_saves_nothing_and_names_the_last_good_checkpoint(
+    tmp_path: Path, make_recipe: MakeRecipe
+):
+    recipe = make_recipe("checkpoint.every_steps=4", "log.every_steps=100", "precision.dtype=fp32")
+    run, state = setup.start_run(recipe, tmp_path)
+    weight = run.trainer.model.layers[0].mlp.up_proj.weight
+    calls = iter(range(1000))
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        micro_batch = next(calls)  # two a step: from step 6 on
+        return grad * math.nan if micro_batch >= 10 else grad
+
+    weight.register_hook(poison)
+    with pytest.raises(Diverged, match=r"at step 6; .*step-00000004") as caught:
+        fit(run, state)
+    assert caught.value.exit_code == 3
+    assert [step for step, _ in store.list_steps(tmp_path)] == [4]
+
+
+def test_the_first_loss_is_warned_about(
+    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+):
+    fit(*setup.start_run(make_recipe("model.initializer_range=1.0", "train.steps=3"), tmp_path))
+    assert "a new model's should be near ln(320) = 5.768" in capsys.readouterr().err
+
+
+def test_saving_by_the_clock(tmp_path: Path, make_recipe: MakeRecipe):
+    recipe = make_recipe("checkpoint.every_minutes=1e-6", "eval.every_steps=100")
+    fit(*setup.start_run(recipe, tmp_path))
+    assert [step for step, _ in store.list_steps(tmp_path)] == list(range(1, 13))
