@@ -54,6 +54,8 @@ class Source:
                 raise UserError(f"python-stdlib takes no path, but got {', '.join(self.path)}")
         elif not self.path:
             raise UserError(f"a source of kind {self.kind} needs a path")
+        elif not all(self.path):
+            raise UserError("the name of a source is empty")
         elif self.kind == "huggingface" and len(self.path) != 1:
             raise UserError(
                 "give one Hugging Face dataset (a directory or a Hub id) at a time, "
@@ -107,11 +109,8 @@ def source_files(source: Source) -> list[Path]:
     assert source.kind in _FILE_KINDS, source.kind
     found: dict[Path, None] = {}
     for argument in source.path:
-        for file in _expand(argument):
-            if not Path(argument).is_dir() or _kind_of_file(file) == source.kind:
-                found.setdefault(file)
-    if not found:
-        raise UserError(f"no file of kind {source.kind} in {', '.join(source.path)}")
+        for file in _expand(argument, source.kind):
+            found.setdefault(file)
     return list(found)
 
 
@@ -149,6 +148,8 @@ def listing(source: Source) -> tuple[str, int | None]:
 
 
 def _kind_of(argument: str) -> str:
+    if not argument:
+        raise UserError("the name of a source is empty")
     path = Path(argument).expanduser()
     if path.is_dir() and _is_saved_dataset(path):
         return "huggingface"
@@ -181,8 +182,11 @@ def _has_known_ending(file: Path) -> bool:
     return name.endswith((*_JSONL, ".parquet", *_TEXT, *_COMPRESSED))
 
 
-def _expand(argument: str) -> list[Path]:
-    """Return the files that one argument stands for, sorted by name."""
+def _expand(argument: str, kind: str | None = None) -> list[Path]:
+    """Return the files that one argument stands for, sorted by name.
+
+    Of a directory, only those of one ``kind``; by default data before text.
+    """
     path = Path(argument).expanduser()
     if path.is_dir():
         files = [
@@ -192,11 +196,14 @@ def _expand(argument: str) -> list[Path]:
             and _has_known_ending(file)
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
-        data = [file for file in files if _kind_of_file(file) != "files"]
-        files = data or files  # a README.md beside the data isn't part of it
+        if kind is None:  # a README.md beside the data isn't part of it
+            files = [file for file in files if _kind_of_file(file) != "files"] or files
+        else:
+            files = [file for file in files if _kind_of_file(file) == kind]
         if not files:
+            what = {"files": "text", "jsonl": "JSON lines", "parquet": "Parquet"}.get(kind or "")
             raise UserError(
-                f"no text, JSON lines or Parquet files in {argument}; "
+                f"no {what or 'text, JSON lines or Parquet'} files in {argument}; "
                 f"for other endings give a pattern such as '{argument.rstrip('/')}/**/*.c'"
             )
         return files

@@ -56,9 +56,8 @@ def huggingface(source: Source, bad: Bad, here: Position) -> Iterator[Piece]:
         yield from _rows(batches, here.offset, name, source.field, bad, here)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # `datasets` raises whatever its file system, builder or parser raised
+    # `datasets` passes on whatever its file system, builder or parser raised
+    except Exception as error:
         where = f"the Hugging Face dataset {name} (split {source.split})"
         hint = "" if folder else "; there is no such local directory either"
         raise UserError(f"{where} can't be read: {_line(error)}{hint}") from None

@@ -248,9 +248,10 @@ class GPT(nn.Module):
 
     def _rope_table(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Made once per device; not a buffer, so that no checkpoint or meta device meets it."""
-        if self._rope is None or self._rope[0].device != x.device:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        made = self._rope
+        if made is None or made[0].device != x.device or made[0].dtype != dtype:
             c = self.config
-            dtype = torch.promote_types(x.dtype, torch.float32)
             with torch.inference_mode(False):  # sampling may come first; training uses it too
                 self._rope = rope_table(
                     c.max_position_embeddings, c.head_dim, c.rope_theta, x.device, dtype

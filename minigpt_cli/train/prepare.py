@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.data.manifest import Manifest
-from minigpt_cli.data.sources import Source
+from minigpt_cli.data.manifest import MANIFEST, Manifest
+from minigpt_cli.data.sources import Source, listing
 from minigpt_cli.data.tokenize import tokenize
 from minigpt_cli.errors import UserError
 from minigpt_cli.recipe import Recipe
@@ -21,9 +21,17 @@ def prepare_data(recipe: Recipe) -> None:
     if source is None:
         return
     assert tokenizer is not None
+    path = Path(recipe.data_path)
+    wanted = Source(source.kind, source.path, source.field, source.split, source.config)
+    if (path / MANIFEST).exists():
+        try:
+            listing(wanted)
+        except UserError:  # made elsewhere and brought here, as onto a cluster
+            say(f"{path}: the text it was made from is not here; using it as it is")
+            return
     make_dataset(
-        Source(source.kind, source.path, source.field, source.split, source.config),
-        Path(recipe.data_path),
+        wanted,
+        path,
         tokenizer_path=tokenizer.path,
         train_vocab=tokenizer.train_vocab,
         val_fraction=source.val_fraction,

@@ -166,9 +166,12 @@ def test_shards_are_plain_npy(dataset: Path) -> None:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cuts=st.lists(st.integers(0, 100), max_size=8), shard_tokens=st.integers(1, 40))
+@given(
+    cuts=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 60), st.booleans()), max_size=8),
+    shard_tokens=st.integers(1, 60),
+)
 def test_a_writer_taken_up_again_writes_the_same_bytes(
-    quick: Path, cuts: list[int], shard_tokens: int
+    quick: Path, cuts: list[tuple[int, int, bool]], shard_tokens: int
 ) -> None:
     tokens = np.arange(100, dtype=np.uint16)
     straight, broken = quick / "straight", quick / "broken"
@@ -180,12 +183,12 @@ def test_a_writer_taken_up_again_writes_the_same_bytes(
     expected = writer.finish()
     writer = ShardWriter(broken, "train", "uint16", shard_tokens)
     done = 0
-    for cut in sorted(cuts):
+    for cut, further, ends in sorted(cuts):
         writer.write(tokens[done:cut])
         writer.sync()
         finished, pending, done = tuple(writer.finished), writer.pending, cut
-        writer.write(tokens[done : done + 55])  # after the last sync: to be cut off
-        if cut % 2:
+        writer.write(np.full(further, 999, dtype=np.uint16))  # after the last sync: to be cut off
+        if ends:
             writer.finish()
         writer.close()
         writer = ShardWriter(broken, "train", "uint16", shard_tokens, finished, pending)

@@ -80,6 +80,7 @@ def test_patterns_are_sorted_and_files_read_once(folder: Path) -> None:
     ("arguments", "message"),
     [
         ([], "no source"),
+        ([""], "is empty"),
         (["nowhere.txt"], r"nowhere\.txt: no such file"),
         (["here/nowhere"], "here/nowhere: no such file"),
         (["org/name.jsonl"], r"org/name\.jsonl: no such file"),
@@ -100,8 +101,24 @@ def test_what_is_refused(folder: Path, arguments: list[str], message: str) -> No
         detect_source(arguments)
 
 
+def test_a_directory_gives_the_kind_that_is_asked_for(folder: Path) -> None:
+    (folder / "both").mkdir()
+    (folder / "both" / "README.md").write_text("about")
+    (folder / "both" / "a.jsonl").write_text('{"text": "data"}')
+    assert detect_source(["both"]).kind == "jsonl"
+    assert read(Source("jsonl", ("both",))) == ["data"]
+    assert read(Source("files", ("both",))) == ["about"]
+    with pytest.raises(UserError, match="no Parquet files in both"):
+        read(Source("parquet", ("both",)))
+
+
 def test_a_source_is_checked_when_it_is_made() -> None:
-    for kind, path in (("csv", ("a",)), ("files", ()), ("huggingface", ("a/b", "c/d"))):
+    for kind, path in (
+        ("csv", ("a",)),
+        ("files", ()),
+        ("files", ("",)),
+        ("huggingface", ("a/b", "c/d")),
+    ):
         with pytest.raises(UserError):
             Source(kind, path)
 

@@ -1,0 +1,217 @@
+"""The command line as a user meets it: real processes, messages, exit codes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SHARED, TINY, environment, minigpt
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A finished run under runs/tiny of a working directory."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "tiny.toml").write_text(TINY.format(data=dataset))
+    done = minigpt("pretrain", "tiny.toml", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["run"] == "runs/tiny"
+    assert result["step"] == 12
+    return folder / "runs/tiny"
+
+
+def refused(code: int, part: str, *arguments: object, cwd: Path | None = None) -> None:
+    """The command fails with this exit code and one line that says ``part``."""
+    done = minigpt(*arguments, cwd=cwd)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("minigpt: ")]
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert part in lines[0]
+    assert done.stderr.splitlines()[-1] == lines[0]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_what_a_run_leaves_behind(run: Path):
+    names = {path.name for path in run.iterdir()}
+    assert names >= {
+        "recipe.toml", "metrics.jsonl", "tokenizer.json", "environment.json", "status.json",
+        "checkpoints",
+    }  # fmt: skip
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert "lr = 0.003  # recipe" in (run / "recipe.toml").read_text()
+    assert json.loads((run / "environment.json").read_text())["threads"] >= 1
+    newest = run / "checkpoints/step-00000012"
+    assert sorted(path.name for path in newest.iterdir()) == [
+        "manifest.json", "recipe.toml",
+        "shard-00001-model-00001-of-00002.safetensors",
+        "shard-00001-model-00002-of-00002.safetensors",
+        "state.json", "tokenizer.json",
+    ]  # fmt: skip
+
+
+def test_eval_of_the_dataset_and_of_a_text(run: Path, tmp_path: Path):
+    whole = minigpt("eval", run, "--json")
+    assert whole.returncode == 0, whole.stderr
+    result = json.loads(whole.stdout)
+    assert result.keys() >= {"loss", "perplexity", "bits_per_byte", "tokens"}
+    (tmp_path / "a.txt").write_text("import os\n\n\ndef f(x):\n    return x\n" * 20)
+    text = minigpt("eval", run / "checkpoints/step-00000012", "--text", tmp_path / "a.txt")
+    assert text.returncode == 0, text.stderr
+    assert "bits per byte" in text.stdout
+
+
+def test_sample_takes_the_newest_run_and_a_seed(run: Path):
+    folder = run.parent.parent
+    arguments = ("sample", "--prompt", "def ", "--max-new-tokens", "12", "--seed", "3")
+    streamed = minigpt(*arguments, cwd=folder)
+    as_json = minigpt(*arguments, "--json", "--num-samples", "3", cwd=folder)
+    assert streamed.returncode == 0, streamed.stderr
+    assert as_json.returncode == 0, as_json.stderr
+    result = json.loads(as_json.stdout)
+    assert result["prompt"] == "def "
+    assert len(result["completions"]) == 3
+    assert streamed.stdout == "def " + result["completions"][0] + "\n"
+    three = minigpt(*arguments, "--num-samples", "3", cwd=folder)
+    for completion in result["completions"]:
+        assert "def " + completion in three.stdout
+
+
+def test_verify_names_damage(run: Path, tmp_path: Path, dataset: Path):
+    assert minigpt("verify", run).returncode == 0
+    assert minigpt("verify", dataset).returncode == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    state = copy / "checkpoints/step-00000008/state.json"
+    state.write_text(state.read_text().replace("8", "9", 1))
+    refused(4, "state.json: its content is not what was written", "verify", copy)
+    found = json.loads(minigpt("verify", copy, "--json").stdout)
+    assert not found["valid"]
+    assert len(found["damaged"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "part", "arguments"),
+    [
+        (2, "no/recipe.toml: no such recipe", ("pretrain", "no/recipe.toml")),
+        (2, "did you mean steps?", ("pretrain", "{recipe}", "--set", "train.stepz=3")),
+        (2, "is not a token dataset", ("pretrain", "{recipe}", "--set", "data.path=nowhere")),
+        (2, "too few for one window", ("pretrain", "{recipe}", "--set",
+                                       "train.sequence_length=1000000")),
+        (2, "already holds a run at step 12", ("pretrain", "{recipe}", "--out", "{run}")),
+        (2, "can't be written to", ("pretrain", "{recipe}", "--out", "{recipe}/x")),
+        (2, "not a multiple of micro_batch_size", ("pretrain", "{recipe}", "--set",
+                                                   "train.micro_batch_size=3")),
+        (2, "not a multiple of num_attention_heads", ("pretrain", "{recipe}", "--set",
+                                                      "model.hidden_size=33")),
+        (2, "no such run or checkpoint", ("resume", "nowhere")),
+        (2, "add --allow-change train.seed", ("resume", "{run}", "--set", "train.seed=1")),
+        (2, "runs/ holds no trained run", ("sample",)),
+        (2, "can't be read", ("eval", "{run}", "--text", "nowhere.txt")),
+        (2, "temperature", ("sample", "{run}", "--temperature", "-1")),
+        (2, "nowhere", ("tokenize", "nowhere.txt", "--out", "out", "--train-vocab", "300")),
+        (2, "", ("tokenize", "{empty}", "--out", "out", "--train-vocab", "300")),
+        (2, "--train-vocab", ("tokenize", "{recipe}", "--out", "out")),
+        (2, "no such run or checkpoint", ("verify", "nowhere")),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line(
+    run: Path, tmp_path: Path, recipe_file: Path, code: int, part: str, arguments: tuple[str, ...]
+):
+    (tmp_path / "empty.txt").write_text("")
+    words = {"recipe": recipe_file, "run": run, "empty": tmp_path / "empty.txt"}
+    refused(code, part, *(each.format(**words) for each in arguments), cwd=tmp_path)
+
+
+def test_a_damaged_dataset_and_another_tokenizer_are_refused(
+    run: Path, tmp_path: Path, dataset: Path, recipe_file: Path
+):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dataset, damaged)
+    shard = damaged / "train-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    refused(4, "train-00000.npy: its content doesn't match its sha256",
+            "pretrain", recipe_file, "--set", f"data.path={damaged}")  # fmt: skip
+    shard.unlink()
+    refused(4, "train-00000.npy: is missing", "eval", run, "--data", damaged)
+    other = tmp_path / "other"
+    made = minigpt("tokenize", ROOT / "LICENSE", "--out", other, "--train-vocab", 300)
+    assert made.returncode == 0, made.stderr
+    refused(2, "was made with another tokenizer", "eval", run, "--data", other)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(run: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for path in (copy / "checkpoints").iterdir():
+        (path / "state.json").unlink()
+    refused(4, "no valid checkpoint", "resume", copy)
+    refused(4, "state.json: missing", "resume", copy / "checkpoints/step-00000012")
+    refused(4, "no valid checkpoint", "sample", copy, "--prompt", "x")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_with_room(
+    tmp_path: Path, recipe_file: Path
+):
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "none", place]).returncode:
+        pytest.skip("no permission to mount")
+    try:
+        done = minigpt("pretrain", recipe_file, "--out", place / "run")
+        assert done.returncode == 2, done.stderr
+        assert "the disk is full; older checkpoints are untouched" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert "training goes on" in done.stderr  # the saves before the last could wait
+        assert minigpt("verify", place / "run").returncode == 0
+        subprocess.run(["mount", "-o", "remount,size=50m", place], check=True)
+        assert minigpt("resume", place / "run").returncode == 0
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_debug_shows_the_traceback():
+    done = minigpt("pretrain", "nowhere.toml", "--debug")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+def test_usage_errors_and_version():
+    assert minigpt("pretrain").returncode == 2
+    assert minigpt("nonsense").returncode == 2
+    done = minigpt("--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("minigpt ")
+
+
+def test_several_processes_are_refused_rather_than_trained_apart(recipe_file: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "minigpt_cli", "pretrain", recipe_file],
+        env=environment() | {"WORLD_SIZE": "2", "RANK": "0"}, capture_output=True, text=True,
+        cwd=recipe_file.parent,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "this version trains on one device" in done.stderr
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared")
+def test_tinyshakespeare_with_gpt2s_tokenizer(tmp_path: Path, recipe_file: Path):
+    """One document and a vocabulary made elsewhere: the tail is for validation."""
+    made = minigpt("tokenize", SHARED / "data/tinyshakespeare.txt", "--out", tmp_path / "data",
+                   "--tokenizer", SHARED / "data/gpt2", "--val-fraction", "0.1", "--json")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    splits = json.loads(made.stdout)["splits"]
+    assert splits["train"]["bytes"] + splits["val"]["bytes"] == 1_115_394
+    assert 0.09 < splits["val"]["bytes"] / 1_115_394 < 0.11
+    trained = minigpt("pretrain", recipe_file, "--set", f"data.path={tmp_path / 'data'}",
+                      "--set", "train.steps=3", "--out", tmp_path / "run", "--json")  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["val_loss"] == pytest.approx(10.8, abs=0.1)  # ln 50257
