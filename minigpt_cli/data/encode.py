@@ -22,7 +22,7 @@ from typing import IO
 from minigpt_cli.errors import UserError
 
 # The encodings of this much text are in memory at a time.
-_AT_ONCE = 256 << 10
+_AT_ONCE = 64 << 10
 _F_SETPIPE_SZ = 1031  # Linux; in the fcntl module where it is supported
 
 

@@ -13,8 +13,8 @@ def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
     """The optimizers of a run.
 
     AdamW (Loshchilov and Hutter 2019) decays matrices and embeddings, not biases and norms. Muon
-    (Jordan et al. 2024), if asked for, takes the matrices inside the blocks: not the embeddings and
-    not the output projection. Each group's ``peak_lr`` is what the schedule scales.
+    (Jordan et al. 2024), if asked for, takes the matrices inside the blocks, and decays them; the
+    embeddings and the output projection are then left to AdamW, and not decayed. Each group's ``peak_lr`` is what the schedule scales.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []
@@ -27,8 +27,9 @@ def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
         )
         muon.param_groups[0]["peak_lr"] = muon_lr
         optimizers.append(muon)
+    decay = 0.0 if optimizers else recipe.weight_decay
     groups = [
-        {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     adamw = AdamW(

@@ -309,6 +309,7 @@ def test_cut_makes_progress_and_keeps_characters_whole(head: str, tail: str, lim
 def test_cut_prefers_a_space_before_a_word() -> None:
     assert cut(b"one two\n\n  three", 13) == 10
     assert cut(b"one two three", 8) == 7
+    assert cut(b"one two  \n", 9) == 3  # a run of white space stays together
     assert cut(b"one two three", 7) == 3  # the byte after the limit isn't part of the piece
     assert cut("語語\n\n語語".encode(), 10) == 6
     assert cut("語語語語".encode(), 10) == 9

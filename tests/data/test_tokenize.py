@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from minigpt_cli.data.documents import documents
 from minigpt_cli.data.manifest import Manifest
 from minigpt_cli.data.pieces import LONG_DOCUMENT
+from minigpt_cli.data.placement import Place, Rule, placed
 from minigpt_cli.data.progress import Progress
 from minigpt_cli.data.shards import open_dataset, verify_dataset
 from minigpt_cli.data.sources import Source, source_files
@@ -222,6 +224,31 @@ def test_a_tail_beyond_the_first_piece(quick: Path, tokenizer_file: str, kind: s
     assert found["val"].bytes == pytest.approx(len(text) / 2, abs=100)
     assert found["train"].bytes + found["val"].bytes == len(text)
     assert found["train"].documents == found["val"].documents == 1
+
+
+def test_a_tail_that_begins_with_a_piece(quick: Path) -> None:
+    source = write_jsonl(quick / "x.jsonl", ["word " * (LONG_DOCUMENT // 2)])
+    first, *others = documents(source)
+    assert len(others) == 2
+    found = list(placed(source, Rule("tail", 0.5, cut_at=len(first.data)), True, None, Place()))
+    assert [(piece.val, piece.last) for piece in found] == [
+        (False, True),
+        (True, False),
+        (True, True),
+    ]
+    assert [piece.data for piece in found] == [first.data, *(piece.data for piece in others)]
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule("hash", 0.9999), Rule("hash", 0), Rule("tail", 0.5, cut_at=LONG_DOCUMENT + 99)]
+)
+def test_placement_goes_on_inside_of_a_document(quick: Path, rule: Rule) -> None:
+    source = write_jsonl(quick / "x.jsonl", ["word " * (LONG_DOCUMENT // 2)])
+    found = list(placed(source, rule, True, None, Place()))
+    assert found[-1].val == (rule.val_fraction > 0)
+    for index, piece in enumerate(found):
+        if piece.after is not None:
+            assert list(placed(source, rule, True, None, piece.after)) == found[index + 1 :]
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 100])

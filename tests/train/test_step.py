@@ -111,8 +111,11 @@ def test_decay_is_for_matrices_only_and_muon_takes_the_hidden_ones():
     }
     decayed, kept = adamw.param_groups
     assert {names[id(p)] for p in decayed["params"]} == {"embed_tokens.weight", "lm_head.weight"}
-    assert decayed["weight_decay"] == 0.1
-    assert kept["weight_decay"] == 0.0
+    assert muon.param_groups[0]["weight_decay"] == 0.1
+    assert decayed["weight_decay"] == kept["weight_decay"] == 0.0
+    with_adamw = trainer().optimizers[0].param_groups
+    assert [group["weight_decay"] for group in with_adamw] == [0.1, 0.0]
+    assert all(p.ndim == 2 for p in with_adamw[0]["params"])
     assert all("norm" in names[id(p)] for p in kept["params"])
     everywhere = [id(p) for each in t.optimizers for g in each.param_groups for p in g["params"]]
     assert sorted(everywhere) == sorted(names)

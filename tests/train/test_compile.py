@@ -1,0 +1,52 @@
+"""torch.compile as a setting: the same numbers, the same names, and eager where it can't be."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt_cli.report import metrics
+from tests.conftest import command, environment
+
+
+def pretrain(recipe: Path, out: Path, compiled: bool, **variables: str) -> str:
+    arguments = (
+        "pretrain", recipe, "--out", out, "--set", f"precision.compile={str(compiled).lower()}",
+        "--set", "precision.dtype=fp32", "--set", "train.steps=4",
+    )  # fmt: skip
+    done = subprocess.run(
+        command(*arguments), env=environment() | variables, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics.read(run) if "loss" in line]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++")
+def test_a_compiled_run_equals_an_eager_one(tmp_path: Path, recipe_file: Path):
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    pretrain(recipe_file, eager, False)
+    errors = pretrain(recipe_file, compiled, True)
+    assert "torch.compile failed" not in errors
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-5)
+    manifests = [run / "checkpoints/step-00000004/manifest.json" for run in (eager, compiled)]
+    names = [path.read_text().count("_orig_mod") for path in manifests]
+    assert names == [0, 0]
+
+
+def test_without_a_compiler_it_says_so_and_trains_eagerly(tmp_path: Path, recipe_file: Path):
+    nowhere = {
+        "CXX": str(tmp_path / "no-such-compiler"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PATH": os.path.dirname(sys.executable),
+    }
+    errors = pretrain(recipe_file, tmp_path / "run", True, **nowhere)
+    assert "warning: torch.compile failed, training goes on without it" in errors
+    pretrain(recipe_file, tmp_path / "eager", False)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-6)
