@@ -14,7 +14,7 @@ setup: .venv/installed
 
 # Trains a small model on the Python standard library's own source, then lets it write.
 train: setup
-	if [ -d $(RUN)/checkpoints ]; then $(BIN)/minigpt resume $(RUN); \
+	if ls -d $(RUN)/checkpoints/step-* >/dev/null 2>&1; then $(BIN)/minigpt resume $(RUN); \
 	else $(BIN)/minigpt pretrain recipes/tiny.toml --out $(RUN); fi
 	$(BIN)/minigpt sample $(RUN) --prompt 'def ' --max-new-tokens 200
 

@@ -1,4 +1,4 @@
-"""How long `minigpt --help` takes, against `python -c "import typer, rich"`; prints one JSON line."""
+"""How long `minigpt --help` takes, against `import typer, rich`; prints one JSON line."""
 
 import json
 import statistics

@@ -1,6 +1,6 @@
 """Time training steps of a model on random tokens; prints one JSON line.
 
-    python benchmarks/bench_train.py --batch 8 --sequence-length 256 --hidden 256 --layers 6
+python benchmarks/bench_train.py --batch 8 --sequence-length 256 --hidden 256 --layers 6
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The command line: thin commands, each of which imports what it needs when it runs."""
 
-import errno
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from minigpt_cli import __version__
-from minigpt_cli.errors import Damaged, Stopped, UserError
+from minigpt_cli.errors import Damaged, Stopped, UserError, exit_code_of
 
 app = typer.Typer(
     name="minigpt",
@@ -100,8 +100,10 @@ def pretrain(
     from minigpt_cli.train import setup
     from minigpt_cli.train.prepare import prepare_data
 
+    directory = out or Path("runs") / loaded.name
+    setup.check_start(loaded, directory)
     prepare_data(loaded)
-    _fit(*setup.start_run(loaded, out or Path("runs") / loaded.name), as_json)
+    _fit(*setup.start_run(loaded, directory), as_json)
 
 
 @app.command()
@@ -234,6 +236,8 @@ def verify(
         run, checkpoint = store.locate(path)
         checkpoints = [checkpoint] if checkpoint else [p for _, p in store.list_steps(run)]
         checked = len(checkpoints)
+        if not checkpoints:
+            raise UserError(f"{path}: holds no checkpoint to verify")
         damaged = [problem for each in checkpoints for problem in store.verify(each)]
     if as_json:
         _print_json({"valid": not damaged, "checked": checked, "damaged": damaged})
@@ -287,18 +291,18 @@ def _report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):  # `minigpt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    code = exit_code_of(error)
     if isinstance(error, UserError):
-        message, code = str(error), error.exit_code
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-        message, code = f"{error.filename or 'writing'}: {error.strerror}", UserError.exit_code
-    elif type(error).__name__ == "OutOfMemoryError":
-        message, code = (
+        message = str(error)
+    elif isinstance(error, OSError):
+        message = f"{error.filename or 'reading or writing'}: {error.strerror or error}"
+    elif code == UserError.exit_code:
+        message = (
             "out of GPU memory: try a smaller train.micro_batch_size (the result stays the same) "
-            "or --set train.activation_checkpointing=true",
-            UserError.exit_code,
+            "or --set train.activation_checkpointing=true"
         )
     else:
         message = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
-        code = 1
-    print(f"minigpt: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"minigpt: {message}", file=sys.stderr)
     return code

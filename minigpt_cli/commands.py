@@ -80,6 +80,10 @@ def sample_model(
     stream: bool,
 ) -> dict[str, Any]:
     """Continue a prompt; with ``stream``, print the text as it comes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not valid UTF-8 text") from None
     trained = _load(path or newest_run())
     device = next(trained.model.parameters()).device
     if dtype == "bf16" or (dtype == "auto" and device.type == "cuda"):

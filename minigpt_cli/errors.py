@@ -25,6 +25,17 @@ class Damaged(UserError):
     exit_code = 4
 
 
+def exit_code_of(error: BaseException) -> int:
+    """What the command ends with: a full disk or too little GPU memory are the user's to mend."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, OSError) or type(error).__name__ == "OutOfMemoryError":
+        return UserError.exit_code
+    return 1
+
+
 class Stopped(UserError):
     """A signal ended the work at a point from which it can go on.
 

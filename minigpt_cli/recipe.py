@@ -164,17 +164,19 @@ class Recipe:
 
     @property
     def data_path(self) -> str:
-        return self.data.path or f"data/{self.name}"
+        assert self.data.path is not None  # parse() fills it in
+        return self.data.path
 
 
-# What a run has already been shaped by; ``resume`` refuses to change these unless told to by name.
-FIXED_IN_A_RUN = (
-    "model.",
+# What a run has already been shaped by: ``resume`` changes these only if told to by name ...
+CHANGED_BY_NAME = (
+    "model.dropout",
     "train.seed",
     "train.global_batch_size",
     "train.sequence_length",
-    "optimizer.name",
 )
+# ... and these never: the saved tensors would not fit.
+NEVER_CHANGED = ("model.", "optimizer.name")
 
 
 def load(path: Path | str, overrides: list[str] | None = None, name: str | None = None) -> Recipe:
@@ -227,6 +229,8 @@ def parse(
             raise UserError(problem if problem.startswith(where) else f"{where}: {problem}")
         raise UserError("\n  ".join([f"{where}: {len(problems)} problems", *problems]))
     assert recipe is not None
+    data = dataclasses.replace(recipe.data, path=recipe.data.path or f"data/{name}")
+    recipe = dataclasses.replace(recipe, data=data)
     all_leaves = _leaves(to_tables(recipe, with_unset=True))
     origin = {leaf: origin.get(leaf, "default") for leaf in all_leaves}
     return dataclasses.replace(recipe, name=name, origin=origin)
@@ -274,6 +278,11 @@ def dump(recipe: Recipe) -> str:
 
     section(to_tables(recipe, with_unset=True), "")
     return "\n".join(lines) + "\n"
+
+
+def settings(recipe: Recipe) -> list[str]:
+    """The names of all settings, as ``--set`` takes them."""
+    return list(_leaves(to_tables(recipe, with_unset=True)))
 
 
 def differences(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:

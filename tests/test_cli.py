@@ -206,7 +206,8 @@ def test_several_processes_are_refused_rather_than_trained_apart(recipe_file: Pa
 def test_tinyshakespeare_with_gpt2s_tokenizer(tmp_path: Path, recipe_file: Path):
     """One document and a vocabulary made elsewhere: the tail is for validation."""
     made = minigpt("tokenize", SHARED / "data/tinyshakespeare.txt", "--out", tmp_path / "data",
-                   "--tokenizer", SHARED / "data/gpt2", "--val-fraction", "0.1", "--json")  # fmt: skip
+                   "--tokenizer", SHARED / "data/gpt2", "--val-fraction", 0.1,
+                   "--json")  # fmt: skip
     assert made.returncode == 0, made.stderr
     splits = json.loads(made.stdout)["splits"]
     assert splits["train"]["bytes"] + splits["val"]["bytes"] == 1_115_394

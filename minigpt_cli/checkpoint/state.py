@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from minigpt_cli.errors import Damaged
+from minigpt_cli.errors import Damaged, UserError
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."  # prefixes of the tensors' names
@@ -79,12 +79,12 @@ def read_tensors(directory: Path, tensors: dict[str, Tensor], recorded: dict[str
     with ``recorded`` (the manifest's list) first.
 
     Raises:
-        Damaged: the checkpoint doesn't hold exactly what is wanted.
+        UserError: the checkpoint doesn't hold exactly what is wanted.
     """
     for name, tensor in tensors.items():
         wanted = describe(tensor)
         if recorded.get(name) != wanted:
-            raise Damaged(
+            raise UserError(
                 f"{directory}: {name} should be {wanted['dtype']} {wanted['shape']}, but the "
                 f"checkpoint holds {recorded.get(name) or 'no such tensor'}: "
                 "it belongs to another model, optimizer or precision"
@@ -112,7 +112,7 @@ def load_tensors(
     wanted = {WEIGHTS + name: tensor for name, tensor in weights.items()}
     wanted |= {OPTIMIZER + name: v for name, v in moments.items() if isinstance(v, Tensor)}
     if extra := sorted(recorded.keys() - wanted.keys()):
-        raise Damaged(
+        raise UserError(
             f"{directory}: holds {extra[0]} and {len(extra) - 1} more tensors that this model and "
             "optimizer don't have: it belongs to another recipe"
         )

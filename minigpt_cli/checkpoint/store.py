@@ -44,7 +44,7 @@ def list_steps(run: Path) -> list[tuple[int, Path]]:
     """(step, directory) of the committed checkpoints, oldest first; none of them verified."""
     try:
         entries = list(checkpoints_dir(run).iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     found = [(int(match[1]), path) for path in entries if (match := _NAME.match(path.name))]
     return sorted(found)
@@ -87,10 +87,12 @@ def commit(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _flush(temporary / MANIFEST)
         _flush(temporary)
-        if final.exists():
-            set_aside(final)
+        replaced = parent / f".replaced-{final.name}"
+        if final.exists():  # the same step again, now with its evaluation; see sweep()
+            final.rename(replaced)
         temporary.rename(final)
         _flush(parent)
+        _remove(replaced)
     except BaseException as error:
         _remove(temporary)
         if cause := _os_error(error):
@@ -127,6 +129,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
                 raise TypeError(name)
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{checkpoint / MANIFEST}: is not a manifest ({error!r})") from None
+    if (named := _NAME.match(checkpoint.name)) and int(named[1]) != manifest.step:
+        raise Damaged(f"{checkpoint}: its manifest is of step {manifest.step}")
     return manifest
 
 
@@ -255,10 +259,14 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def sweep(run: Path) -> None:
-    """Remove what a killed process left half written or half deleted."""
+    """Remove what a killed process left half written or half deleted; put back what it had moved
+    out of the way of a new checkpoint that never came."""
     if checkpoints_dir(run).is_dir():
-        for path in checkpoints_dir(run).iterdir():
-            if path.name.startswith((".writing-", ".deleting-")):
+        for path in list(checkpoints_dir(run).iterdir()):
+            original = path.with_name(path.name.removeprefix(".replaced-"))
+            if original != path and not original.exists():
+                path.rename(original)
+            elif path.name.startswith((".writing-", ".deleting-", ".replaced-")):
                 _remove(path)
 
 

@@ -21,11 +21,6 @@ class World:
     size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank writes files and prints."""
-        return self.rank == 0
-
 
 def start() -> World:
     """Find the device: the first CUDA GPU, else the CPU.

@@ -1,5 +1,7 @@
 """What a model costs, by arithmetic: parameters and FLOPs, and what devices can do."""
 
+import re
+
 from minigpt_cli.model.config import ModelConfig
 
 # Dense peak of matrix products in bf16 or fp16, FLOP/s, from the makers' data sheets (the figures
@@ -68,4 +70,8 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
 
 def peak_flops(device_name: str) -> float | None:
     """The device's dense bf16 peak in FLOP/s, or None where it isn't known (every CPU)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    if "Laptop" in device_name:  # slower than the desktop card of the same name
+        return None
+    return next(
+        (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None
+    )

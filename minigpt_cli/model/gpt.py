@@ -249,14 +249,13 @@ class GPT(nn.Module):
     def _rope_table(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Made once per device; not a buffer, so that no checkpoint or meta device meets it."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        made = self._rope
-        if made is None or made[0].device != x.device or made[0].dtype != dtype:
-            c = self.config
+        table, c = self._rope, self.config
+        if table is None or table[0].device != x.device or table[0].dtype != dtype:
             with torch.inference_mode(False):  # sampling may come first; training uses it too
-                self._rope = rope_table(
+                table = self._rope = rope_table(
                     c.max_position_embeddings, c.head_dim, c.rope_theta, x.device, dtype
                 )
-        return self._rope
+        return table
 
 
 def initialize(model: GPT, seed: int) -> None:

@@ -39,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.device.type == "cpu" and full and x.dtype == weight.dtype:
         out: Tensor = _RMSNorm.apply(x.contiguous(), weight, eps)
         return out
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 
 class Norm(nn.Module):

@@ -60,7 +60,8 @@ class TokenizingDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._status.stop()
+        with contextlib.suppress(OSError):
+            self._status.stop()
 
     def update(self, progress: Progress) -> None:
         p = progress
@@ -72,7 +73,8 @@ class TokenizingDisplay:
         if p.bad:
             line += f", {p.bad:,} malformed"
         if self._console.is_terminal:
-            self._status.update(line)
+            with contextlib.suppress(OSError):
+                self._status.update(line)
         elif time.monotonic() - self._shown > self.SECONDS:
             self._shown = time.monotonic()
             say(line)
@@ -100,14 +102,15 @@ class TrainingDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+        with contextlib.suppress(OSError):
+            self._progress.stop()
 
     def step(self, values: dict[str, Any], seconds_left: float) -> None:
         line = step_line(values, self._total, seconds_left)
         if self._live:
-            self._progress.update(
-                self._task, completed=values["step"], line=line.rsplit("  ", 1)[0]
-            )
+            with contextlib.suppress(OSError):
+                shown = line.rsplit("  ", 1)[0]
+                self._progress.update(self._task, completed=values["step"], line=shown)
         else:
             self.say(line)
 

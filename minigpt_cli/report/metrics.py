@@ -1,5 +1,6 @@
 """metrics.jsonl: an object per logged step and per evaluation; one curve, whatever happens."""
 
+import errno
 import json
 import math
 import os
@@ -21,7 +22,15 @@ class MetricsFile:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        os.write(self._descriptor, (json.dumps(finite) + "\n").encode())
+        line = (json.dumps(finite) + "\n").encode()
+        size = os.fstat(self._descriptor).st_size
+        try:
+            written = os.write(self._descriptor, line)
+        except OSError:
+            written = 0
+        if written != len(line):  # a full disk: no torn line for the next one to land on
+            os.ftruncate(self._descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def flush(self) -> None:
         """To the disk itself, before a checkpoint says that these steps are done."""
@@ -48,9 +57,18 @@ def read(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def cut_back(run: Path, step: int) -> None:
-    """Drop what lies beyond ``step``, where the run goes on from."""
-    kept = [line for line in read(run) if line.get("step", 0) <= step]
+def cut_back(run: Path, step: int, evaluated: bool = True) -> None:
+    """Drop what lies beyond ``step``, where the run goes on from.
+
+    Args:
+        evaluated: whether the evaluation at that step is in what the run goes on from.
+    """
+    kept = [
+        line
+        for line in read(run)
+        if line.get("step", 0) < step
+        or (line.get("step") == step and (evaluated or "val_loss" not in line))
+    ]
     temporary = run / f".{FILE}"
     with temporary.open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in kept)

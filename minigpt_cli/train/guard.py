@@ -16,17 +16,22 @@ class Guard:
     bad_steps: Tensor  # updates called off that should not have been, int64
     first_bad: Tensor  # the first such step, int64; 0 while there is none
     skipped: Tensor  # updates called off because fp16's gradients overflowed, int64
+    skipped_in_a_row: Tensor  # of these, the last ones, int64
+
+
+# The scale is halved at every skip: after so many of them in a row it is not the scale's fault.
+SKIPS_IN_A_ROW = 60
 
 
 def new_guard(device: torch.device) -> Guard:
-    return Guard(*(torch.zeros((), dtype=torch.int64, device=device) for _ in range(3)))
+    return Guard(*(torch.zeros((), dtype=torch.int64, device=device) for _ in range(4)))
 
 
 def watch(guard: Guard, step: int, loss: Tensor, grad_norm: Tensor, fp16: bool) -> Tensor:
     """Take note of one step; returns 1.0 where its update must not happen, else 0.0.
 
     Under fp16 a gradient that overflowed is ordinary: the scaler lowers its scale and the step is
-    only skipped. A loss that is not finite never is.
+    only skipped. A loss that is not finite never is, nor are overflows without an end.
 
     Args:
         step: the number of this step, from 1.
@@ -34,7 +39,10 @@ def watch(guard: Guard, step: int, loss: Tensor, grad_norm: Tensor, fp16: bool) 
     """
     loss_is_bad = ~torch.isfinite(loss)
     call_off = loss_is_bad | ~torch.isfinite(grad_norm)
-    bad = loss_is_bad if fp16 else call_off
+    bad = call_off
+    if fp16:
+        guard.skipped_in_a_row.add_(1).mul_(call_off)
+        bad = loss_is_bad | (guard.skipped_in_a_row >= SKIPS_IN_A_ROW)
     guard.first_bad += torch.where(bad & (guard.bad_steps == 0), step, 0)
     guard.bad_steps += bad
     guard.skipped += call_off & ~bad

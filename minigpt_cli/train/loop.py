@@ -5,6 +5,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Run:
     batches: Batches
     validation: Validation | None  # None where the dataset has no validation split
     prompts: Prompts
-    metrics: MetricsFile
+    metrics: MetricsFile | None  # opened when all else is ready
     tokenizer_json: bytes
     flops_per_token: int
     peak_flops: float | None
@@ -104,6 +105,8 @@ def fit(run: Run, state: RunState) -> None:
     with run.resources, StopRequest() as stop, TrainingDisplay(total, state.step) as display:
         if state.step and _evaluation_is_due(run, state):  # a stop had cut it short
             _evaluate(run, state, display, stop)
+            if state.evaluated_step == state.step:
+                _save(run, state, display, must_succeed=False)
         clock.start()
         while not is_finished(recipe, state) and not stop:
             inputs, targets = run.batches(state.step)
@@ -118,7 +121,7 @@ def fit(run: Run, state: RunState) -> None:
                 _log(run, state, display, lr, numbers, clock.lap() / steps)
             is_best = False
             if _evaluation_is_due(run, state):
-                clock.pause()
+                _settle(run, clock)
                 is_best = _evaluate(run, state, display, stop)
 
             minutes = recipe.checkpoint.every_minutes
@@ -129,9 +132,10 @@ def fit(run: Run, state: RunState) -> None:
             )
             ending = is_finished(recipe, state) or bool(stop)
             if due or ending:
-                clock.pause()
-                _save(run, state, display, must_succeed=ending)
-                saved_at, saved_step = time.monotonic(), state.step
+                _settle(run, clock)
+                if _save(run, state, display, must_succeed=ending):
+                    saved_step = state.step
+                saved_at = time.monotonic()
             clock.start()
 
         if stop:
@@ -148,8 +152,14 @@ def fit(run: Run, state: RunState) -> None:
             )
         display.say(
             f"finished at step {state.step}: {state.tokens:,} tokens, {clock.total:.1f} s of "
-            f"training; {run.directory}"
+            f"training in this process; {run.directory}"
         )
+
+
+def _settle(run: Run, clock: Clock) -> None:
+    """Wait for the device, then stop the clock: what was queued is training time."""
+    guard.check(run.trainer.guard, _last_good(run))
+    clock.pause()
 
 
 def _log(
@@ -174,7 +184,7 @@ def _log(
     }
     if run.trainer.scaler.is_enabled():
         values["loss_scale"] = run.trainer.scaler.get_scale()
-    run.metrics.write(values)
+    _write_metrics(run, display, values)
     display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
     if state.step == 1 and (
         warning := guard.warn_about_first_loss(loss, run.trainer.model.config.vocab_size)
@@ -193,7 +203,6 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
     """Evaluate and complete the prompts; True if this is the lowest loss so far."""
     assert run.validation is not None
     recipe, v = run.recipe, run.validation
-    guard.check(run.trainer.guard, _last_good(run))
     length = recipe.train.sequence_length
     ids = fixed_windows(v.split.windows(length), recipe.eval.windows)
     result = evaluate(
@@ -211,15 +220,14 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
     if is_best:
         state.best_val_loss, state.best_step = result.loss, state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
-    run.metrics.write(
-        {
-            "step": state.step,
-            "tokens": state.tokens,
-            "val_loss": result.loss,
-            "val_perplexity": result.perplexity,
-            "val_bits_per_byte": result.bits_per_byte,
-        }
-    )
+    values = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "val_loss": result.loss,
+        "val_perplexity": result.perplexity,
+        "val_bits_per_byte": result.bits_per_byte,
+    }
+    _write_metrics(run, display, values)
     display.say(
         f"step {state.step}  validation: loss {result.loss:.4f}  perplexity "
         f"{result.perplexity:.2f}  bits per byte {result.bits_per_byte:.4f}"
@@ -230,11 +238,22 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
     return is_best
 
 
-def _save(run: Run, state: RunState, display: TrainingDisplay, must_succeed: bool) -> None:
-    """Commit a checkpoint; one that can wait only warns when it fails, and the run goes on."""
+def _write_metrics(run: Run, display: TrainingDisplay, values: dict[str, Any]) -> None:
+    assert run.metrics is not None
+    try:
+        run.metrics.write(values)
+    except OSError as error:  # a full disk; the run itself can go on
+        display.say(f"warning: metrics.jsonl could not be written: {error.strerror}")
+
+
+def _save(run: Run, state: RunState, display: TrainingDisplay, must_succeed: bool) -> bool:
+    """Commit a checkpoint; one that can wait only warns when it fails, and the run goes on.
+
+    Returns whether it was saved.
+    """
     trainer, keep = run.trainer, run.recipe.checkpoint
     guard.check(trainer.guard, _last_good(run))
-    run.metrics.flush()
+    state.skipped = int(trainer.guard.skipped.item())
     state.scaler = trainer.scaler.state_dict()
     tensors = checkpoint_state.tensors_of(trainer.model, trainer.optimizers)
 
@@ -245,13 +264,15 @@ def _save(run: Run, state: RunState, display: TrainingDisplay, must_succeed: boo
         (directory / "tokenizer.json").write_bytes(run.tokenizer_json)
 
     val_loss = state.val_loss if state.evaluated_step == state.step else None
+    assert run.metrics is not None
     try:
+        run.metrics.flush()
         path = store.commit(run.directory, state.step, write, tensors, val_loss)
-    except UserError as error:
+    except (UserError, OSError) as error:
         if must_succeed:
             raise
         display.say(f"warning: {error}; training goes on and saves again at the next interval")
-        return
+        return False
     store.retain(
         run.directory,
         keep_last=keep.keep_last,
@@ -259,6 +280,7 @@ def _save(run: Run, state: RunState, display: TrainingDisplay, must_succeed: boo
         keep_every=keep.keep_every,
     )
     display.say(f"saved {path}")
+    return True
 
 
 def _last_good(run: Run) -> str:

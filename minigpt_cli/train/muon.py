@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of the matrices orthogonalised together: enough to fill a GPU, few enough for a CPU's cache.
+# Elements of the matrices orthogonalised together: enough to fill a GPU, few for a CPU's cache.
 _BATCH_ELEMENTS = {"cuda": 2**26, "cpu": 2**20}
 
 

@@ -14,7 +14,8 @@ def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
 
     AdamW (Loshchilov and Hutter 2019) decays matrices and embeddings, not biases and norms. Muon
     (Jordan et al. 2024), if asked for, takes the matrices inside the blocks, and decays them; the
-    embeddings and the output projection are then left to AdamW, and not decayed. Each group's ``peak_lr`` is what the schedule scales.
+    embeddings and the output projection are then left to AdamW, and not decayed. Each group's
+    ``peak_lr`` is what the schedule scales.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []

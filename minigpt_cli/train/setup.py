@@ -32,9 +32,11 @@ from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.report.console import say, warn
 from minigpt_cli.train import guard, optimizer, precision
-from minigpt_cli.train.loop import Run, Validation, is_finished
+from minigpt_cli.train.loop import Run, Validation
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import Trainer
+
+RECIPE = "recipe.toml"
 
 
 def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
@@ -45,16 +47,26 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     """
     with ExitStack() as resources:
         resources.enter_context(_claimed(directory))
-        if steps := store.list_steps(directory):
-            raise UserError(
-                f"{directory} already holds a run at step {steps[-1][0]}: go on with minigpt "
-                f"resume {directory}, or choose another --out"
-            )
-        metrics.cut_back(directory, -1)
+        check_start(recipe, directory)
+        store.sweep(directory)
         run, state = _build(recipe, directory, resources)
         initialize(run.trainer.model, recipe.train.seed)
-        _record(run)
-        return replace(run, resources=resources.pop_all()), state
+        metrics.cut_back(directory, -1)
+        return _ready(run, resources), state
+
+
+def check_start(recipe: Recipe, directory: Path) -> None:
+    """What can be refused before the data is prepared, which may take hours.
+
+    Raises:
+        UserError: the model's sizes don't fit together, or ``directory`` holds a run already.
+    """
+    config_from_recipe(recipe, vocab_size=1)
+    if steps := store.list_steps(directory):
+        raise UserError(
+            f"{directory} already holds a run at step {steps[-1][0]}: go on with minigpt resume "
+            f"{directory}, or choose another --out"
+        )
 
 
 def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
@@ -69,17 +81,20 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         Damaged: no checkpoint is valid, or the dataset is not the one trained on.
     """
     with ExitStack() as resources:
-        resources.enter_context(_claimed(store.locate(path)[0]))
-        directory, checkpoint, manifest, passed_over = store.choose(path)
+        directory, named = store.locate(path)
+        if named is not None and named.parent != store.checkpoints_dir(directory):
+            raise UserError(f"{named}: to go on from it, put it under RUN/checkpoints/")
+        resources.enter_context(_claimed(directory))
         store.sweep(directory)
+        _, checkpoint, manifest, passed_over = store.choose(path)
         for problem in passed_over:
             warn(problem)
-        old = recipes.load(checkpoint / "recipe.toml", name=directory.name)
-        recipe = recipes.load(checkpoint / "recipe.toml", overrides, name=directory.name)
+        # What the last resume of the run changed holds; a checkpoint that is named brings its own.
+        source = directory if named is None and (directory / RECIPE).exists() else checkpoint
+        old = recipes.load(source / RECIPE, name=directory.name)
+        recipe = recipes.load(source / RECIPE, overrides, name=directory.name)
         _check_changes(old, recipe, allow_changes)
         state = checkpoint_state.read_state(checkpoint)
-        if not is_finished(recipe, state):
-            metrics.cut_back(directory, state.step)
         run, fresh = _build(recipe, directory, resources)
         _check_dataset(recipe, state, fresh, allow_changes)
         checkpoint_state.load_tensors(
@@ -87,15 +102,15 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         )
         if state.scaler:
             run.trainer.scaler.load_state_dict(state.scaler)
-        if not is_finished(recipe, state):
-            for step, later in store.list_steps(directory):
-                if step > state.step:
-                    aside = store.set_aside(later)
-                    say(f"{later.name} is beyond where the run goes on from: now {aside.name}")
+        run.trainer.guard.skipped += state.skipped
+        for step, later in store.list_steps(directory):
+            if step > state.step:
+                aside = store.set_aside(later)
+                say(f"{later.name} is beyond where the run goes on from: now {aside.name}")
+        metrics.cut_back(directory, state.step, evaluated=state.evaluated_step == state.step)
         _warn_of_another_machine(run)
-        _record(run)
         say(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
-        return replace(run, resources=resources.pop_all()), state
+        return _ready(run, resources), state
 
 
 @contextmanager
@@ -111,12 +126,21 @@ def _claimed(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{directory}: can't be written to: {error.strerror}") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{directory}: another process is training in it") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"{directory}: another process is training in it") from None
     finally:
         os.close(lock)
+
+
+def _ready(run: Run, resources: ExitStack) -> Run:
+    """The run, with its files opened: the last thing before training, since it changes them."""
+    _record(run)
+    file = metrics.MetricsFile(run.directory)
+    resources.callback(file.close)
+    return replace(run, metrics=file, resources=resources.pop_all())
 
 
 def _build(recipe: Recipe, directory: Path, resources: ExitStack) -> tuple[Run, RunState]:
@@ -162,9 +186,7 @@ def _build(recipe: Recipe, directory: Path, resources: ExitStack) -> tuple[Run, 
         share=slice(None),
         device=device,
     )
-    metrics_file = metrics.MetricsFile(directory)
     resources.callback(batches.close)
-    resources.callback(metrics_file.close)
     run = Run(
         recipe=recipe,
         directory=directory,
@@ -185,7 +207,7 @@ def _build(recipe: Recipe, directory: Path, resources: ExitStack) -> tuple[Run, 
             recipe.eval.prompt_tokens,
             dtype,
         ),
-        metrics=metrics_file,
+        metrics=None,
         tokenizer_json=dataset.tokenizer_file.read_bytes(),
         flops_per_token=flops_per_token(config, length),
         peak_flops=peak_flops(worlds.device_name(device)),
@@ -220,11 +242,21 @@ def compile_blocks(trainer: Trainer, sequence_length: int, device: torch.device)
 
 def _check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
     """Print what the command line changes; refuse what would alter what was already trained."""
-    refused = []
+    known = {"data", *recipes.settings(new)}
+    if unknown := [key for key in allowed if key not in known]:
+        raise UserError(f"--allow-change {unknown[0]}: no such setting")
+    never, refused = [], []
     for key, before, after in recipes.differences(old, new):
         say(f"changed: {key} = {after} (was {before})")
-        if key.startswith(recipes.FIXED_IN_A_RUN) and key not in allowed:
-            refused.append(key)
+        if key in recipes.CHANGED_BY_NAME:
+            refused += [] if key in allowed else [key]
+        elif key.startswith(recipes.NEVER_CHANGED):
+            never.append(key)
+    if never:
+        raise UserError(
+            f"{', '.join(never)} can't change within a run, whose saved tensors would not fit: "
+            "start another with minigpt pretrain"
+        )
     if refused:
         raise UserError(
             f"{', '.join(refused)} shaped what was already trained; to change it all the same, "
@@ -286,11 +318,16 @@ def _warn_of_another_machine(run: Run) -> None:
 
 def _record(run: Run) -> None:
     """Write what the run directory holds beside the checkpoints."""
+    environment = json.dumps(_environment(run), indent=2) + "\n"
     try:
-        (run.directory / "recipe.toml").write_text(recipes.dump(run.recipe), encoding="utf-8")
-        (run.directory / "tokenizer.json").write_bytes(run.tokenizer_json)
-        environment = json.dumps(_environment(run), indent=2) + "\n"
-        (run.directory / "environment.json").write_text(environment)
+        for name, content in {
+            RECIPE: recipes.dump(run.recipe).encode(),
+            "tokenizer.json": run.tokenizer_json,
+            "environment.json": environment.encode(),
+        }.items():
+            temporary = run.directory / f".{name}"
+            temporary.write_bytes(content)
+            temporary.replace(run.directory / name)
     except OSError as error:
         raise UserError(f"{run.directory}: can't be written to: {error.strerror}") from None
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.errors import Diverged, Stopped, UserError
+from minigpt_cli.errors import Diverged, Stopped, exit_code_of
 
 
 @contextmanager
@@ -19,8 +19,7 @@ def recorded(directory: Path, state: RunState) -> Iterator[None]:
         yield
     except BaseException as error:
         status = {Stopped: "stopped", Diverged: "diverged"}.get(type(error), "failed")
-        code = error.exit_code if isinstance(error, UserError) else 1
-        _write(directory, state, status, code, str(error))
+        _write(directory, state, status, exit_code_of(error), str(error))
         raise
     _write(directory, state, "finished", 0, "")
 

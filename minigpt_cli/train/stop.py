@@ -17,7 +17,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            self._previous[signum] = signal.signal(signum, self._note)
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, and background jobs
+                self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -54,7 +54,7 @@ def test_it_learns(tmp_path: Path, make_recipe: MakeRecipe, dtype: str, name: st
 def test_a_step_never_waits_for_the_gpu(tmp_path: Path, make_recipe: MakeRecipe, name: str):
     for dtype in ("bf16", "fp16"):
         recipe = make_recipe(f"precision.dtype={dtype}", f"optimizer.name={name}")
-        run, state = setup.start_run(recipe, tmp_path / dtype)
+        run, _ = setup.start_run(recipe, tmp_path / dtype)
         for step in range(2):
             train_step(run.trainer, *run.batches(step), step, 1.0)
         inputs, targets = run.batches(2)

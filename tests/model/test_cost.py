@@ -82,3 +82,11 @@ def test_peaks_are_dense(name, peak):
 @pytest.mark.parametrize("name", ["cpu", "Intel(R) Xeon(R) Platinum 8480+", "Apple M3", "", "GPU"])
 def test_unknown_devices_have_no_peak(name):
     assert peak_flops(name) is None
+
+
+def test_cards_of_a_similar_name_have_no_known_peak():
+    for name in ("NVIDIA RTX A1000 Laptop GPU", "NVIDIA RTX A4000", "NVIDIA T400",
+                 "NVIDIA GeForce RTX 4090 Laptop GPU"):  # fmt: skip
+        assert peak_flops(name) is None
+    assert peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12
+    assert peak_flops("NVIDIA H200") == 989e12

@@ -42,9 +42,7 @@ def test_throughput_is_that_of_the_whole_run(tmp_path: Path, make_recipe: MakeRe
     assert [line["step"] for line in lines] == [1, 3, 6, 9, 12]
     assert [line["tokens"] for line in lines] == [256 * step for step in (1, 3, 6, 9, 12)]
     steps = [1, 2, 3, 3, 3]
-    seconds = sum(
-        256 * n / line["tokens_per_second"] for n, line in zip(steps, lines, strict=True)
-    )
+    seconds = sum(256 * n / line["tokens_per_second"] for n, line in zip(steps, lines, strict=True))
     assert 0.2 * elapsed < seconds < elapsed
     assert all(line["mfu"] is None for line in lines)  # a CPU's peak is not known
 
@@ -56,18 +54,22 @@ def test_logged_rates_follow_the_schedule(tmp_path: Path, make_recipe: MakeRecip
 
 
 def test_evaluations_and_the_best_checkpoint(tmp_path: Path, make_recipe: MakeRecipe):
-    recipe = make_recipe("checkpoint.every_steps=5", "checkpoint.keep_last=1", "eval.every_steps=4")
+    recipe = make_recipe(
+        "checkpoint.every_steps=5", "checkpoint.keep_last=1", "eval.every_steps=2",
+        "optimizer.lr=3", "schedule.warmup_steps=0", "schedule.name=constant",
+        "optimizer.clip_norm=0", "train.seed=4",
+    )  # fmt: skip
     run, state = setup.start_run(recipe, tmp_path)
     fit(run, state)
     evaluations = [line for line in metrics.read(tmp_path) if "val_loss" in line]
-    assert [line["step"] for line in evaluations] == [4, 8, 12]
+    assert [line["step"] for line in evaluations] == [2, 4, 6, 8, 10, 12]
     for line in evaluations:
         assert line["val_perplexity"] == pytest.approx(math.exp(line["val_loss"]))
-        assert 0 < line["val_bits_per_byte"] < 10
+        assert 0 < line["val_bits_per_byte"] < 1000
     best = min(evaluations, key=lambda line: line["val_loss"])
     assert (state.best_step, state.best_val_loss) == (best["step"], best["val_loss"])
-    kept = [step for step, _ in store.list_steps(tmp_path)]
-    assert kept == sorted({12, best["step"]})
+    assert best["step"] not in (5, 10, 12)  # saved because it was the best, and for no other reason
+    assert [step for step, _ in store.list_steps(tmp_path)] == [best["step"], 12]
 
 
 def test_early_stop_ends_the_run_for_good(tmp_path: Path, make_recipe: MakeRecipe):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import minigpt
+from tests.conftest import command, environment, minigpt
 from tests.train.test_resume import assert_same_run, curve
 
 Start = Callable[..., subprocess.Popen[str]]
-STEPS = 30
+STEPS = 60
 SETTINGS = ("--set", f"train.steps={STEPS}", "--set", "checkpoint.every_steps=1",
             "--set", "checkpoint.keep_last=3", "--set", "precision.dtype=fp32")  # fmt: skip
 
@@ -73,7 +73,9 @@ def test_killed_in_training_and_in_saves_it_ends_with_the_same_weights(
     assert_same_run(straight, run, STEPS)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGHUP, 75)]
+)
 def test_a_signal_saves_at_the_next_step_and_exits_with_its_code(
     tmp_path: Path, recipe_file: Path, straight: Path, start: Start, signum: int, code: int
 ):
@@ -108,3 +110,17 @@ def test_a_second_process_is_refused(tmp_path: Path, recipe_file: Path, start: S
     process.terminate()
     process.communicate()
     assert process.returncode == 75
+
+
+def test_an_ignored_hangup_stays_ignored(tmp_path: Path, recipe_file: Path):
+    """nohup minigpt ... goes on when the terminal is gone."""
+    run = tmp_path / "run"
+    arguments = command("pretrain", recipe_file, "--out", run, *SETTINGS)
+    process = subprocess.Popen(
+        ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *arguments], env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    wait_for(lambda: steps_logged(run) > 3, process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait() == 0
+    assert steps_logged(run) == STEPS

@@ -1,7 +1,9 @@
 """N steps straight equal k steps, a resume, and N - k more: bit for bit."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import store
-from minigpt_cli.errors import Damaged, UserError
+from minigpt_cli.errors import Stopped, UserError
 from minigpt_cli.recipe import Recipe
-from minigpt_cli.train import setup
+from minigpt_cli.train import loop, setup
 from minigpt_cli.train.loop import fit
+from tests.conftest import TINY
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -117,8 +121,13 @@ def test_changes_that_would_alter_what_was_trained_are_refused_unless_named(
     assert "changed: train.seed = 2 (was 1337)" in capsys.readouterr().err
     fit(run, state)
     assert state.step == 6
-    with pytest.raises(Damaged, match="another model, optimizer or precision"):
-        setup.resume_run(run_dir, ["model.hidden_size=64"], ["model.hidden_size"])
+    for change in ("model.hidden_size=64", "optimizer.name=muon"):
+        with pytest.raises(UserError, match="can't change within a run"):
+            setup.resume_run(run_dir, [change], [change.partition("=")[0]])
+    with pytest.raises(UserError, match="another model, optimizer or precision"):
+        setup.resume_run(run_dir, ["precision.dtype=fp64"], [])
+    with pytest.raises(UserError, match="no such setting"):
+        setup.resume_run(run_dir, [], ["train.sead"])
 
 
 def test_resume_walks_back_past_damaged_checkpoints(
@@ -154,3 +163,104 @@ def test_two_runs_in_one_directory_are_refused(tmp_path: Path, make_recipe: Make
     with pytest.raises(UserError, match="another process is training in it"):
         setup.start_run(make_recipe(), tmp_path)
     run.resources.close()
+
+
+def test_a_run_goes_on_wherever_it_lies(tmp_path: Path, dataset: Path):
+    """[data] path left out means data/<recipe's name>, also when the run has another name."""
+    text = TINY.format(data=dataset).replace(f'path = "{dataset}"', "")
+    source = ["data.source.kind=python-stdlib", "data.tokenizer.train_vocab=300"]
+    recipe = recipes.parse(text, source, name="mine")
+    assert recipe.data.path == "data/mine"
+    again = recipes.parse(recipes.dump(recipe), [], name="another")
+    assert again.data.path == "data/mine"
+
+
+def test_what_a_resume_changed_stays_changed_before_its_first_save(
+    tmp_path: Path, make_recipe: MakeRecipe
+):
+    fit(*setup.start_run(make_recipe("train.steps=4"), tmp_path))
+    run, _ = setup.resume_run(tmp_path, ["train.steps=8"], [])
+    run.resources.close()  # as if killed before it saved
+    run, state = setup.resume_run(tmp_path, [], [])
+    assert run.recipe.train.steps == 8
+    fit(run, state)
+    assert state.step == 8
+
+
+def test_a_refused_resume_touches_nothing(tmp_path: Path, make_recipe: MakeRecipe):
+    fit(*setup.start_run(make_recipe(), tmp_path))
+    files = ("metrics.jsonl", "recipe.toml", "status.json")
+    before = [(tmp_path / name).read_bytes() for name in files if (tmp_path / name).exists()]
+    with pytest.raises(UserError):
+        setup.resume_run(tmp_path / "checkpoints/step-00000004", ["data.path=nowhere"], [])
+    after = [(tmp_path / name).read_bytes() for name in files if (tmp_path / name).exists()]
+    assert after == before
+    assert [step for step, _ in store.list_steps(tmp_path)] == [4, 8, 12]
+
+
+def test_an_evaluation_cut_short_is_made_up_for_once(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    """SIGTERM in the evaluation of step 4: the resume evaluates it, and saves that it did."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    fit(*setup.start_run(make_recipe(), straight))
+    run, state = setup.start_run(make_recipe(), stopped)
+    batches = loop.window_batches
+
+    def signalled(*arguments: Any) -> Any:
+        for batch in batches(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "window_batches", signalled)
+        with pytest.raises(Stopped, match="at step 4 of 12, everything is saved"):
+            fit(run, state)
+    assert store.read_manifest(stopped / "checkpoints/step-00000004").val_loss is None
+    fit(*setup.resume_run(stopped, [], []))
+    assert_same_run(straight, stopped, 12)
+    lines = [line for line in curve(stopped) if line["step"] == 4 and "val_loss" in line]
+    assert len(lines) == 1
+    first = lines[0]["val_loss"]
+    assert store.read_manifest(stopped / "checkpoints/step-00000004").val_loss == first
+
+
+def test_a_signal_after_a_failed_save_saves_again(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk is full at step 4, SIGTERM comes at the same time, and then there is room."""
+    run, state = setup.start_run(make_recipe("eval.every_steps=100"), tmp_path)
+    commit, failures = store.commit, iter([True])
+
+    def full_once(*arguments: Any) -> Path:
+        if next(failures, False):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise UserError("the disk is full")
+        return commit(*arguments)
+
+    monkeypatch.setattr(store, "commit", full_once)
+    with pytest.raises(Stopped, match="at step 4 of 12, everything is saved"):
+        fit(run, state)
+    assert [step for step, _ in store.list_steps(tmp_path)] == [4]
+
+
+def test_another_machine_is_told(
+    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+):
+    fit(*setup.start_run(make_recipe("train.steps=4"), tmp_path))
+    file = tmp_path / "environment.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"threads": 99}))
+    run, _ = setup.resume_run(tmp_path, [], [])
+    run.resources.close()
+    assert "goes on with another threads 99 -> " in capsys.readouterr().err
+
+
+def test_a_checkpoint_elsewhere_makes_no_run_of_its_grandparent(
+    tmp_path: Path, make_recipe: MakeRecipe
+):
+    fit(*setup.start_run(make_recipe("train.steps=4"), tmp_path / "run"))
+    copy = tmp_path / "a/b/step-00000004"
+    shutil.copytree(tmp_path / "run/checkpoints/step-00000004", copy)
+    with pytest.raises(UserError, match="put it under RUN/checkpoints/"):
+        setup.resume_run(copy, [], [])
+    assert not (tmp_path / "a/.lock").exists()

@@ -214,3 +214,13 @@ def test_the_first_loss_is_compared_with_a_uniform_guess(loss: float, warns: boo
     warning = guard.warn_about_first_loss(loss, VOCAB)  # ln(67) = 4.205
     assert (warning is not None) == warns
     assert warning is None or "initializer_range" in warning
+
+
+def test_fp16_overflows_without_an_end_are_a_divergence():
+    t = trainer(torch.float16)
+    t.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+    for step in range(guard.SKIPS_IN_A_ROW):
+        guard.check(t.guard, "")
+        train_step(t, *batch(), step, 1.0)
+    with pytest.raises(Diverged):
+        guard.check(t.guard, "")
