@@ -56,8 +56,7 @@ def test_logged_rates_follow_the_schedule(tmp_path: Path, make_recipe: MakeRecip
 def test_evaluations_and_the_best_checkpoint(tmp_path: Path, make_recipe: MakeRecipe):
     recipe = make_recipe(
         "checkpoint.every_steps=5", "checkpoint.keep_last=1", "eval.every_steps=2",
-        "optimizer.lr=3", "schedule.warmup_steps=0", "schedule.name=constant",
-        "optimizer.clip_norm=0", "train.seed=4",
+        "schedule.name=step", "schedule.milestones=[4]", "schedule.gamma=1000",  # ruined at step 5
     )  # fmt: skip
     run, state = setup.start_run(recipe, tmp_path)
     fit(run, state)
@@ -65,11 +64,11 @@ def test_evaluations_and_the_best_checkpoint(tmp_path: Path, make_recipe: MakeRe
     assert [line["step"] for line in evaluations] == [2, 4, 6, 8, 10, 12]
     for line in evaluations:
         assert line["val_perplexity"] == pytest.approx(math.exp(line["val_loss"]))
-        assert 0 < line["val_bits_per_byte"] < 1000
+        assert line["val_bits_per_byte"] > 0
     best = min(evaluations, key=lambda line: line["val_loss"])
     assert (state.best_step, state.best_val_loss) == (best["step"], best["val_loss"])
-    assert best["step"] not in (5, 10, 12)  # saved because it was the best, and for no other reason
-    assert [step for step, _ in store.list_steps(tmp_path)] == [best["step"], 12]
+    assert best["step"] == 4
+    assert [step for step, _ in store.list_steps(tmp_path)] == [4, 12]
 
 
 def test_early_stop_ends_the_run_for_good(tmp_path: Path, make_recipe: MakeRecipe):
