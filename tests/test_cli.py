@@ -138,7 +138,7 @@ def test_a_damaged_dataset_and_another_tokenizer_are_refused(
     content[-1] ^= 1
     shard.write_bytes(content)
     refused(4, "train-00000.npy: its content doesn't match its sha256",
-            "pretrain", recipe_file, "--set", f"data.path={damaged}")  # fmt: skip
+            "pretrain", recipe_file, "--set", f"data.path={damaged}", cwd=tmp_path)  # fmt: skip
     shard.unlink()
     refused(4, "train-00000.npy: is missing", "eval", run, "--data", damaged)
     other = tmp_path / "other"
