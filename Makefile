@@ -16,7 +16,7 @@ setup: .venv/installed
 train: setup
 	if ls -d $(RUN)/checkpoints/step-* >/dev/null 2>&1; then $(BIN)/minigpt resume $(RUN); \
 	else $(BIN)/minigpt pretrain recipes/tiny.toml --out $(RUN); fi
-	$(BIN)/minigpt sample $(RUN) --prompt 'def ' --max-new-tokens 200
+	$(BIN)/minigpt sample $(RUN) --prompt '    def __init__(self' --top-p 0.95 --seed 1337 --max-new-tokens 160
 
 test: setup
 	$(BIN)/pytest
