@@ -60,6 +60,10 @@ def tokenize(
         typer.Option(help="A tokenizer.json, or a directory with vocab.json and merges.txt."),
     ] = None,
     text_field: Annotated[str, typer.Option(help="The field that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="The split of a Hugging Face dataset.")] = "train",
+    config: Annotated[
+        str | None, typer.Option(help="The configuration of a Hugging Face dataset.")
+    ] = None,
     val_fraction: Annotated[
         float, typer.Option(help="The share of documents for validation.")
     ] = 0.05,
@@ -72,7 +76,7 @@ def tokenize(
     from minigpt_cli.train.prepare import make_dataset, summary
 
     manifest = make_dataset(
-        detect_source(sources, text_field),
+        detect_source(sources, text_field, split, config),
         out,
         tokenizer_path=tokenizer,
         train_vocab=train_vocab,
@@ -102,6 +106,7 @@ def pretrain(
 
     directory = out or Path("runs") / loaded.name
     setup.check_start(loaded, directory)
+    setup.check_recipe_is_elsewhere(recipe, directory)
     prepare_data(loaded)
     _fit(*setup.start_run(loaded, directory), as_json)
 
@@ -261,7 +266,9 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"minigpt {__version__}")
         sys.exit(0)
-    signal.signal(signal.SIGTERM, _stop)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # typer would swallow Ctrl-C without a word
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup, or in the background
+            signal.signal(signum, _stop)
     try:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()

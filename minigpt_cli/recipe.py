@@ -7,6 +7,7 @@ each value's origin in a comment, ``load`` reads such a file back with its origi
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -467,6 +468,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     }
     for name, value in positive.items():
         need(value is None or value > 0, f"{name} must be positive, not {value}")
+        need(value is None or value < math.inf, f"{name} must be finite, not {value}")
     need(r.train.seed >= 0, f"[train] seed must not be negative, not {r.train.seed}")
     need(
         (r.train.steps is None) != (r.train.tokens is None),

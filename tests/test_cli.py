@@ -216,3 +216,27 @@ def test_tinyshakespeare_with_gpt2s_tokenizer(tmp_path: Path, recipe_file: Path)
                       "--set", "train.steps=3", "--out", tmp_path / "run", "--json")  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["val_loss"] == pytest.approx(10.8, abs=0.1)  # ln 50257
+
+
+def test_the_users_own_recipe_is_never_overwritten(tmp_path: Path, dataset: Path):
+    (tmp_path / "mine").mkdir()
+    recipe = tmp_path / "mine/recipe.toml"
+    recipe.write_text(TINY.format(data=dataset) + "# my notes\n")
+    refused(2, "would be overwritten", "pretrain", recipe, "--out", tmp_path / "mine")
+    assert recipe.read_text().endswith("# my notes\n")
+
+
+def test_a_run_that_diverges_exits_with_3(tmp_path: Path, dataset: Path):
+    (tmp_path / "tiny.toml").write_text(TINY.format(data=dataset))
+    refused(3, "training diverged", "pretrain", "tiny.toml", "--set", "optimizer.lr=1e25",
+            "--set", "schedule.warmup_steps=0", cwd=tmp_path)  # fmt: skip
+    assert json.loads((tmp_path / "runs/tiny/status.json").read_text())["status"] == "diverged"
+    assert not list((tmp_path / "runs/tiny").glob("checkpoints/step-*"))
+    refused(2, "must be finite", "pretrain", "tiny.toml", "--set", "optimizer.lr=inf",
+            cwd=tmp_path)  # fmt: skip
+
+
+def test_a_split_is_for_hugging_face_datasets(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("text")
+    refused(2, "--split and --config are for Hugging Face", "tokenize", tmp_path / "a.txt",
+            "--out", tmp_path / "d", "--train-vocab", 300, "--split", "test")  # fmt: skip

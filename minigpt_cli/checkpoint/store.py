@@ -68,6 +68,7 @@ def commit(
     parent = checkpoints_dir(run)
     final = parent / f"step-{step:08d}"
     temporary = parent / f".writing-{final.name}"
+    replaced = parent / f".replaced-{final.name}"
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
@@ -87,13 +88,14 @@ def commit(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         _flush(temporary / MANIFEST)
         _flush(temporary)
-        replaced = parent / f".replaced-{final.name}"
         if final.exists():  # the same step again, now with its evaluation; see sweep()
             final.rename(replaced)
         temporary.rename(final)
         _flush(parent)
         _remove(replaced)
     except BaseException as error:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
         _remove(temporary)
         if cause := _os_error(error):
             raise UserError(

@@ -37,7 +37,7 @@ def documents(
 
     def bad(message: str) -> None:
         if strict:
-            raise UserError(f"{message} (strict: nothing may be skipped)")
+            raise UserError(f"{message.removesuffix('; skipped')}; without --strict it is skipped")
         if on_bad is not None:
             on_bad(message)
 

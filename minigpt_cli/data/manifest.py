@@ -87,7 +87,11 @@ def read_manifest(path: Path) -> Manifest:
         elif path.exists():
             hint = f"there is no {MANIFEST} in it"
         else:
-            hint = "no such directory; make it with `minigpt tokenize`"
+            where = "" if path.is_absolute() else f" in {Path.cwd()}"
+            hint = (
+                f"no such directory{where}; make it with `minigpt tokenize`, or name where it is: "
+                "--set data.path=DIR, or --data DIR of eval"
+            )
         raise UserError(f"{path} is not a token dataset: {hint}") from None
     except OSError as error:
         raise UserError(f"{file} can't be read: {error.strerror}") from None

@@ -72,7 +72,9 @@ class Source:
         return described
 
 
-def detect_source(arguments: list[str], field: str = "text") -> Source:
+def detect_source(
+    arguments: list[str], field: str = "text", split: str = "train", config: str | None = None
+) -> Source:
     """Return the source that the arguments of ``minigpt tokenize SOURCE...`` mean.
 
     ``python-stdlib`` is the standard library's source; an existing file, directory or glob pattern
@@ -94,7 +96,10 @@ def detect_source(arguments: list[str], field: str = "text") -> Source:
     if len(kinds) > 1:
         mixed = ", ".join(f"{argument} ({kind})" for kind, argument in kinds.items())
         raise UserError(f"sources of different kinds can't go into one dataset: {mixed}")
-    return Source(next(iter(kinds)), tuple(arguments), field)
+    kind = next(iter(kinds))
+    if kind != "huggingface" and (split != "train" or config is not None):
+        raise UserError(f"--split and --config are for Hugging Face datasets, not for {kind}")
+    return Source(kind, tuple(arguments), field, split, config)
 
 
 def source_files(source: Source) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import rich.progress
 from rich.console import Console
+from rich.table import Column
 
 from minigpt_cli.data.progress import Progress
 
@@ -81,16 +82,15 @@ class TokenizingDisplay:
 
 
 class TrainingDisplay:
-    """A bar with the latest numbers on a terminal; a line per logged step elsewhere."""
+    """The latest numbers in place on a terminal; a line per logged step elsewhere."""
 
     def __init__(self, total: int, done: int):
         self._total = total
         self._console = stderr()
         self._live = self._console.is_terminal
         self._progress = rich.progress.Progress(
-            rich.progress.TextColumn("{task.fields[line]}"),
-            rich.progress.BarColumn(bar_width=20),
-            rich.progress.TimeRemainingColumn(),
+            # Folded rather than cut off: the time left stands at the end.
+            rich.progress.TextColumn("{task.fields[line]}", table_column=Column(overflow="fold")),
             console=self._console,
             disable=not self._live,
             transient=True,
@@ -109,8 +109,7 @@ class TrainingDisplay:
         line = step_line(values, self._total, seconds_left)
         if self._live:
             with contextlib.suppress(OSError):
-                shown = line.rsplit("  ", 1)[0]
-                self._progress.update(self._task, completed=values["step"], line=shown)
+                self._progress.update(self._task, completed=values["step"], line=line)
         else:
             self.say(line)
 

@@ -1,5 +1,6 @@
 """fit(): the only training loop. One pass is one optimizer step."""
 
+import math
 import signal
 import time
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.data.batches import Batches
 from minigpt_cli.data.shards import TokenSplit
 from minigpt_cli.distributed.world import World
-from minigpt_cli.errors import Stopped, UserError
+from minigpt_cli.errors import Diverged, Stopped, UserError
 from minigpt_cli.evaluate.loss import evaluate, fixed_windows, window_batches
 from minigpt_cli.recipe import Recipe, dump
 from minigpt_cli.report.console import TrainingDisplay
@@ -215,6 +216,11 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
     )
     if result is None:
         return False
+    if not math.isfinite(result.loss):
+        raise Diverged(
+            f"training diverged: validation loss {result.loss} at step {state.step}; nothing "
+            f"after the last checkpoint is saved. {_last_good(run)} Try a lower optimizer.lr"
+        )
     state.evaluated_step, state.val_loss = state.step, result.loss
     is_best = state.best_val_loss is None or result.loss < state.best_val_loss
     if is_best:

@@ -69,6 +69,18 @@ def check_start(recipe: Recipe, directory: Path) -> None:
         )
 
 
+def check_recipe_is_elsewhere(recipe_file: Path, directory: Path) -> None:
+    """Refuse to replace the user's recipe by the resolved one that a run keeps of it.
+
+    Raises:
+        UserError: the recipe lies where the run would write its own.
+    """
+    if recipe_file.resolve() == (directory / RECIPE).resolve():
+        raise UserError(
+            f"{recipe_file} would be overwritten by the run's own copy of it: choose another --out"
+        )
+
+
 def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
     """The run at ``path`` (its directory, or one checkpoint in it) as it stood there.
 
@@ -326,7 +338,10 @@ def _record(run: Run) -> None:
             "environment.json": environment.encode(),
         }.items():
             temporary = run.directory / f".{name}"
-            temporary.write_bytes(content)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(run.directory / name)
     except OSError as error:
         raise UserError(f"{run.directory}: can't be written to: {error.strerror}") from None

@@ -1,5 +1,6 @@
 """Commit all or nothing; every damage is found; what is kept and what goes."""
 
+import errno
 import json
 import os
 import shutil
@@ -202,3 +203,23 @@ def test_locate(tmp_path: Path):
         store.locate(tmp_path / "nothing")
     with pytest.raises(UserError, match="neither a run directory nor a checkpoint"):
         store.locate(tmp_path)
+
+
+def test_a_step_saved_again_in_vain_keeps_its_first_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk fails between moving the old checkpoint aside and putting the new one there."""
+    path = save(tmp_path, 5)
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.startswith(".writing"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(UserError, match="older checkpoints are untouched"):
+        save(tmp_path, 5, 1.5)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert os.listdir(path.parent) == [path.name]

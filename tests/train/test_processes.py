@@ -124,3 +124,31 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path, recipe_file: Path):
     process.send_signal(signal.SIGHUP)
     assert process.wait() == 0
     assert steps_logged(run) == STEPS
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_stops_tokenize_with_its_code_and_it_goes_on(
+    tmp_path: Path, start: Start, dataset: Path, signum: signal.Signals, code: int
+):
+    """The files of a dataset that was stopped halfway equal those of one that was not."""
+    text = "".join(f"line {n} of a text that is long enough to be stopped in\n" for n in range(999))
+    (tmp_path / "corpus").mkdir()
+    for n in range(400):
+        (tmp_path / f"corpus/{n}.txt").write_text(f"{n}\n{text}")
+    tokenizer = dataset / "tokenizer.json"
+    arguments = ("tokenize", tmp_path / "corpus", "--tokenizer", tokenizer, "--out")
+    stopped = start(*arguments, tmp_path / "stopped")
+    wait_for(lambda: list((tmp_path / "stopped").glob("*.npy*")), stopped)
+    stopped.send_signal(signum)
+    errors = stopped.communicate(timeout=60)[1]
+    assert stopped.returncode == code, errors
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("minigpt: stopped by ")
+    assert not (tmp_path / "stopped/dataset.json").exists()
+    for out in ("stopped", "straight"):
+        done = minigpt(*arguments, tmp_path / out)
+        assert done.returncode == 0, done.stderr
+    shards = sorted((tmp_path / "straight").glob("*.npy"))
+    assert shards
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "stopped" / shard.name).read_bytes()

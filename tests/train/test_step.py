@@ -13,6 +13,7 @@ from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize
 from minigpt_cli.recipe import Optimizer
 from minigpt_cli.train import guard, optimizer, precision
+from minigpt_cli.train.muon import Muon
 from minigpt_cli.train.step import Trainer, dropout_seed, train_step
 
 CPU = torch.device("cpu")
@@ -224,3 +225,21 @@ def test_fp16_overflows_without_an_end_are_a_divergence():
         train_step(t, *batch(), step, 1.0)
     with pytest.raises(Diverged):
         guard.check(t.guard, "")
+
+
+def test_muon_is_torchs_muon():
+    """Batched, in place, with an update that can be called off: the same updates all the same."""
+    torch.manual_seed(5)
+    shapes = [(24, 24), (24, 24), (64, 24), (24, 64), (8, 24)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    one, other = Muon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        one.step()
+        other.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
