@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/tiny
 
-.PHONY: setup train test check bench clean
+.PHONY: setup train test faults check bench clean
 
 setup: .venv/installed
 
@@ -20,6 +20,10 @@ train: setup
 
 test: setup
 	$(BIN)/pytest
+
+# Hundreds of kills, signals, full disks and lies; prints a table of those survived.
+faults: setup
+	$(BIN)/python -m tests.faults --kills 200
 
 check: setup
 	$(BIN)/ruff check .

@@ -9,13 +9,15 @@ import time
 
 import torch
 
-from minigpt_cli.distributed import world as worlds
+from minigpt_cli.distributed import device as devices
+from minigpt_cli.distributed.parallel import Layout
+from minigpt_cli.distributed.world import World
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.model.gpt import GPT, initialize
 from minigpt_cli.recipe import Optimizer, Precision
 from minigpt_cli.train import guard, optimizer, precision
-from minigpt_cli.train.setup import compile_blocks
+from minigpt_cli.train.build import compile_blocks, warm_up
 from minigpt_cli.train.step import Trainer, train_step
 
 
@@ -36,9 +38,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     a = parser.parse_args()
 
-    device = worlds.start().device
+    device = devices.find_device()
     if a.deterministic:
-        worlds.use_deterministic_kernels(device, a.compile)
+        devices.use_deterministic_kernels(device, a.compile)
     config = model_config(
         family=a.family,
         vocab_size=a.vocab,
@@ -49,9 +51,13 @@ def main() -> None:
     )
     model = GPT(config).to(device)
     initialize(model, 0)
+    if a.compile:
+        compile_blocks(model)
     dtype = precision.computing_dtype(Precision(dtype=a.dtype), device)
     trainer = Trainer(
         model=model,
+        forward=model,
+        layout=Layout("single", World(rank=0, size=1, device=device)),
         optimizers=optimizer.build(model, Optimizer(lr=3e-4, name=a.optimizer)),
         scaler=precision.grad_scaler(dtype, device),
         guard=guard.new_guard(device),
@@ -60,8 +66,7 @@ def main() -> None:
         micro_batch_size=a.micro_batch or a.batch,
         clip_norm=1.0,
     )
-    if a.compile:
-        compile_blocks(trainer, a.sequence_length, device)
+    warm_up(trainer, a.sequence_length)
     tokens = torch.randint(a.vocab, (a.batch, a.sequence_length + 1), device=device)
     times = []
     for step in range(a.steps + 5):
@@ -71,12 +76,12 @@ def main() -> None:
         times.append(time.perf_counter() - began)
     median = sorted(times[5:])[a.steps // 2]
     rate = a.batch * a.sequence_length / median
-    peak = peak_flops(worlds.device_name(device))
+    peak = peak_flops(devices.device_name(device))
     print(
         json.dumps(
             {
                 **vars(a),
-                "device": worlds.device_name(device),
+                "device": devices.device_name(device),
                 "torch": torch.__version__,
                 "parameters": parameter_count(config),
                 "median_step_seconds": median,

@@ -1,5 +1,16 @@
-"""``python -m minigpt_cli``, which is also what torchrun starts."""
+"""``minigpt``, and ``python -m minigpt_cli``, which is also what a launcher starts as workers."""
 
-from minigpt_cli.cli import main
+from minigpt_cli.distributed.watch import follow_launcher
+from minigpt_cli.stopping import hold_signals
 
-main()
+
+def main() -> None:
+    follow_launcher()
+    hold_signals()  # until cli.main() handles them
+    from minigpt_cli import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

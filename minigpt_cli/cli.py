@@ -3,16 +3,17 @@
 import contextlib
 import json
 import os
-import signal
 import sys
+import threading
+import traceback
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from minigpt_cli import __version__
-from minigpt_cli.errors import Damaged, Stopped, UserError, exit_code_of
+from minigpt_cli import __version__, stopping
+from minigpt_cli.distributed.watch import follow_parent
+from minigpt_cli.errors import Damaged, Outcome, UserError, describe, exit_code_of
 
 app = typer.Typer(
     name="minigpt",
@@ -26,6 +27,17 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a recipe's setting."),
+]
+Nproc = Annotated[
+    int | None,
+    typer.Option("--nproc", help="Processes on this machine, one per GPU.", min=1),
+]
+Nnodes = Annotated[
+    int, typer.Option("--nnodes", help="Machines; run the same command on each.", min=1)
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
@@ -95,19 +107,35 @@ def pretrain(
         Path | None, typer.Option("--out", help="The run directory; default: runs/<recipe's name>.")
     ] = None,
     overrides: Overrides = None,
+    nproc: Nproc = None,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Train a model from a recipe, preparing its data first where it isn't there."""
     from minigpt_cli import recipe as recipes
 
-    loaded = recipes.load(recipe, overrides)
+    if _is_to_launch(nproc, nnodes):
+        recipes.load(recipe, overrides)  # better said once here than by every process
+        return _launch(nproc, nnodes, rdzv_endpoint)
+    _join()
+    _pretrain(recipes.load(recipe, overrides), recipe, out, as_json)
+    return 0
+
+
+def _pretrain(loaded: Any, recipe_file: Path, out: Path | None, as_json: bool) -> None:
+    from minigpt_cli.distributed import world as worlds
     from minigpt_cli.train import setup
     from minigpt_cli.train.prepare import prepare_data
 
     directory = out or Path("runs") / loaded.name
-    setup.check_start(loaded, directory)
-    setup.check_recipe_is_elsewhere(recipe, directory)
-    prepare_data(loaded)
+
+    def prepare() -> None:
+        setup.check_start(loaded, directory)
+        setup.check_recipe_is_elsewhere(recipe_file, directory)
+        prepare_data(loaded)
+
+    worlds.start(loaded.distributed.timeout_minutes).from_first(prepare)
     _fit(*setup.start_run(loaded, directory), as_json)
 
 
@@ -122,21 +150,95 @@ def resume(
             help="A setting that shaped what was already trained, and may change all the same.",
         ),
     ] = None,
+    or_start: Annotated[
+        Path | None,
+        typer.Option(metavar="RECIPE", help="Where RUN holds no checkpoint yet, start it."),
+    ] = None,
+    nproc: Nproc = None,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Go on with a run from its newest valid checkpoint, as if it had never stopped."""
+    from minigpt_cli import recipe as recipes
+
+    if _is_to_launch(nproc, nnodes):
+        if or_start is not None:
+            recipes.load(or_start, overrides)
+        return _launch(nproc, nnodes, rdzv_endpoint)
+    _join()
+    from minigpt_cli.checkpoint import store
+    from minigpt_cli.distributed import world as worlds
     from minigpt_cli.train import setup
 
+    if or_start is not None:
+        loaded = recipes.load(or_start, overrides)
+        world = worlds.start(loaded.distributed.timeout_minutes)
+        if not world.from_first(lambda: store.holds_a_checkpoint(run)):
+            _pretrain(loaded, or_start, run, as_json)
+            return 0
     _fit(*setup.resume_run(run, overrides or [], allow_change or []), as_json)
+    return 0
+
+
+def _is_to_launch(nproc: int | None, nnodes: int) -> bool:
+    """Whether this process is to start others, rather than to train itself."""
+    if nproc is None and nnodes > 1:
+        raise UserError("--nnodes needs --nproc, the number of processes on each machine")
+    return nproc is not None and nproc * nnodes > 1
+
+
+def _launch(nproc: int | None, nnodes: int, rdzv_endpoint: str | None) -> int:
+    """This same command, as several processes; returns their exit code."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or tasks not in (1, nnodes):
+        raise UserError(
+            "--nproc starts processes, but torchrun or srun has done so: leave one out, or have "
+            "srun start one task per node (--ntasks-per-node 1) and say --nnodes"
+        )
+    from minigpt_cli.distributed.launch import launch
+
+    assert nproc is not None
+    arguments, given = [], iter(sys.argv[1:])
+    for argument in given:
+        name, equals, _ = argument.partition("=")
+        if name not in ("--nproc", "--nnodes", "--rdzv-endpoint"):
+            arguments.append(argument)
+        elif not equals:
+            next(given)
+    return launch(arguments, nproc=nproc, nnodes=nnodes, rdzv_endpoint=rdzv_endpoint)
+
+
+def _is_one_of_many() -> bool:
+    """Whether torchrun, srun or --nproc started this process as one of several."""
+    sizes = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    return any(int(size) > 1 for size in sizes)
+
+
+def _join() -> None:
+    """Meet the other processes, if there are any: from here on rank 0 speaks for all."""
+    threads = {thread.name for thread in threading.enumerate()}
+    if "TORCHELASTIC_RUN_ID" in os.environ and "follow-parent" not in threads:
+        follow_parent(os.getppid())  # a torchrun that is killed leaves its workers behind
+    if _is_one_of_many():
+        # Of what is lost torch tells in pages of C++, and we in one line. Read at its import.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        from minigpt_cli.distributed import world as worlds
+        from minigpt_cli.report import console
+
+        worlds.join()
+        if not worlds.is_first():
+            console.be_quiet()
 
 
 def _fit(run: Any, state: Any, as_json: bool) -> None:
     from minigpt_cli.train.loop import fit
     from minigpt_cli.train.status import recorded
 
-    with recorded(run.directory, state):
+    first = run.world.rank == 0
+    with recorded(run.directory, state) if first else contextlib.nullcontext():
         fit(run, state)
-    if as_json:
+    if as_json and first:
         _print_json(
             {
                 "run": str(run.directory),
@@ -266,26 +368,38 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"minigpt {__version__}")
         sys.exit(0)
-    for signum in (signal.SIGTERM, signal.SIGINT):  # typer would swallow Ctrl-C without a word
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup, or in the background
-            signal.signal(signum, _stop)
     try:
+        code = _run(arguments)
+    except Exception as error:
+        stopping.ignore_signals()
+        if debug:
+            traceback.print_exc()
+        code = _report(error)
+    if "minigpt_cli.distributed.world" in sys.modules and _is_one_of_many():
+        _leave(code)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command; returns its exit code. Signals stop it, and are ignored when it is over."""
+    try:
+        stopping.stop_at_signals()
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
-    except Exception as error:
-        if debug:
-            raise
-        code = _report(error)
-    except KeyboardInterrupt:
-        code = _report(typer.Abort())
-    sys.exit(code if isinstance(code, int) else 0)
+    finally:
+        stopping.ignore_signals()
+    return code if isinstance(code, int) else 0
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    """Outside the training loop, which has its own handler: give up where we are."""
-    raise Stopped(
-        f"stopped by {signal.Signals(signum).name}; run the same command again to go on", signum
-    )
+def _leave(code: int) -> NoReturn:
+    """End one of several processes; the interpreter's own end may trip over gloo's threads."""
+    from minigpt_cli.distributed import world as worlds
+
+    worlds.leave(patience=30 if code == 0 else 4)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _report(error: Exception) -> int:
@@ -293,23 +407,15 @@ def _report(error: Exception) -> int:
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's
         error.show()
         return int(error.exit_code)
-    if isinstance(error, typer.Abort):
-        error = Stopped("stopped by Ctrl-C; run the same command again to go on", signal.SIGINT)
     if isinstance(error, BrokenPipeError):  # `minigpt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    code = exit_code_of(error)
-    if isinstance(error, UserError):
-        message = str(error)
-    elif isinstance(error, OSError):
-        message = f"{error.filename or 'reading or writing'}: {error.strerror or error}"
-    elif code == UserError.exit_code:
-        message = (
-            "out of GPU memory: try a smaller train.micro_batch_size (the result stays the same) "
-            "or --set train.activation_checkpointing=true"
-        )
-    else:
-        message = f"internal error: {type(error).__name__}: {error} (--debug shows where)"
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"minigpt: {message}", file=sys.stderr)
-    return code
+    outcome = Outcome(exit_code_of(error), describe(error))
+    if "minigpt_cli.distributed.world" in sys.modules:
+        from minigpt_cli.distributed import world as worlds
+
+        outcome = worlds.end_with(error)
+    if outcome.is_shown_here:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"minigpt: {outcome.message}", file=sys.stderr)
+    return outcome.code

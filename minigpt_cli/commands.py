@@ -8,7 +8,7 @@ import torch
 from minigpt_cli.checkpoint.load import TrainedModel, load_model, newest_run
 from minigpt_cli.data.shards import open_dataset
 from minigpt_cli.data.tokenizer import eos_id, fingerprint, token_byte_lengths
-from minigpt_cli.distributed import world as worlds
+from minigpt_cli.distributed.device import find_device
 from minigpt_cli.errors import UserError
 from minigpt_cli.evaluate.loss import evaluate, stream_batches
 from minigpt_cli.generate.sampling import SamplingOptions
@@ -135,7 +135,7 @@ def _printed(samples: list[int], prompt: str, pieces: Any) -> Any:
 
 
 def _load(path: Path) -> TrainedModel:
-    trained = load_model(path, worlds.start().device)
+    trained = load_model(path, find_device())
     for problem in trained.passed_over:
         warn(problem)
     say(f"{trained.checkpoint}, step {trained.step}")

@@ -5,6 +5,7 @@ The command line prints that line and exits with ``exit_code``; anything else ra
 """
 
 import signal
+from dataclasses import dataclass
 
 
 class UserError(Exception):
@@ -14,7 +15,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """Training produced a non-finite loss or gradient."""
+    """Training produced what is not finite, or spikes that no rollback helps against."""
 
     exit_code = 3
 
@@ -23,6 +24,12 @@ class Damaged(UserError):
     """A dataset or a checkpoint on disk is not what was written."""
 
     exit_code = 4
+
+
+class RankLost(UserError):
+    """Another process of the run doesn't answer any more."""
+
+    exit_code = 1
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -34,6 +41,29 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, OSError) or type(error).__name__ == "OutOfMemoryError":
         return UserError.exit_code
     return 1
+
+
+def describe(error: BaseException) -> str:
+    """The one line in which a person is told of this error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
+    if exit_code_of(error) == UserError.exit_code:
+        return (
+            "out of GPU memory: try a smaller train.micro_batch_size (the result stays the same) "
+            "or --set train.activation_checkpointing=true"
+        )
+    return f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ends that an error has ended."""
+
+    code: int
+    message: str  # one line
+    is_shown_here: bool = True  # and not by another process of the same run
 
 
 class Stopped(UserError):

@@ -107,12 +107,20 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Distributed:
+    strategy: Literal["auto", "ddp", "zero2", "fsdp", "hsdp"] = "auto"
+    shard_size: int | None = None  # hsdp: ranks that share one copy; default: those of a machine
+    timeout_minutes: float = 10.0  # how long to wait for a rank that doesn't answer
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     every_steps: int | None = None
     every_minutes: float | None = 15.0
     keep_last: int = 2
     keep_best: bool = True  # the one with the lowest validation loss
     keep_every: int | None = None  # keep for good each checkpoint at a multiple of this step
+    asynchronous: bool = True  # training goes on while a copy is written; takes memory for the copy
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,15 @@ class Eval:
     patience: int | None = None  # stop after this many evaluations without a new best
     prompts: tuple[str, ...] = ()  # completed at each evaluation
     prompt_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What to do about spikes of the loss or the gradient's norm; by default nothing."""
+
+    spike_sigma: float | None = None  # a spike: so many standard deviations above the mean ...
+    spike_window: int = 128  # ... of so many ordinary steps
+    rollback_after: int = 3  # so many spikes in a row: back to the last checkpoint
 
 
 @dataclass(frozen=True)
@@ -140,8 +157,10 @@ class Recipe:
     optimizer: Optimizer
     schedule: Schedule = field(default_factory=Schedule)
     precision: Precision = field(default_factory=Precision)
+    distributed: Distributed = field(default_factory=Distributed)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     eval: Eval = field(default_factory=Eval)
+    guard: Guard = field(default_factory=Guard)
     log: Log = field(default_factory=Log)
     name: str = field(default="recipe", metadata={"internal": True})
     origin: dict[str, Origin] = field(
@@ -158,10 +177,6 @@ class Recipe:
             return self.train.steps
         assert self.train.tokens is not None
         return -(-self.train.tokens // self.tokens_per_step)
-
-    @property
-    def micro_batch_size(self) -> int:
-        return self.train.micro_batch_size or self.train.global_batch_size
 
     @property
     def data_path(self) -> str:
@@ -456,6 +471,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         "[optimizer] eps": r.optimizer.eps,
         "[optimizer] muon_lr": r.optimizer.muon_lr,
         "[schedule] gamma": r.schedule.gamma,
+        "[distributed] shard_size": r.distributed.shard_size,
+        "[distributed] timeout_minutes": r.distributed.timeout_minutes,
         "[checkpoint] every_steps": r.checkpoint.every_steps,
         "[checkpoint] every_minutes": r.checkpoint.every_minutes,
         "[checkpoint] keep_last": r.checkpoint.keep_last,
@@ -464,11 +481,15 @@ def _contradictions(recipe: Recipe) -> list[str]:
         "[eval] windows": r.eval.windows,
         "[eval] patience": r.eval.patience,
         "[eval] prompt_tokens": r.eval.prompt_tokens,
+        "[guard] spike_sigma": r.guard.spike_sigma,
+        "[guard] rollback_after": r.guard.rollback_after,
         "[log] every_steps": r.log.every_steps,
     }
     for name, value in positive.items():
         need(value is None or value > 0, f"{name} must be positive, not {value}")
         need(value is None or value < math.inf, f"{name} must be finite, not {value}")
+    window = r.guard.spike_window
+    need(window >= 8, f"[guard] spike_window must be at least 8 steps, not {window}")
     need(r.train.seed >= 0, f"[train] seed must not be negative, not {r.train.seed}")
     need(
         (r.train.steps is None) != (r.train.tokens is None),

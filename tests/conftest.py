@@ -1,6 +1,7 @@
 """What the tests share: a small real dataset, recipes for it, and minigpt as a real process."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -64,6 +65,15 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
+@pytest.fixture(scope="session")
+def license_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text that doesn't change from one commit to the next, for comparisons with a tolerance."""
+    out = tmp_path_factory.mktemp("license") / "data"
+    tokenize(Source("files", (str(ROOT / "LICENSE"),)), out, train_vocab=320, val_fraction=0.2,
+             workers=1)  # fmt: skip
+    return out
+
+
 @pytest.fixture
 def make_recipe(dataset: Path) -> Callable[..., recipes.Recipe]:
     """``make_recipe("train.steps=3", ...)`` -> the tiny recipe with these overrides."""
@@ -94,6 +104,16 @@ def minigpt(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
     return subprocess.run(
         command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
     )
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    """A run that was stopped leaves its handlers in place, for the process is about to end."""
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {signum: signal.getsignal(signum) for signum in kinds}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture

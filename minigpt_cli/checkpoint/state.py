@@ -6,15 +6,23 @@ everything else is ``state.json``. Nothing is pickled.
 
 import json
 import logging
+import math
+import tomllib
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,13 +38,17 @@ STATE_FILE = "state.json"
 
 # The engine tells a single process, at every save and load, that it is a single process.
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 @dataclass
 class RunState:
     """Where a run stands; with the tensors, all that the next step depends on."""
 
-    step: int = 0  # updates made, so also the place in the data
+    step: int = 0  # steps done: the place in the schedule and, with data_offset, in the data
+    data_offset: int = 0  # steps of data that rollbacks have passed over
+    rollbacks: int = 0  # since the last checkpoint of an ordinary step
+    rollback_step: int = 0  # the step that the last of them went back to
     tokens: int = 0  # tokens trained on
     evaluated_step: int = 0  # the step of the last evaluation
     val_loss: float | None = None  # at that step
@@ -44,6 +56,7 @@ class RunState:
     best_step: int | None = None
     evaluations_since_best: int = 0
     skipped: int = 0  # fp16 updates skipped
+    guard: dict[str, Any] = field(default_factory=dict)  # the steps it judges the next ones by
     scaler: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)  # fingerprints of what it trains on
 
@@ -63,17 +76,59 @@ def _optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
         return get_optimizer_state_dict(model, optimizers, options=_OPTIONS)
 
 
-def write_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Write safetensors files: the weights in the first, the optimizer's state in the second."""
+def save_tensors(
+    directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
+) -> None:
+    """Write this rank's safetensors files; every rank of ``group`` calls it."""
+    dcp.save(
+        tensors,
+        storage_writer=_writer(directory, tensors),
+        process_group=group,
+        no_dist=group is None,
+    )
+
+
+def start_saving_tensors(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    group: dist.ProcessGroup | None,
+    stager: DefaultStager,
+) -> "Future[Any]":
+    """As ``save_tensors``, but only the copying to memory is done when it returns.
+
+    Args:
+        stager: holds the copy; one for all saves, since its memory is used again.
+    """
+    saving = dcp.async_save(
+        tensors,
+        storage_writer=_writer(directory, tensors),
+        process_group=group,
+        no_dist=group is None,
+        async_stager=stager,
+    )
+    assert isinstance(saving, Future)
+    return saving
+
+
+def _writer(directory: Path, tensors: dict[str, Tensor]) -> HuggingFaceStorageWriter:
+    """The weights go into the first file of a rank, the optimizer's state into the second."""
     files = {name: 1 if name.startswith(WEIGHTS) else 2 for name in tensors}
-    writer = HuggingFaceStorageWriter(str(directory), files, save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
+    # With more than one thread the engine calls a torn file a success.
+    return HuggingFaceStorageWriter(str(directory), files, thread_count=1, save_distributed=True)
 
 
-def read_tensors(directory: Path, tensors: dict[str, Tensor], recorded: dict[str, Any]) -> None:
-    """Fill ``tensors`` in place from a checkpoint.
+def own_files(directory: Path, rank: int) -> list[Path]:
+    """The files that ``save_tensors`` wrote on this rank."""
+    return sorted(directory.glob(f"shard-{rank + 1:05d}-model-*.safetensors"))
+
+
+def read_tensors(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    recorded: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Fill ``tensors`` in place from a checkpoint, whoever wrote it; every rank of ``group`` does.
 
     The engine casts silently and leaves out silently, so names, shapes and dtypes are compared
     with ``recorded`` (the manifest's list) first.
@@ -89,15 +144,97 @@ def read_tensors(directory: Path, tensors: dict[str, Tensor], recorded: dict[str
                 f"checkpoint holds {recorded.get(name) or 'no such tensor'}: "
                 "it belongs to another model, optimizer or precision"
             )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        reader = HuggingFaceStorageReader(str(directory))
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    reader = HuggingFaceStorageReader(str(directory))
+    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def describe(tensor: Tensor) -> dict[str, Any]:
-    """The manifest's entry for a tensor."""
+    """The manifest's entry for a tensor: of the whole of it, where it is sharded."""
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def bytes_of(tensors: dict[str, Tensor]) -> int:
+    """How much a checkpoint of these tensors takes, over all ranks."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def misfits(directory: Path, files: list[str], recorded: dict[str, Any]) -> list[str]:
+    """Where the safetensors files hold something else than the tensors that are recorded.
+
+    The engine would silently cast, or leave out what no file holds; so the shards that the files'
+    headers tell of must lie side by side and make up exactly the recorded tensors.
+    """
+    problems: list[str] = []
+    shards: dict[str, list[_Shard]] = {name: [] for name in recorded}
+    for file in files:
+        try:
+            held = _shards_in(directory / file)
+        except Exception as error:  # safetensors has no error of its own for Python
+            return [f"{directory / file}: is not a safetensors file of a checkpoint: {error!r}"]
+        for name, (dtype, begin, sizes) in held.items():
+            entry = recorded.get(name)
+            if entry is None or _DTYPES.get(dtype) != entry["dtype"]:
+                problems.append(f"{directory / file}: {name} is not as the manifest says")
+            else:
+                shards[name].append((begin, sizes))
+    for name, entry in recorded.items():
+        whole = entry["shape"]
+        count = sum(math.prod(sizes) for _, sizes in shards[name])
+        if count != math.prod(whole):
+            problems.append(f"{directory}: holds {count} of {math.prod(whole)} elements of {name}")
+        elif not _make_up(whole, shards[name]):
+            problems.append(f"{directory}: the shards of {name} overlap or lie beyond its end")
+    return problems
+
+
+_Shard = tuple[list[int], list[int]]  # where it begins, its sizes
+
+
+def _shards_in(file: Path) -> dict[str, tuple[str, list[int], list[int]]]:
+    """Name -> dtype, where it begins in the whole tensor, sizes; of what a file's header tells."""
+    with safe_open(file, framework="pt") as opened:
+        places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {
+            name: (
+                part.get_dtype(),
+                list(map(int, places[name]["saved_offsets"])),
+                part.get_shape(),
+            )
+            for name, part in slices.items()
+        }
+
+
+def _make_up(whole: list[int], shards: list[_Shard]) -> bool:
+    """Whether shards, cut along the first dimension, lie side by side from the start to the end."""
+    reached = [0] * len(whole)
+    for begin, sizes in sorted(shards):
+        if math.prod(sizes):  # else of a rank for which no rows were left
+            if begin != reached or sizes[1:] != whole[1:]:
+                return False
+            reached = [begin[0] + sizes[0], *begin[1:]] if whole else []
+    return reached[:1] == whole[:1]
+
+
+def nonsense(directory: Path, step: int, files: Iterable[str]) -> list[str]:
+    """Which of the small ``files`` can't be what minigpt writes, whoever vouches for them."""
+    problems = []
+    for name, parse in (("recipe.toml", tomllib.loads), ("tokenizer.json", json.loads)):
+        try:
+            if name in files:
+                parse((directory / name).read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{directory / name}: can't be read: {error}")
+    if STATE_FILE in files:
+        try:
+            if (found := read_state(directory).step) != step:
+                problems.append(f"{directory / STATE_FILE}: is of step {found}")
+        except Damaged as error:
+            problems.append(str(error))
+    return problems
+
+
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def load_tensors(
@@ -105,8 +242,9 @@ def load_tensors(
     recorded: dict[str, Any],
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
+    group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fill a model and its optimizers from a verified checkpoint."""
+    """Fill a model and its optimizers from a verified checkpoint, each rank its shards."""
     moments = _optimizer_state(model, optimizers)  # makes the optimizers' state, to be overwritten
     weights = get_model_state_dict(model, options=_OPTIONS)
     wanted = {WEIGHTS + name: tensor for name, tensor in weights.items()}
@@ -116,7 +254,7 @@ def load_tensors(
             f"{directory}: holds {extra[0]} and {len(extra) - 1} more tensors that this model and "
             "optimizer don't have: it belongs to another recipe"
         )
-    read_tensors(directory, wanted, recorded)
+    read_tensors(directory, wanted, recorded, group)
     model.load_state_dict(weights)
     set_optimizer_state_dict(model, optimizers, moments, options=_OPTIONS)
 
@@ -128,12 +266,24 @@ def load_weights(directory: Path, recorded: dict[str, Any], model: nn.Module) ->
     model.load_state_dict(weights)
 
 
-def write_state(directory: Path, state: RunState) -> None:
-    (directory / STATE_FILE).write_text(json.dumps(asdict(state), indent=2) + "\n")
+def state_bytes(state: RunState) -> bytes:
+    """What state.json holds."""
+    return (json.dumps(asdict(state), indent=2) + "\n").encode()
 
 
 def read_state(directory: Path) -> RunState:
+    """The state that a checkpoint holds.
+
+    Raises:
+        Damaged: it can't be what ``state_bytes`` gave.
+    """
+    file = directory / STATE_FILE
     try:
-        return RunState(**json.loads((directory / STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise Damaged(f"{directory / STATE_FILE}: can't be read: {error}") from None
+        state = RunState(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f"{file}: can't be read: {error}") from None
+    for name, hint in get_type_hints(RunState).items():
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+        if type(getattr(state, name)) not in kinds:
+            raise Damaged(f"{file}: {name} can't be {getattr(state, name)!r}")
+    return state

@@ -7,33 +7,22 @@ last, and then renamed: a directory of that name is complete, or something damag
 
 import errno
 import hashlib
-import json
 import os
-import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from minigpt_cli.checkpoint.state import describe
+from minigpt_cli.checkpoint.manifest import (
+    MANIFEST,
+    NAME,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
+from minigpt_cli.checkpoint.state import misfits, nonsense
+from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import Damaged, UserError
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})$")
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint holds."""
-
-    step: int
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
-    tensors: dict[str, dict[str, Any]]  # name -> dtype, shape
-    val_loss: float | None  # where an evaluation was made at this step
 
 
 def checkpoints_dir(run: Path) -> Path:
@@ -46,111 +35,115 @@ def list_steps(run: Path) -> list[tuple[int, Path]]:
         entries = list(checkpoints_dir(run).iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [(int(match[1]), path) for path in entries if (match := _NAME.match(path.name))]
+    found = [(int(match[1]), path) for path in entries if (match := NAME.match(path.name))]
     return sorted(found)
 
 
-def commit(
-    run: Path,
-    step: int,
-    write: Callable[[Path], None],
-    tensors: dict[str, Tensor],
-    val_loss: float | None,
-) -> Path:
-    """Write a checkpoint so that it exists whole or not at all.
+def holds_a_checkpoint(run: Path) -> bool:
+    """Also one that a killed process has moved out of the way, and that ``sweep`` puts back."""
+    return bool(list_steps(run)) or any(checkpoints_dir(run).glob(".replaced-step-*"))
 
-    Args:
-        write: fills the directory it is given; the manifest is made from what it leaves there.
+
+def begin(run: Path, step: int, small_files: dict[str, bytes]) -> Path:
+    """A directory to write this step's checkpoint into, with its small files in it already.
 
     Raises:
-        UserError: the disk is full or can't be written to; older checkpoints are untouched.
+        OSError: the disk is full or can't be written to.
     """
-    parent = checkpoints_dir(run)
-    final = parent / f"step-{step:08d}"
-    temporary = parent / f".writing-{final.name}"
-    replaced = parent / f".replaced-{final.name}"
+    temporary = _temporary(run, step)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)
+    temporary.mkdir()
+    for name, content in small_files.items():
+        (temporary / name).write_bytes(content)
+    return temporary
+
+
+def flush_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Bring the files to the disk itself; returns the manifest's entries for them."""
+    entries = {}
+    for path in files:
+        _flush(path)
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return entries
+
+
+def finish(
+    run: Path,
+    step: int,
+    files: dict[str, dict[str, Any]],
+    tensors: dict[str, dict[str, Any]],
+    val_loss: float | None,
+) -> Path:
+    """Make what was written since ``begin`` a checkpoint: whole, or not at all.
+
+    Args:
+        files: of all ranks; see ``flush_files``.
+        tensors: the manifest's entries for them.
+
+    Raises:
+        OSError: the disk is full, or a file is not there.
+    """
+    temporary, final = _temporary(run, step), checkpoints_dir(run) / f"step-{step:08d}"
+    replaced = final.with_name(f".replaced-{final.name}")
+    for name, entry in files.items():  # of another rank, whose disk may be another
+        if (size := (temporary / name).stat().st_size) != entry["bytes"]:
+            raise OSError(errno.EIO, f"{name} holds {size} bytes, {entry['bytes']} were written")
+    write_manifest(temporary, Manifest(step, files, tensors, val_loss))
+    _flush(temporary / MANIFEST)
+    _flush(temporary)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        temporary.mkdir()
-        write(temporary)
-        files = {}
-        for path in sorted(temporary.iterdir()):
-            _flush(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "val_loss": val_loss,
-            "files": files,
-            "tensors": {name: describe(tensor) for name, tensor in tensors.items()},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        _flush(temporary / MANIFEST)
-        _flush(temporary)
         if final.exists():  # the same step again, now with its evaluation; see sweep()
             final.rename(replaced)
         temporary.rename(final)
-        _flush(parent)
-        _remove(replaced)
-    except BaseException as error:
+        _flush(final.parent)
+    except BaseException:
         if replaced.exists() and not final.exists():
             replaced.rename(final)
-        _remove(temporary)
-        if cause := _os_error(error):
-            raise UserError(
-                f"{final}: the checkpoint could not be written: {_reason(cause)}; "
-                "older checkpoints are untouched: make room or mend the path, then minigpt resume"
-            ) from error
         raise
+    _remove(replaced)
     return final
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest, its form checked but not the files that it names.
+def abandon(run: Path, step: int) -> None:
+    """Remove what a save left that failed: on a full disk its room is wanted."""
+    _remove(_temporary(run, step))
 
-    Raises:
-        Damaged: there is none, or it can't be what ``commit`` wrote.
+
+def why(error: BaseException) -> str:
+    """Why a save failed, in a few words."""
+    cause = _os_error(error)
+    return _reason(cause) if cause else f"{type(error).__name__}: {error}"
+
+
+def free_bytes(run: Path) -> int:
+    """Room on the disk that the run's checkpoints are on."""
+    return shutil.disk_usage(run).free
+
+
+def _temporary(run: Path, step: int) -> Path:
+    return checkpoints_dir(run) / f".writing-step-{step:08d}"
+
+
+def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """Everything that is wrong with a checkpoint's files, a line each; empty when it is valid.
+
+    Args:
+        rank, ranks: the part of the files whose content is looked at, where several share the work.
     """
-    try:
-        raw = json.loads((checkpoint / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise Damaged(f"{checkpoint}: has no {MANIFEST}, so it is not a whole checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{checkpoint / MANIFEST}: can't be read: {error}") from None
-    try:
-        if raw["format"] != FORMAT:
-            raise Damaged(
-                f"{checkpoint}: format {raw['format']!r}; this version of minigpt reads {FORMAT}"
-            )
-        manifest = Manifest(raw["step"], raw["files"], raw["tensors"], raw["val_loss"])
-        for name, entry in manifest.files.items():
-            if Path(name).name != name or name in ("", ".", ".."):
-                raise Damaged(f"{checkpoint}: the manifest names a file outside it: {name!r}")
-            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
-                raise TypeError(name)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{checkpoint / MANIFEST}: is not a manifest ({error!r})") from None
-    if (named := _NAME.match(checkpoint.name)) and int(named[1]) != manifest.step:
-        raise Damaged(f"{checkpoint}: its manifest is of step {manifest.step}")
-    return manifest
-
-
-def verify(checkpoint: Path) -> list[str]:
-    """Everything that is wrong with a checkpoint's files, a line each; empty when it is valid."""
     try:
         manifest = read_manifest(checkpoint)
     except Damaged as error:
         return [str(error)]
     problems = []
-    for name, entry in manifest.files.items():
+    for number, (name, entry) in enumerate(manifest.files.items()):
         path = checkpoint / name
         try:
             if path.is_symlink() or not path.is_file():
                 problems.append(f"{path}: missing")
             elif (size := path.stat().st_size) != entry["bytes"]:
                 problems.append(f"{path}: {size} bytes, {entry['bytes']} were written")
-            elif file_sha256(path) != entry["sha256"]:
+            elif number % ranks == rank and file_sha256(path) != entry["sha256"]:
                 problems.append(f"{path}: its content is not what was written (sha256 differs)")
         except OSError as error:
             problems.append(f"{path}: can't be read: {_reason(error)}")
@@ -158,37 +151,54 @@ def verify(checkpoint: Path) -> list[str]:
     for path in sorted(checkpoint.iterdir()):
         if path.name != MANIFEST and path.name not in manifest.files:
             problems.append(f"{path}: is not in the manifest")
+    if not problems and rank == 0:
+        tensor_files = [name for name in manifest.files if name.endswith(".safetensors")]
+        problems = nonsense(checkpoint, manifest.step, manifest.files)
+        problems += misfits(checkpoint, tensor_files, manifest.tensors)
     return problems
 
 
-def require_valid(checkpoint: Path) -> Manifest:
+def verify_together(checkpoint: Path, world: World | None) -> list[str]:
+    """``verify``, where each rank reads some of the files and all get the same answer."""
+    if world is None:
+        return verify(checkpoint)
+    answers = world.gather(verify(checkpoint, world.rank, world.size))
+    return sorted({problem for answer in answers for problem in answer})
+
+
+def require_valid(checkpoint: Path, world: World | None = None) -> Manifest:
     """The manifest of a checkpoint whose every file is what was written.
 
     Raises:
         Damaged: names the files that are not.
     """
-    if problems := verify(checkpoint):
+    if problems := verify_together(checkpoint, world):
         raise Damaged(
             "; ".join(problems) + ". Use another checkpoint of the run; minigpt verify shows which"
         )
     return read_manifest(checkpoint)
 
 
-def newest_valid(run: Path) -> tuple[Path, Manifest, list[str]]:
+def newest_valid(run: Path, world: World | None = None) -> tuple[Path, Manifest, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that were passed over.
+
+    Args:
+        world: whose ranks all ask; they look at what rank 0 finds, and get the same answer.
 
     Raises:
         UserError: the run has no checkpoint yet.
         Damaged: it has some, and none is valid.
     """
     skipped: list[str] = []
-    steps = list_steps(run)
-    for _, checkpoint in reversed(steps):
-        problems = verify(checkpoint)
+    names = [checkpoint.name for _, checkpoint in list_steps(run)]
+    names = world.gather(names)[0] if world else names
+    for name in reversed(names):
+        checkpoint = checkpoints_dir(run) / name
+        problems = verify_together(checkpoint, world)
         if not problems:
             return checkpoint, read_manifest(checkpoint), skipped
-        skipped.append(f"{checkpoint.name} passed over: {'; '.join(problems)}")
-    if steps:
+        skipped.append(f"{name} passed over: {'; '.join(problems)}")
+    if names:
         raise Damaged(f"{run}: no valid checkpoint. " + ". ".join(skipped))
     raise UserError(f"{run}: no checkpoint yet; start it again with minigpt pretrain")
 
@@ -229,7 +239,7 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     path = Path(os.path.abspath(path))
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
-    if _NAME.match(path.name) or (path / MANIFEST).exists():
+    if NAME.match(path.name) or (path / MANIFEST).exists():
         return path.parent.parent, path
     if path.name == "checkpoints":
         return path.parent, None
@@ -238,7 +248,7 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     raise UserError(f"{path}: neither a run directory nor a checkpoint")
 
 
-def choose(path: Path) -> tuple[Path, Path, Manifest, list[str]]:
+def choose(path: Path, world: World | None = None) -> tuple[Path, Path, Manifest, list[str]]:
     """(run directory, checkpoint, its manifest, what was passed over) for a user's ``path``.
 
     Raises:
@@ -247,8 +257,8 @@ def choose(path: Path) -> tuple[Path, Path, Manifest, list[str]]:
     """
     run, checkpoint = locate(path)
     if checkpoint is not None:
-        return run, checkpoint, require_valid(checkpoint), []
-    return run, *newest_valid(run)
+        return run, checkpoint, require_valid(checkpoint, world), []
+    return run, *newest_valid(run, world)
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -25,8 +25,9 @@ class Batches:
         share: slice,
         device: torch.device,
     ):
-        """``share`` is the part of the global batch that this process trains on."""
-        self._split = split
+        """Batches of ``split``'s windows; ``share`` is the part of the global batch that this
+        process trains on."""
+        self.split = split
         self._seed = seed
         self._global_batch_size = global_batch_size
         self._sequence_length = sequence_length
@@ -46,7 +47,7 @@ class Batches:
 
     def _read(self, step: int) -> Tensor:
         ids = sample_ids(self._seed, step, self._global_batch_size, self._windows)
-        tokens = torch.from_numpy(self._split.gather(ids[self._share], self._sequence_length))
+        tokens = torch.from_numpy(self.split.gather(ids[self._share], self._sequence_length))
         return tokens.pin_memory() if self._device.type == "cuda" else tokens
 
     def close(self) -> None:

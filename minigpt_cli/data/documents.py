@@ -37,7 +37,7 @@ def documents(
 
     def bad(message: str) -> None:
         if strict:
-            raise UserError(f"{message.removesuffix('; skipped')}; without --strict it is skipped")
+            raise UserError(f"{message.removesuffix('; skipped')} (refused: strict)")
         if on_bad is not None:
             on_bad(message)
 

@@ -193,9 +193,10 @@ def _serve(requests: IO[bytes], replies: IO[bytes], file: str, eos: int, dtype: 
 
 
 def _main() -> None:
-    # A signal to the whole process group is the parent's to handle: it ends us when it ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A signal to the whole process group, or to a whole Slurm step, is the parent's to handle: it
+    # ends us when it ends.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
     file, eos, dtype = sys.argv[1:]
     with os.fdopen(os.dup(0), "rb") as requests, os.fdopen(os.dup(1), "wb") as replies:
         os.dup2(2, 1)  # whatever prints must not end up among the replies

@@ -86,19 +86,20 @@ def detect_source(
     """
     if not arguments:
         raise UserError("no source given: name files, a directory, a Hub dataset, or python-stdlib")
-    if "python-stdlib" in arguments:
-        if len(arguments) > 1:
-            raise UserError("python-stdlib can't be mixed with other sources in one dataset")
-        return Source("python-stdlib")
+    if "python-stdlib" in arguments and len(arguments) > 1:
+        raise UserError("python-stdlib can't be mixed with other sources in one dataset")
     kinds: dict[str, str] = {}  # kind -> the first argument of that kind
     for argument in arguments:
-        kinds.setdefault(_kind_of(argument), argument)
+        kind = argument if argument == "python-stdlib" else _kind_of(argument)
+        kinds.setdefault(kind, argument)
     if len(kinds) > 1:
         mixed = ", ".join(f"{argument} ({kind})" for kind, argument in kinds.items())
         raise UserError(f"sources of different kinds can't go into one dataset: {mixed}")
     kind = next(iter(kinds))
     if kind != "huggingface" and (split != "train" or config is not None):
         raise UserError(f"--split and --config are for Hugging Face datasets, not for {kind}")
+    if kind == "python-stdlib":
+        return Source(kind)
     return Source(kind, tuple(arguments), field, split, config)
 
 

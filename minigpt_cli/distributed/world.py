@@ -1,16 +1,37 @@
-"""Which device this process computes on, and its place among the others.
+"""This process among the others: its rank, and what all ranks must agree about.
 
-One process so far: started by torchrun or srun as several, it refuses rather than train several
-copies of the same model.
+torchrun, ``--nproc`` and srun start several processes of one command; each finds its place in the
+environment. Numbers on which a decision hangs travel over a group of their own on CPUs (gloo), so
+that agreeing never waits for a GPU.
 """
 
-import ctypes
+import contextlib
+import json
 import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.distributed import rendezvous
+from minigpt_cli.distributed.device import find_device
+from minigpt_cli.distributed.workers import RESUME
+from minigpt_cli.errors import Diverged, Outcome, RankLost, Stopped, describe, exit_code_of
+
+T = TypeVar("T")
+_FAILURE, _LEFT = "failure", "left"  # the store's keys: what ended the run first; ranks that ended
+_ANSWER = 5.0  # seconds that a rank which ends waits for an answer of the store
+_NOTICE = 2.0  # seconds in which most ranks notice by themselves that another one has failed
+_FOR_EVER = timedelta(days=365)
+_OF_TORCH = ("gloo", "nccl", "connection", "broken pipe", "timed out")  # in a lost rank's errors
 
 
 @dataclass(frozen=True)
@@ -20,67 +41,247 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1  # ranks on this machine
+    control: dist.ProcessGroup | None = None  # for decisions, on CPUs; None in a single process
+    saving: dist.ProcessGroup | None = None  # for checkpoints, written while others talk
+
+    def largest(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks: a flag that one rank raises, all see."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor on the device over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Every rank's value (something JSON can hold), by rank."""
+        if self.size == 1:
+            return [value]
+        group = group or self.control
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(own)]), group=group)
+        longest = max(int(size) for size in sizes)
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+        dist.all_gather(parts, padded, group=group)
+        return [
+            json.loads(part[: int(size)].numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives on rank 0 (something JSON can hold), on every rank.
+
+        It may take hours: the others ask for it now and then, where a collective would time out.
+        """
+        if self.size == 1:
+            return make()
+        store, key = _joined.store, f"from-first/{_joined.next_key()}"
+        assert store is not None
+        if self.rank == 0:
+            value = make()
+            store.set(key, json.dumps(value))
+            return value
+        patience = store.timeout.total_seconds()
+        try:
+            while not rendezvous.within(patience, lambda: store.check([key])):
+                time.sleep(0.05)
+        except TimeoutError:
+            raise _lost("rank 0", "no answer") from None
+        made: T = json.loads(store.get(key))
+        return made
 
 
-def start() -> World:
-    """Find the device: the first CUDA GPU, else the CPU.
+class _Joined:
+    """What this process knows of the others before and beside any World: one store."""
+
+    store: dist.Store | None = None
+    place: rendezvous.Place | None = None
+    world: World | None = None
+    outcome: Outcome | None = None
+    record: Callable[[Outcome], None] | None = None
+    keys: int = 0
+
+    def next_key(self) -> int:
+        self.keys += 1
+        return self.keys
+
+
+_joined = _Joined()
+
+
+def join() -> None:
+    """Meet the other ranks, where there are any: from here on errors are shown once.
 
     Raises:
-        UserError: a launcher started several processes.
+        UserError: their meeting point can't be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size > 1:
-        raise UserError(
-            f"started as one of {size} processes, but this version trains on one device: "
-            "run minigpt without a launcher"
-        )
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if _joined.store is None and (place := rendezvous.find_place()) is not None:
+        _joined.place = place
+        _joined.store = rendezvous.connect(place)
+        # A store of its own: one that is waited for answers nothing else.
+        watch = threading.Thread(target=_watch, args=(_joined.store.clone(),), daemon=True)
+        watch.start()
+
+
+def _watch(store: dist.Store) -> None:
+    """End this process soon after another rank has failed.
+
+    Mostly a rank notices by itself, when the other's connection closes; but not while it still
+    waits for that one to come, nor in the middle of a collective of NCCL.
+    """
+    try:
+        store.wait([_FAILURE], _FOR_EVER)
+        told = _told(store.get(_FAILURE))
+    except Exception:  # the store has gone
+        told = None
+    time.sleep(_NOTICE)
+    if _joined.outcome is not None:
+        return
+    _joined.store = store  # the main thread may be waiting for the other one
+    outcome = told or end_with(_lost("rank 0", "it has ended without a word"))
+    if _joined.record is not None:
+        _joined.record(outcome)
+    if outcome.is_shown_here:
+        print(f"minigpt: {outcome.message}", file=sys.stderr, flush=True)
+    leave(patience=4)
+    os._exit(outcome.code)
+
+
+def start(timeout_minutes: float = 10.0) -> World:
+    """This process's World; the same one however often it is asked for.
+
+    Args:
+        timeout_minutes: how long a collective waits for a rank that doesn't answer.
+    """
+    if _joined.world is not None:
+        return _joined.world
+    join()
+    place, store = _joined.place, _joined.store
+    if place is None or store is None:
+        world = World(rank=0, size=1, device=find_device())
     else:
-        _keep_freed_memory()
-    return World(rank=0, size=1, device=device)
+        device = find_device(place.local_rank, place.local_size)
+        timeout = timedelta(minutes=timeout_minutes)
+        store.set_timeout(max(timeout, timedelta(minutes=10)))
+        rendezvous.choose_interface(place, store)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("groups", store),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        world = World(
+            rank=place.rank,
+            size=place.size,
+            device=device,
+            local_size=place.local_size,
+            control=dist.new_group(backend="gloo", timeout=timeout),
+            # Disks may be slow, and slower for one rank than for another.
+            saving=dist.new_group(backend="gloo", timeout=max(timeout, timedelta(hours=1))),
+        )
+    _joined.world = world
+    return world
 
 
-def _keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed tensors for the next ones.
+def leave(patience: float = 0) -> None:
+    """Part from the other ranks at the end; rank 0, which keeps the store, goes last.
 
-    By default glibc returns every larger block to the system at once and asks for it again, page
-    fault by page fault: this alone makes a training step on a CPU 1.2 to 1.6 times as fast
-    (benchmarks/LOG.md). Other C libraries are left as they are.
+    Args:
+        patience: seconds that rank 0 waits for the others.
     """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    store, place = _joined.store, _joined.place
+    if store is None or place is None:
         return
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # of <malloc.h>
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 * 2**20)
+    with contextlib.suppress(Exception):  # all is said: nothing here may fail it
+        rendezvous.within(_ANSWER, lambda: store.add(_LEFT, 1))
+        deadline = time.monotonic() + patience
+        while place.rank == 0 and time.monotonic() < deadline:
+            if store.add(_LEFT, 0) == place.size:
+                return
+            time.sleep(0.02)
 
 
-def device_name(device: torch.device) -> str:
-    """The device's model name, as its driver gives it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(
-                line.split(":")[1].strip() for line in file if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return "CPU"
+def is_first() -> bool:
+    """Whether this is the process that speaks for all: rank 0, or the only one."""
+    return _joined.place is None or _joined.place.rank == 0
 
 
-def use_deterministic_kernels(device: torch.device, compiled: bool) -> None:
-    """Ask torch for the same bits every time, where the default kernels don't give them.
+def rank() -> int:
+    return _joined.place.rank if _joined.place else 0
 
-    On a CPU eager kernels do at a fixed number of threads; compiled ones and CUDA's must be told.
+
+def end_with(error: BaseException) -> Outcome:
+    """How this process ends because of an error: as the first rank did that failed.
+
+    The others learn of it. Where the store has gone, or can't be reached, one rank on each machine
+    shows its own message.
     """
-    if device.type == "cpu" and not compiled:
-        return
-    # cuBLAS reads it when its first handle is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # Filling fresh memory would find reads of it, at the price of a pass over every new tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    place = _joined.place
+    if place is None:
+        return Outcome(exit_code_of(error), describe(error))
+    if _joined.outcome is None:
+        _joined.outcome = _announced(error, place)
+    return _joined.outcome
+
+
+def _announced(error: BaseException, place: rendezvous.Place) -> Outcome:
+    message, store = describe(error), _joined.store
+    if is_lost_rank(error) and not isinstance(error, RankLost):
+        first_sentence = re.match(r"\s*(?:\[\S+\] )?(.*?)(?:\. |$)", str(error), re.MULTILINE)
+        reason = first_sentence[1] if first_sentence else type(error).__name__
+        message = str(_lost("another rank", reason))
+    if place.rank and not isinstance(error, (Stopped, Diverged)):
+        message = f"rank {place.rank}: {message}"
+    if store is None:
+        return Outcome(exit_code_of(error), message)
+    own = {"rank": place.rank, "code": exit_code_of(error), "message": message}
+    try:
+        return _told(
+            rendezvous.within(_ANSWER, lambda: store.compare_set(_FAILURE, "", json.dumps(own)))
+        )
+    except Exception:
+        _joined.store = None
+        speaks = place.local_rank == 0 or place.rank == 1  # rank 1 where rank 0 can't any more
+        return Outcome(exit_code_of(error), message, is_shown_here=speaks)
+
+
+def _told(failure: bytes) -> Outcome:
+    """What the store holds of the first rank that failed, as the outcome of this one."""
+    first = json.loads(failure)
+    return Outcome(first["code"], first["message"], is_shown_here=first["rank"] == rank())
+
+
+@contextlib.contextmanager
+def recorded_by(record: Callable[[Outcome], None]) -> Iterator[None]:
+    """Call ``record`` if in the ``with`` block this process ends because of another rank and its
+    main thread hasn't noticed; just before it ends, in another thread."""
+    _joined.record = record
+    try:
+        yield
+    finally:
+        _joined.record = None
+
+
+def _lost(who: str, reason: str) -> RankLost:
+    return RankLost(f"the connection to {who} is lost ({reason}); {RESUME}")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether this error says that another rank doesn't answer any more."""
+    if isinstance(error, RankLost):
+        return True
+    text = str(error).lower()
+    return _joined.place is not None and (
+        isinstance(error, dist.DistError)
+        or (isinstance(error, RuntimeError) and any(word in text for word in _OF_TORCH))
+    )

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.distributed.world import World
+from minigpt_cli.model.cross_entropy import IGNORE
 from minigpt_cli.model.gpt import GPT
 
 
@@ -37,11 +39,25 @@ def fixed_windows(available: int, wanted: int) -> NDArray[np.int64]:
 
 
 def window_batches(
-    split: TokenSplit, ids: NDArray[np.int64], sequence_length: int, batch: int
+    split: TokenSplit,
+    ids: NDArray[np.int64],
+    sequence_length: int,
+    batch: int,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[NDArray[np.int64]]:
-    """(batch, sequence_length + 1) tokens of the windows ``ids``."""
-    for start in range(0, len(ids), batch):
-        yield split.gather(ids[start : start + batch], sequence_length)
+    """(up to batch, sequence_length + 1) tokens of those of the windows ``ids`` that are this
+    rank's.
+
+    Every rank gets the same number of batches, since sharded models run in step; one that has no
+    windows left gets a row that counts for nothing.
+    """
+    for start in range(0, len(ids), batch * ranks):
+        own = ids[start + rank * batch : min(start + (rank + 1) * batch, len(ids))]
+        if len(own):
+            yield split.gather(own, sequence_length)
+        else:
+            yield np.full((1, sequence_length + 1), IGNORE, dtype=np.int64)
 
 
 def stream_batches(
@@ -73,15 +89,18 @@ def evaluate(
     token_bytes: NDArray[np.int32] | None,
     bytes_per_token: float,
     stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> Evaluation | None:
     """Loss over batches of windows, without dropout; the model's mode is put back.
 
     Args:
-        batches: (n, T + 1) tokens each; the first T are inputs, the last T targets.
+        batches: (n, T + 1) tokens each; the first T are inputs, the last T targets; ``IGNORE``
+            counts for nothing.
         dtype: what matrix products are computed in.
         token_bytes: (V,) UTF-8 bytes that each token stands for; where a tokenizer has no such
             table, ``bytes_per_token`` counts instead.
         stop: asked before each batch; True gives the evaluation up, and the result is None.
+        world: whose ranks share the batches out, and get the same result.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -95,8 +114,8 @@ def evaluate(
             ids = torch.from_numpy(batch).to(device)
             half = dtype in (torch.bfloat16, torch.float16)
             with torch.autocast(device.type, dtype if half else None, enabled=half):
-                total += model(ids[:, :-1], ids[:, 1:])
-            targets = batch[:, 1:]
+                total += model(ids[:, :-1].clamp(min=0), ids[:, 1:])
+            targets = batch[:, 1:][batch[:, 1:] != IGNORE]
             tokens += targets.size
             text_bytes += (
                 targets.size * bytes_per_token
@@ -105,5 +124,8 @@ def evaluate(
             )
     finally:
         model.train(training)
-    assert tokens, "nothing to evaluate on"
-    return Evaluation(total.item() / tokens, tokens, text_bytes)
+    counts = torch.tensor([tokens, text_bytes], dtype=torch.float64, device=device)
+    sums = torch.cat([total[None], counts])
+    loss, all_tokens, all_bytes = (world.sum_(sums) if world else sums).tolist()
+    assert all_tokens, "nothing to evaluate on"
+    return Evaluation(loss / all_tokens, int(all_tokens), all_bytes)

@@ -1,5 +1,6 @@
 """What a model costs, by arithmetic: parameters and FLOPs, and what devices can do."""
 
+import math
 import re
 
 from minigpt_cli.model.config import ModelConfig
@@ -35,23 +36,30 @@ PEAK_FLOPS = {
 }
 
 
-def parameter_count(config: ModelConfig) -> int:
-    """Every trainable number, tied embeddings counted once."""
+def parameter_shapes(config: ModelConfig) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The shapes of one block's parameters, and of those outside the blocks."""
     c = config
     gpt2 = c.family == "gpt2"
-    bias = 1 if gpt2 else 0
-    heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention = (c.hidden_size + bias) * (heads + 2 * kv_heads) + (heads + bias) * c.hidden_size
-    if c.family == "qwen3":
-        attention += 2 * c.head_dim
-    matrices_in = 1 if gpt2 else 2
-    mlp = matrices_in * (c.hidden_size + bias) * c.intermediate_size
-    mlp += (c.intermediate_size + bias) * c.hidden_size
-    norm = c.hidden_size * (1 + bias)
-    embeddings = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    norm: list[tuple[int, ...]] = [(c.hidden_size,)] * (2 if gpt2 else 1)
+    inner = [(c.intermediate_size, c.hidden_size)] * (1 if gpt2 else 2)
+    linears = [(q + 2 * kv, c.hidden_size)] if gpt2 else [(n, c.hidden_size) for n in (q, kv, kv)]
+    linears += [(c.hidden_size, q), *inner, (c.hidden_size, c.intermediate_size)]
+    block: list[tuple[int, ...]] = [*norm, *norm, *linears]
     if gpt2:
-        embeddings += c.max_position_embeddings * c.hidden_size
-    return c.num_hidden_layers * (attention + mlp + 2 * norm) + norm + embeddings
+        block += [(rows,) for rows, _ in linears]  # biases
+    if c.family == "qwen3":
+        block += [(c.head_dim,)] * 2
+    outside = [(c.vocab_size, c.hidden_size)] * (1 if c.tie_word_embeddings else 2)
+    if gpt2:
+        outside.append((c.max_position_embeddings, c.hidden_size))
+    return block, [*outside, *norm]
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Every trainable number, tied embeddings counted once."""
+    block, outside = parameter_shapes(config)
+    return config.num_hidden_layers * sum(map(math.prod, block)) + sum(map(math.prod, outside))
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:

@@ -6,6 +6,7 @@ D head dimension, V vocabulary.
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -258,13 +259,22 @@ class GPT(nn.Module):
         return table
 
 
-def initialize(model: GPT, seed: int) -> None:
+def copy(parameter: Tensor, values: Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def initialize(model: GPT, seed: int, assign: Callable[[Tensor, Tensor], None] = copy) -> None:
     """Draw the weights: normal with ``initializer_range``, biases 0, norms 1.
 
     Projections that write to the residual stream get ``initializer_range / sqrt(2 layers)``, so
     that its variance does not grow with depth (Radford et al. 2019, section 2.3). Each parameter
     is drawn from a generator of its own, seeded by (seed, name): the same weights whatever the
     order, the device or the sharding.
+
+    Args:
+        assign: fills a parameter (the first) from the whole of its values (the second); where
+            parameters are sharded it takes this rank's part.
     """
     std = model.config.initializer_range
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
@@ -279,5 +289,4 @@ def initialize(model: GPT, seed: int) -> None:
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             values = torch.empty(parameter.shape, dtype=torch.float32)
             values.normal_(0.0, residual_std if into_residual else std, generator=generator)
-            with torch.no_grad():
-                parameter.copy_(values)
+            assign(parameter, values)

@@ -11,10 +11,18 @@ from rich.table import Column
 
 from minigpt_cli.data.progress import Progress
 
+_quiet = False
+
+
+def be_quiet() -> None:
+    """From here on nothing is shown: one of several processes speaks for all."""
+    global _quiet
+    _quiet = True
+
 
 def stderr() -> Console:
     """Progress, logs and warnings; standard output is for results."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=_quiet)
 
 
 def say(message: str, style: str | None = None) -> None:
@@ -82,15 +90,17 @@ class TokenizingDisplay:
 
 
 class TrainingDisplay:
-    """The latest numbers in place on a terminal; a line per logged step elsewhere."""
+    """The latest numbers in place on a terminal (wide: with a bar); a line per step elsewhere."""
 
     def __init__(self, total: int, done: int):
         self._total = total
         self._console = stderr()
         self._live = self._console.is_terminal
+        # On a narrow terminal the text takes two lines: by default its end, the time left, is cut.
+        text = rich.progress.TextColumn("{task.fields[line]}", table_column=Column())
+        wide = self._console.width >= 130
         self._progress = rich.progress.Progress(
-            # Folded rather than cut off: the time left stands at the end.
-            rich.progress.TextColumn("{task.fields[line]}", table_column=Column(overflow="fold")),
+            *([text, rich.progress.BarColumn(bar_width=20)] if wide else [text]),
             console=self._console,
             disable=not self._live,
             transient=True,

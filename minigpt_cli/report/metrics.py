@@ -14,7 +14,12 @@ class MetricsFile:
     """Appends whole lines, each with one write: a killed process leaves only whole lines behind."""
 
     def __init__(self, run: Path):
-        self._descriptor = os.open(run / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._run = run
+        self._open()
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self._descriptor = os.open(self._run / FILE, flags, 0o644)
 
     def write(self, values: dict[str, Any]) -> None:
         """One line; JSON has no NaN, so a value that is not finite becomes null."""
@@ -31,6 +36,12 @@ class MetricsFile:
         if written != len(line):  # a full disk: no torn line for the next one to land on
             os.ftruncate(self._descriptor, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def cut_back(self, step: int, evaluated: bool) -> None:
+        """``cut_back`` of the run; goes on in the file that is left."""
+        cut_back(self._run, step, evaluated)
+        self.close()
+        self._open()
 
     def flush(self) -> None:
         """To the disk itself, before a checkpoint says that these steps are done."""

@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 
 from minigpt_cli.checkpoint import state as checkpoint_state
 from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.saver import Saved, Saver
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.data.batches import Batches
 from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.distributed.parallel import local
 from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import Diverged, Stopped, UserError
 from minigpt_cli.evaluate.loss import evaluate, fixed_windows, window_batches
 from minigpt_cli.recipe import Recipe, dump
 from minigpt_cli.report.console import TrainingDisplay
 from minigpt_cli.report.metrics import MetricsFile
-from minigpt_cli.train import guard
+from minigpt_cli.train import guard, rollback
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.schedule import lr_at
 from minigpt_cli.train.step import Trainer, train_step
@@ -50,7 +52,8 @@ class Run:
     batches: Batches
     validation: Validation | None  # None where the dataset has no validation split
     prompts: Prompts
-    metrics: MetricsFile | None  # opened when all else is ready
+    metrics: MetricsFile | None  # opened by rank 0 when all else is ready
+    saver: Saver
     tokenizer_json: bytes
     flops_per_token: int
     peak_flops: float | None
@@ -98,58 +101,65 @@ def fit(run: Run, state: RunState) -> None:
 
     Raises:
         Stopped: a signal came; everything up to a step's end is saved.
-        Diverged: loss or gradient was not finite; nothing after it was saved.
+        Diverged: loss or gradient was not finite, or no rollback helped against spikes; nothing
+            after it was saved.
     """
     recipe, total = run.recipe, run.recipe.total_steps
     peak = recipe.optimizer.lr
-    clock, laps_from, saved_at, saved_step = Clock(), state.step, time.monotonic(), state.step
+    clock, lap_steps, saved_at, saved_step = Clock(), 0, time.monotonic(), state.step
     with run.resources, StopRequest() as stop, TrainingDisplay(total, state.step) as display:
         if state.step and _evaluation_is_due(run, state):  # a stop had cut it short
             _evaluate(run, state, display, stop)
             if state.evaluated_step == state.step:
-                _save(run, state, display, must_succeed=False)
-        clock.start()
-        while not is_finished(recipe, state) and not stop:
-            inputs, targets = run.batches(state.step)
+                _save(run, state, display)
+        (signum,) = run.world.largest(stop.signum or 0)  # whichever rank it came to
+        while not is_finished(recipe, state) and not signum:
+            clock.start()
+            inputs, targets = run.batches(state.step + state.data_offset)
             lr = lr_at(recipe.schedule, peak, total, state.step + 1)
             loss, grad_norm = train_step(run.trainer, inputs, targets, state.step, lr / peak)
             state.step += 1
             state.tokens += recipe.tokens_per_step
+            lap_steps += 1
 
             if state.step == 1 or state.step % recipe.log.every_steps == 0 or state.step == total:
                 numbers = torch.stack([loss, grad_norm]).tolist()  # waits for the device
-                steps, laps_from = state.step - laps_from, state.step
-                _log(run, state, display, lr, numbers, clock.lap() / steps)
+                _log(run, state, display, lr, numbers, clock.lap() / lap_steps)
+                lap_steps = 0
+                if _settle(run, state, display, clock):
+                    continue  # from the checkpoint that it was rolled back to
             is_best = False
             if _evaluation_is_due(run, state):
-                _settle(run, clock)
+                if _settle(run, state, display, clock):
+                    continue
                 is_best = _evaluate(run, state, display, stop)
 
             minutes = recipe.checkpoint.every_minutes
-            due = (
-                (recipe.checkpoint.every_steps and state.step % recipe.checkpoint.every_steps == 0)
-                or (minutes and time.monotonic() - saved_at >= 60 * minutes)
-                or (is_best and recipe.checkpoint.keep_best)
-            )
-            ending = is_finished(recipe, state) or bool(stop)
-            if due or ending:
-                _settle(run, clock)
-                if _save(run, state, display, must_succeed=ending):
-                    saved_step = state.step
+            timed = minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+            signum, timed_out = run.world.largest(stop.signum or 0, timed)
+            every = recipe.checkpoint.every_steps
+            best = is_best and recipe.checkpoint.keep_best
+            if timed_out or best or (every is not None and state.step % every == 0):
+                if _settle(run, state, display, clock):
+                    continue
+                _save(run, state, display)
                 saved_at = time.monotonic()
-            clock.start()
+            saved_step = _tell(run.saver.poll(), display) or saved_step
 
-        if stop:
-            assert stop.signum is not None
-            if saved_step != state.step:
-                _save(run, state, display, must_succeed=True)
-            name = signal.Signals(stop.signum).name
+        clock.pause()
+        saved_step = _tell(run.saver.wait(), display) or saved_step
+        if saved_step != state.step:
+            _settle(run, state, display, clock)
+            _save(run, state, display)
+            _tell(run.saver.wait(), display, must_be_there=True)
+        if signum:
+            name = signal.Signals(signum).name
             raise Stopped(
                 f"stopped by {name} at step {state.step} of {total}, everything is saved; go on "
                 f"with: minigpt resume {run.directory}"
                 if state.step
                 else f"stopped by {name} before the first step; run the same command again",
-                stop.signum,
+                signum,
             )
         display.say(
             f"finished at step {state.step}: {state.tokens:,} tokens, {clock.total:.1f} s of "
@@ -157,10 +167,17 @@ def fit(run: Run, state: RunState) -> None:
         )
 
 
-def _settle(run: Run, clock: Clock) -> None:
-    """Wait for the device, then stop the clock: what was queued is training time."""
-    guard.check(run.trainer.guard, _last_good(run))
+def _settle(run: Run, state: RunState, display: TrainingDisplay, clock: Clock) -> bool:
+    """Wait for the device, then stop the clock: what was queued is training time.
+
+    Returns True if the guard has seen spikes without an end and the run went back to a checkpoint.
+    """
+    seen = guard.look(run.trainer.guard)
     clock.pause()
+    if not seen.bad:
+        return False
+    _tell(run.saver.wait(), display)  # it may be the one to go back to
+    return rollback.handle(run, state, seen, last_good=_last_good(run), say=display.say)
 
 
 def _log(
@@ -185,13 +202,15 @@ def _log(
     }
     if run.trainer.scaler.is_enabled():
         values["loss_scale"] = run.trainer.scaler.get_scale()
+        values["skip_rate"] = skip_rate = guard.skip_rate(run.trainer.guard, state.step)
+        if warning := guard.warn_about_skips(run.trainer.guard, skip_rate, state.step):
+            display.say(f"warning: {warning}")
     _write_metrics(run, display, values)
     display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
     if state.step == 1 and (
         warning := guard.warn_about_first_loss(loss, run.trainer.model.config.vocab_size)
     ):
         display.say(f"warning: {warning}")
-    guard.check(run.trainer.guard, _last_good(run))
 
 
 def _evaluation_is_due(run: Run, state: RunState) -> bool:
@@ -208,11 +227,14 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
     ids = fixed_windows(v.split.windows(length), recipe.eval.windows)
     result = evaluate(
         run.trainer.model,
-        window_batches(v.split, ids, length, recipe.micro_batch_size),
+        window_batches(
+            v.split, ids, length, run.trainer.micro_batch_size, run.world.rank, run.world.size
+        ),
         dtype=run.trainer.dtype,
         token_bytes=v.token_bytes,
         bytes_per_token=v.bytes_per_token,
-        stop=lambda: bool(stop),
+        stop=lambda: any(run.world.largest(bool(stop))),
+        world=run.world,
     )
     if result is None:
         return False
@@ -245,48 +267,76 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
 
 
 def _write_metrics(run: Run, display: TrainingDisplay, values: dict[str, Any]) -> None:
-    assert run.metrics is not None
     try:
-        run.metrics.write(values)
+        if run.metrics is not None:
+            run.metrics.write(values)
     except OSError as error:  # a full disk; the run itself can go on
         display.say(f"warning: metrics.jsonl could not be written: {error.strerror}")
 
 
-def _save(run: Run, state: RunState, display: TrainingDisplay, must_succeed: bool) -> bool:
-    """Commit a checkpoint; one that can wait only warns when it fails, and the run goes on.
-
-    Returns whether it was saved.
-    """
-    trainer, keep = run.trainer, run.recipe.checkpoint
-    guard.check(trainer.guard, _last_good(run))
-    state.skipped = int(trainer.guard.skipped.item())
-    state.scaler = trainer.scaler.state_dict()
-    tensors = checkpoint_state.tensors_of(trainer.model, trainer.optimizers)
-
-    def write(directory: Path) -> None:
-        checkpoint_state.write_tensors(directory, tensors)
-        checkpoint_state.write_state(directory, state)
-        (directory / "recipe.toml").write_text(dump(run.recipe), encoding="utf-8")
-        (directory / "tokenizer.json").write_bytes(run.tokenizer_json)
-
-    val_loss = state.val_loss if state.evaluated_step == state.step else None
-    assert run.metrics is not None
+def _flush_metrics(run: Run, display: TrainingDisplay) -> None:
     try:
-        run.metrics.flush()
-        path = store.commit(run.directory, state.step, write, tensors, val_loss)
-    except (UserError, OSError) as error:
-        if must_succeed:
-            raise
-        display.say(f"warning: {error}; training goes on and saves again at the next interval")
-        return False
-    store.retain(
-        run.directory,
-        keep_last=keep.keep_last,
-        keep_best=keep.keep_best,
-        keep_every=keep.keep_every,
+        if run.metrics is not None:
+            run.metrics.flush()
+    except OSError as error:
+        display.say(f"warning: metrics.jsonl could not be written: {error.strerror}")
+
+
+def _save(run: Run, state: RunState, display: TrainingDisplay) -> None:
+    """Begin to save a checkpoint; training can go on when this returns."""
+    trainer = run.trainer
+    guard.check(trainer.guard, _last_good(run))
+    tensors = checkpoint_state.tensors_of(trainer.model, trainer.optimizers)
+    if any(run.world.largest(not guard.are_finite(local(list(tensors.values()))))):
+        raise Diverged(
+            f"training diverged: weights or optimizer state are not finite at step {state.step}; "
+            f"this step is not saved. {_last_good(run)} Try a lower optimizer.lr, or "
+            "optimizer.clip_norm=1"
+        )
+    _tell(run.saver.poll(), display)
+    began = time.monotonic()
+    _tell(run.saver.wait(), display)  # also where it isn't busy: on another rank it may be
+    if (waited := time.monotonic() - began) >= 0.1:
+        display.say(f"waited {waited:.1f} s for the save before this one")
+    state.skipped = int(trainer.guard.skipped.item())
+    state.guard = guard.saved(trainer.guard, state.step)
+    if state.step > state.rollback_step and not state.guard.get("spikes_in_a_row"):
+        state.rollbacks = 0  # the last one helped
+    state.scaler = trainer.scaler.state_dict()
+    _flush_metrics(run, display)
+    run.saver.start(
+        state.step,
+        tensors,
+        {
+            checkpoint_state.STATE_FILE: checkpoint_state.state_bytes(state),
+            "recipe.toml": dump(run.recipe).encode(),
+            "tokenizer.json": run.tokenizer_json,
+        },
+        state.val_loss if state.evaluated_step == state.step else None,
     )
-    display.say(f"saved {path}")
-    return True
+    if not run.recipe.checkpoint.asynchronous:
+        _tell(run.saver.wait(), display)
+
+
+def _tell(saved: Saved | None, display: TrainingDisplay, must_be_there: bool = False) -> int | None:
+    """Say what became of a save; returns its step if it is there.
+
+    Raises:
+        UserError: it ``must_be_there`` and is not.
+    """
+    if saved is None:
+        return None
+    if saved.problem is None:
+        display.say(f"saved {saved.path}")
+        return saved.step
+    problem = f"{saved.path}: the checkpoint could not be written: {saved.problem}"
+    if must_be_there:
+        raise UserError(
+            f"{problem}; older checkpoints are untouched: make room or mend the path, then minigpt "
+            "resume"
+        )
+    display.say(f"warning: {problem}; training goes on and saves again at the next interval")
+    return None
 
 
 def _last_good(run: Run) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigpt_cli.distributed.parallel import local, over_whole_matrices
+
 # Elements of the matrices orthogonalised together: enough to fill a GPU, few for a CPU's cache.
 _BATCH_ELEMENTS = {"cuda": 2**26, "cpu": 2**20}
 
@@ -15,6 +17,7 @@ class Muon(torch.optim.Muon):
     """torch.optim.Muon's update (Jordan et al. 2024), state and defaults; another ``step``.
 
     Small matrices leave a device idle, so those of one shape go through Newton-Schulz as one batch.
+    Of sharded matrices each rank orthogonalises its share.
     Set ``call_off`` before a step to a scalar on the device: where it is 1, weights and momentum
     stay as they are, and nothing waits to find out.
     """
@@ -28,8 +31,9 @@ class Muon(torch.optim.Muon):
                 self._update(batch, group)
 
     def _update(self, batch: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in batch if p.grad is not None]
-        momenta = [self._momentum(p) for p in batch]
+        grads = local([p.grad for p in batch if p.grad is not None])
+        momenta = local([self._momentum(p) for p in batch])
+        weights = local(batch)
         lr: float | Tensor = group["lr"]
         if self.call_off is not None:
             off = self.call_off.bool()
@@ -40,12 +44,18 @@ class Muon(torch.optim.Muon):
         if group["nesterov"]:
             grads = list(torch._foreach_lerp(grads, momenta, group["momentum"]))
         direction = torch.stack([g.bfloat16() for g in (grads if group["nesterov"] else momenta)])
-        update = orthogonalize(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        update = over_whole_matrices(
+            lambda whole: orthogonalize(
+                whole, group["ns_coefficients"], group["ns_steps"], group["eps"]
+            ),
+            batch,
+            direction,
+        )
         rows, columns = batch[0].shape
         update = update.float() * (-lr * math.sqrt(max(1, rows / columns)))
         if group["weight_decay"]:
-            torch._foreach_mul_(batch, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(batch, list(update.unbind()))
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, list(update.unbind()))
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.state[p]

@@ -8,18 +8,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.errors import Diverged, Stopped, exit_code_of
+from minigpt_cli.distributed import world as worlds
+from minigpt_cli.errors import Outcome
+
+_STATUS = {3: "diverged", 75: "stopped", 130: "stopped"}  # by exit code
 
 
 @contextmanager
 def recorded(directory: Path, state: RunState) -> Iterator[None]:
     """Keep status.json true while a run is trained in the ``with`` block."""
+
+    def ended(outcome: Outcome) -> None:
+        status = _STATUS.get(outcome.code, "failed")
+        _write(directory, state, status, outcome.code, outcome.message)
+
     _write(directory, state, "running", None, "")
     try:
-        yield
+        with worlds.recorded_by(ended):
+            yield
     except BaseException as error:
-        status = {Stopped: "stopped", Diverged: "diverged"}.get(type(error), "failed")
-        _write(directory, state, status, exit_code_of(error), str(error))
+        ended(worlds.end_with(error))
         raise
     _write(directory, state, "finished", 0, "")
 

@@ -4,8 +4,9 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minigpt_cli.distributed.parallel import Layout, gradient_sync, local
 from minigpt_cli.model.cross_entropy import IGNORE
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.train import guard, optimizer, precision
@@ -17,6 +18,8 @@ class Trainer:
     """What a step works on."""
 
     model: GPT
+    forward: nn.Module  # what to call in training: the model, or DDP around it
+    layout: Layout
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     guard: Guard
@@ -32,39 +35,49 @@ def train_step(
     """One update from this batch.
 
     The loss is the sum of token losses over the number of valid targets in the whole batch, so it
-    doesn't matter how the batch is cut into micro-batches.
+    doesn't matter how the batch is cut into ranks and micro-batches.
 
     Args:
-        inputs, targets: (sequences, T) int64 on the device; targets of -100 count for nothing.
+        inputs, targets: this rank's share of the batch, (sequences, T) int64 on the device; targets
+            of -100 count for nothing.
         step: updates made before this one.
         lr_share: the schedule's value, as a share of the peak learning rate.
 
     Returns:
-        (loss, norm of the whole gradient before clipping), float32 scalars on the device.
+        (loss, norm of the whole gradient before clipping), float32 scalars on the device, the same
+        on every rank.
     """
-    t = trainer
-    valid = (targets != IGNORE).sum()
+    t, world = trainer, trainer.layout.world
+    valid = world.sum_((targets != IGNORE).sum())
     loss = torch.zeros((), device=inputs.device, dtype=precision.weights_dtype(t.dtype))
-    micro_batches = zip(
-        inputs.split(t.micro_batch_size), targets.split(t.micro_batch_size), strict=True
+    micro_batches = list(
+        zip(inputs.split(t.micro_batch_size), targets.split(t.micro_batch_size), strict=True)
     )
     for index, (x, y) in enumerate(micro_batches):
         if t.model.config.dropout:
-            torch.manual_seed(dropout_seed(t.seed, step, index))
-        with precision.autocast(t.dtype, inputs.device):
-            part = t.model(x, y) / valid
-        t.scaler.scale(part).backward()
+            place = world.rank * len(micro_batches) + index  # in the global batch
+            torch.manual_seed(dropout_seed(t.seed, step, place))
+        with gradient_sync(t.forward, last=index == len(micro_batches) - 1):
+            with precision.autocast(t.dtype, inputs.device):
+                part = t.forward(x, y) / valid
+            t.scaler.scale(part).backward()
         loss += part.detach()
+    share, loss = loss, world.sum_(loss.clone())
 
     if t.scaler.is_enabled():
         for each in t.optimizers:
             t.scaler.unscale_(each)
-    grads = [p.grad for p in t.model.parameters() if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-    call_off = guard.watch(t.guard, step + 1, loss, grad_norm, t.scaler.is_enabled())
+    grads = local([p.grad for p in t.model.parameters() if p.grad is not None])
+    # Averaged over the ranks, where the sum is wanted: put right in the pass that clips. (A loss
+    # made larger instead would overflow earlier in fp16.)
+    grad_norm = t.layout.global_norm(grads) * world.size
+    scale = t.scaler.scale(torch.ones_like(loss)) if t.scaler.is_enabled() else None
+    call_off = guard.watch(t.guard, step + 1, loss, grad_norm, local_loss=share, scale=scale)
     if t.clip_norm:
         shrink = torch.clamp(t.clip_norm / (grad_norm + 1e-6), max=1.0)
-        torch._foreach_mul_(grads, shrink)
+        torch._foreach_mul_(grads, shrink * world.size)
+    elif world.size > 1:
+        torch._foreach_mul_(grads, world.size)
     optimizer.update(t.optimizers, lr_share, call_off)
     if t.scaler.is_enabled():
         t.scaler.update()

@@ -52,9 +52,10 @@ def test_it_learns(tmp_path: Path, make_recipe: MakeRecipe, dtype: str, name: st
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_never_waits_for_the_gpu(tmp_path: Path, make_recipe: MakeRecipe, name: str):
-    for dtype in ("bf16", "fp16"):
-        recipe = make_recipe(f"precision.dtype={dtype}", f"optimizer.name={name}")
-        run, _ = setup.start_run(recipe, tmp_path / dtype)
+    for dtype, sigma in (("bf16", 100), ("fp16", 100), ("bf16", None)):
+        watching = [f"guard.spike_sigma={sigma}", "guard.spike_window=8"] if sigma else []
+        recipe = make_recipe(f"precision.dtype={dtype}", f"optimizer.name={name}", *watching)
+        run, _ = setup.start_run(recipe, tmp_path / f"{dtype}-{sigma}")
         for step in range(2):
             train_step(run.trainer, *run.batches(step), step, 1.0)
         inputs, targets = run.batches(2)

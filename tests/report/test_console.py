@@ -23,3 +23,4 @@ def test_all_numbers_fit_on_a_terminal(
     for part in ("step 123450/200000", "loss 2.3457", "lr 3.00e-04", "grad norm 0.512",
                  "1,234,567 tok/s", "MFU 41.2%", "left 3:01:01"):  # fmt: skip
         assert part in shown
+    assert ("━" in shown) == (columns == "160")

@@ -26,6 +26,18 @@ def test_lines_are_whole_json_and_cut_back_to_one_curve(tmp_path: Path):
     assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2, 3]
 
 
+def test_a_curve_that_is_cut_back_goes_on_in_the_file_that_is_left(tmp_path: Path):
+    file = metrics.MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        file.write({"step": step, "loss": 0.5})
+    file.write({"step": 2, "val_loss": 0.5})
+    file.cut_back(2, evaluated=False)
+    file.write({"step": 3, "loss": 0.25})
+    file.close()
+    lines = [(line["step"], line["loss"]) for line in metrics.read(tmp_path)]
+    assert lines == [(1, 0.5), (2, 0.5), (3, 0.25)]
+
+
 def test_the_words_for_a_step():
     values = {
         "step": 10, "loss": 3.14159, "lr": 1e-3, "grad_norm": 0.5,

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,3 +128,45 @@ def test_saving_by_the_clock(tmp_path: Path, make_recipe: MakeRecipe):
     recipe = make_recipe("checkpoint.every_minutes=1e-6", "eval.every_steps=100")
     fit(*setup.start_run(recipe, tmp_path))
     assert [step for step, _ in store.list_steps(tmp_path)] == list(range(1, 13))
+
+
+def test_a_save_that_is_still_running_when_the_next_is_due_is_waited_for(
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    flush_files = store.flush_files
+
+    def slow_disk(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+        time.sleep(0.5)
+        return flush_files(files)
+
+    monkeypatch.setattr(store, "flush_files", slow_disk)
+    recipe = make_recipe("checkpoint.every_steps=1", "train.steps=3", "schedule.warmup_steps=0")
+    fit(*setup.start_run(recipe, tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("s for the save before this one") == 2
+    assert said.count("saved ") == 3
+    assert [step for step, _ in store.list_steps(tmp_path)] == [1, 2, 3]
+    for _, path in store.list_steps(tmp_path):
+        assert store.verify(path) == []
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_more_than_that_save(
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    free_bytes, answers = store.free_bytes, iter([10**9, 10**9, 1])  # at the start, step 4, step 8
+
+    def nearly_full(run: Path) -> int:
+        return next(answers, None) or free_bytes(run)
+
+    monkeypatch.setattr(store, "free_bytes", nearly_full)
+    fit(*setup.start_run(make_recipe(), tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("training goes on and saves again at the next interval") == 1
+    assert "step-00000008: the checkpoint could not be written: it takes" in said
+    assert [step for step, _ in store.list_steps(tmp_path)] == [4, 12]

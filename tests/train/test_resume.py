@@ -1,5 +1,6 @@
 """N steps straight equal k steps, a resume, and N - k more: bit for bit."""
 
+import errno
 import json
 import os
 import shutil
@@ -65,8 +66,10 @@ def rewind(run: Path, to: int) -> None:
         ("precision.dtype=fp32", "model.dropout=0.1", "model.family=qwen3"),
         ("precision.dtype=bf16", "model.family=gpt2", "model.num_key_value_heads=4",
          "train.activation_checkpointing=true", "model.dropout=0.1"),
+        ("precision.dtype=fp32", "guard.spike_sigma=1", "guard.spike_window=8",
+         "guard.rollback_after=100"),
     ],
-    ids=["fp32", "bf16-muon", "fp16", "dropout", "gpt2-recompute"],
+    ids=["fp32", "bf16-muon", "fp16", "dropout", "gpt2-recompute", "spikes"],
 )  # fmt: skip
 def test_resume_is_bit_exact_twice_in_a_row_and_across_epochs(
     tmp_path: Path, make_recipe: MakeRecipe, small_dataset: Path, overrides: tuple[str, ...]
@@ -229,19 +232,20 @@ def test_a_signal_after_a_failed_save_saves_again(
     tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ):
     """The disk is full at step 4, SIGTERM comes at the same time, and then there is room."""
-    run, state = setup.start_run(make_recipe("eval.every_steps=100"), tmp_path)
-    commit, failures = store.commit, iter([True])
+    settings = ("eval.every_steps=100", "checkpoint.asynchronous=false")
+    run, state = setup.start_run(make_recipe(*settings), tmp_path)
+    finish, failures = store.finish, iter([True])
 
     def full_once(*arguments: Any) -> Path:
         if next(failures, False):
             os.kill(os.getpid(), signal.SIGTERM)
-            raise UserError("the disk is full")
-        return commit(*arguments)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return finish(*arguments)
 
-    monkeypatch.setattr(store, "commit", full_once)
-    with pytest.raises(Stopped, match="at step 4 of 12, everything is saved"):
+    monkeypatch.setattr(store, "finish", full_once)
+    with pytest.raises(Stopped, match="at step 5 of 12, everything is saved"):
         fit(run, state)
-    assert [step for step, _ in store.list_steps(tmp_path)] == [4]
+    assert [step for step, _ in store.list_steps(tmp_path)] == [5]
 
 
 def test_another_machine_is_told(

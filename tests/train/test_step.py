@@ -1,6 +1,7 @@
 """One optimizer step, against arithmetic done another way."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -8,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from minigpt_cli.distributed.parallel import Layout
+from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import Diverged
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.recipe import Guard as GuardSettings
 from minigpt_cli.recipe import Optimizer
 from minigpt_cli.train import guard, optimizer, precision
 from minigpt_cli.train.muon import Muon
@@ -37,6 +41,8 @@ def trainer(
     initialize(model, 3)
     return Trainer(
         model=model,
+        forward=model,
+        layout=Layout("single", World(rank=0, size=1, device=device)),
         optimizers=optimizer.build(model, Optimizer(lr=1e-2, name=name, clip_norm=clip)),
         scaler=precision.grad_scaler(dtype, device),
         guard=guard.new_guard(device),
@@ -186,7 +192,7 @@ def test_dropout_depends_on_step_and_place_only():
     a, _ = train_step(one, *batch(), 7, 1.0)
     torch.manual_seed(2)
     b, _ = train_step(other, *batch(), 7, 1.0)
-    c, _ = train_step(replace(other, model=trainer(dropout=0.5).model), *batch(), 8, 1.0)
+    c, _ = train_step(trainer(dropout=0.5, micro=4), *batch(), 8, 1.0)
     assert a == b
     assert a != c
     assert len({dropout_seed(1, step, index) for step in range(9) for index in range(9)}) == 81
@@ -203,11 +209,14 @@ def test_no_step_waits_for_the_device():
             ), func
             return func(*args, **(kwargs or {}))
 
-    for name in ("adamw", "muon"):
-        t = trainer(torch.bfloat16, name=name)
-        train_step(t, *batch(), 0, 1.0)
-        with NoReading():
-            train_step(t, *batch(), 1, 1.0)
+    for name, dtype in itertools.product(("adamw", "muon"), (torch.bfloat16, torch.float16)):
+        watching = guard.new_guard(CPU, GuardSettings(spike_sigma=1e-3, spike_window=8))
+        for t in (trainer(dtype, name=name), replace(trainer(dtype, name=name), guard=watching)):
+            train_step(t, *batch(), 0, 1.0)
+            with NoReading():
+                for step in range(1, 12):  # and none that is called off, or after a rollback is due
+                    train_step(t, *batch(), step, 1.0)
+        assert guard.look(watching).rollback_at
 
 
 @pytest.mark.parametrize(("loss", "warns"), [(4.2, False), (4.9, False), (9.0, True), (0.5, True)])

@@ -1,0 +1,80 @@
+"""How long a save holds training up: synchronous and asynchronous, on a model of 100 M parameters.
+
+    python benchmarks/bench_save.py
+
+Prints one JSON object. The state (weights and AdamW's moments, 12 bytes a parameter) goes to
+--directory; training is what stands still while ``Saver.start`` runs.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from minigpt_cli.checkpoint import state
+from minigpt_cli.checkpoint.saver import Saver
+from minigpt_cli.distributed import world as worlds
+from minigpt_cli.model.config import model_config
+from minigpt_cli.model.cost import parameter_count
+from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.recipe import Checkpoint, Optimizer
+from minigpt_cli.train import optimizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--vocab", type=int, default=19_500)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--directory", type=Path, default=None)
+    a = parser.parse_args()
+    config = model_config(
+        family="gpt2", vocab_size=a.vocab, hidden_size=a.hidden, num_hidden_layers=a.layers,
+        num_attention_heads=12, max_position_embeddings=1024,
+    )  # fmt: skip
+    world = worlds.start()
+    model = GPT(config).to(world.device)
+    initialize(model, 0)
+    optimizers = optimizer.build(model, Optimizer(lr=1e-4))
+    directory = Path(tempfile.mkdtemp(dir=a.directory))
+    result = {"parameters": parameter_count(config), "device": str(world.device)}
+    try:
+        for kind in ("synchronous", "asynchronous"):
+            keep = Checkpoint(keep_last=1, asynchronous=kind == "asynchronous")
+            saver = Saver(directory / kind, world, keep)
+            (directory / kind).mkdir()
+            blocked, whole = [], []
+            for step in range(1, a.repeat + 2):
+                began = time.perf_counter()
+                tensors = state.tensors_of(model, optimizers)
+                saver.start(step, tensors, {"state.json": b"{}"}, None)
+                if not keep.asynchronous:
+                    saver.wait()
+                blocked.append(time.perf_counter() - began)
+                if keep.asynchronous:
+                    saved = saver.wait()
+                    assert saved is not None
+                    assert saved.problem is None
+                whole.append(time.perf_counter() - began)
+                torch.cuda.empty_cache()
+            saver.close()
+            # The first makes the memory that the copies go to.
+            result[kind] = {
+                "first_blocked_seconds": round(blocked[0], 3),
+                "blocked_seconds": round(statistics.median(blocked[1:]), 3),
+                "whole_seconds": round(statistics.median(whole[1:]), 3),
+            }
+    finally:
+        shutil.rmtree(directory)
+    ratio = result["asynchronous"]["blocked_seconds"] / result["synchronous"]["blocked_seconds"]
+    print(json.dumps(result | {"ratio": round(ratio, 3)}))
+
+
+if __name__ == "__main__":
+    main()

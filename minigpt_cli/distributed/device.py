@@ -1,0 +1,69 @@
+"""The device that this process computes on, its threads, and how to get the same bits from it."""
+
+import ctypes
+import os
+
+import torch
+
+
+def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The CUDA GPU of this rank on its machine, else the CPU, whose cores the ranks share out."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    _keep_freed_memory()
+    return torch.device("cpu")
+
+
+def memory(device: torch.device, local_size: int) -> int:
+    """Bytes that this rank can count on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep the memory of freed tensors for the next ones.
+
+    By default glibc returns every larger block to the system at once and asks for it again, page
+    fault by page fault: this alone makes a training step on a CPU 1.2 to 1.6 times as fast
+    (benchmarks/LOG.md). Other C libraries are left as they are.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # of <malloc.h>
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)
+
+
+def device_name(device: torch.device) -> str:
+    """The device's model name, as its driver gives it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(
+                line.split(":")[1].strip() for line in file if line.startswith("model name")
+            )
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+def use_deterministic_kernels(device: torch.device, compiled: bool) -> None:
+    """Ask torch for the same bits every time, where the default kernels don't give them.
+
+    On a CPU eager kernels do at a fixed number of threads; compiled ones and CUDA's must be told.
+    """
+    if device.type == "cpu" and not compiled:
+        return
+    # cuBLAS reads it when its first handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory would find reads of it, at the price of a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,0 +1,197 @@
+"""A recipe -> a Run, with everything in place but the weights."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from minigpt_cli.checkpoint.saver import Saver
+from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.data import tokenizer as tokenizers_
+from minigpt_cli.data.batches import Batches
+from minigpt_cli.data.shards import open_dataset
+from minigpt_cli.distributed import device as devices
+from minigpt_cli.distributed import parallel
+from minigpt_cli.distributed.world import World
+from minigpt_cli.errors import UserError
+from minigpt_cli.model.config import config_from_recipe
+from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
+from minigpt_cli.model.gpt import GPT
+from minigpt_cli.recipe import Recipe
+from minigpt_cli.report.console import say, warn
+from minigpt_cli.train import guard, optimizer, precision
+from minigpt_cli.train.changes import fingerprints
+from minigpt_cli.train.loop import Run, Validation
+from minigpt_cli.train.samples import Prompts
+from minigpt_cli.train.step import Trainer
+
+
+def build(
+    recipe: Recipe, directory: Path, world: World, resources: ExitStack
+) -> tuple[Run, RunState]:
+    """Everything but the weights; what must be closed at the end goes to ``resources``."""
+    dataset = open_dataset(recipe.data_path, verify=recipe.data.verify and world.rank == 0)
+    device = world.device
+    dtype = precision.computing_dtype(recipe.precision, device)
+    config = config_from_recipe(recipe, dataset.manifest.vocab_size)
+    micro_batch_size = _micro_batch_size(recipe, world)
+    if recipe.train.deterministic:
+        devices.use_deterministic_kernels(device, recipe.precision.compile)
+    train = dataset.splits["train"]
+    length = recipe.train.sequence_length
+    if not train.windows(length):
+        raise UserError(
+            f"{recipe.data_path}: the training split holds {train.tokens:,} tokens, too few for "
+            f"one window of train.sequence_length {length} + 1: more text, or shorter sequences"
+        )
+    wanted = recipe.distributed
+    layout = parallel.choose_layout(
+        world, wanted.strategy, wanted.shard_size, parameter_count(config)
+    )
+    with torch.device("meta"):  # a model too large for one rank is never whole
+        model = GPT(config).to(precision.weights_dtype(dtype))
+    model.checkpoint_activations = recipe.train.activation_checkpointing
+    if recipe.precision.compile:
+        compile_blocks(model)
+    parallel.spread(model, model.layers, layout, dtype)
+    model.to_empty(device=device)
+    model.train()
+    trainer = Trainer(
+        model=model,
+        forward=parallel.replicate(model, layout),
+        layout=layout,
+        optimizers=optimizer.build(model, recipe.optimizer),
+        scaler=precision.grad_scaler(dtype, device),
+        guard=guard.new_guard(device, recipe.guard),
+        dtype=dtype,
+        seed=recipe.train.seed,
+        micro_batch_size=micro_batch_size,
+        clip_norm=recipe.optimizer.clip_norm,
+    )
+    tokenizer = tokenizers_.load_tokenizer(dataset.tokenizer_file)
+    val = dataset.splits["val"]
+    if not val.windows(length):
+        warn(f"{recipe.data_path}: no validation window of {length} tokens; nothing is evaluated")
+    batches = Batches(
+        train,
+        seed=recipe.train.seed,
+        global_batch_size=recipe.train.global_batch_size,
+        sequence_length=length,
+        share=_share(recipe, world),
+        device=device,
+    )
+    resources.callback(batches.close)
+    saver = resources.enter_context(Saver(directory, world, recipe.checkpoint))
+    run = Run(
+        recipe=recipe,
+        directory=directory,
+        world=world,
+        trainer=trainer,
+        batches=batches,
+        validation=Validation(
+            val,
+            tokenizers_.token_byte_lengths(tokenizer),
+            dataset.manifest.splits["val"].bytes / val.tokens,
+        )
+        if val.windows(length)
+        else None,
+        prompts=Prompts(
+            recipe.eval.prompts,
+            tokenizer,
+            tokenizers_.eos_id(tokenizer),
+            recipe.eval.prompt_tokens,
+            dtype,
+        ),
+        metrics=None,
+        saver=saver,
+        tokenizer_json=dataset.tokenizer_file.read_bytes(),
+        flops_per_token=flops_per_token(config, length),
+        peak_flops=_peak_flops(world),
+        resources=resources,
+    )
+    say(_summary(run, train.windows(length)))
+    return run, RunState(dataset=fingerprints(dataset))
+
+
+def _micro_batch_size(recipe: Recipe, world: World) -> int:
+    """Sequences per forward pass of one rank.
+
+    Raises:
+        UserError: the global batch can't be shared out evenly.
+    """
+    whole, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    if whole % (world.size * (micro or 1)):
+        raise UserError(
+            f"[train] global_batch_size {whole} can't be shared out to {world.size} ranks"
+            + (f" in micro-batches of {micro}" if micro else "")
+            + f": it must be a multiple of {world.size * (micro or 1)}"
+        )
+    return micro or whole // world.size
+
+
+def _share(recipe: Recipe, world: World) -> slice:
+    """This rank's part of each global batch."""
+    each = recipe.train.global_batch_size // world.size
+    return slice(world.rank * each, (world.rank + 1) * each)
+
+
+def _peak_flops(world: World) -> float | None:
+    peak = peak_flops(devices.device_name(world.device))
+    return None if peak is None else peak * world.size
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile each block when it first runs.
+
+    The blocks share one compilation. Only ``forward`` is replaced, so that no wrapper's prefix
+    gets into the saved names.
+    """
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward)
+
+
+def warm_up(trainer: Trainer, sequence_length: int) -> None:
+    """Steps on zeros that change nothing, where the first steps are unlike all others.
+
+    DDP arranges its buckets anew after the first backward pass, and so sums in another order: a
+    resumed run would differ from one that went straight on. And with torch.compile this finds out
+    whether a compiler is there; if not, says so and trains with eager kernels.
+    """
+    model, device = trainer.model, trainer.layout.world.device
+    compiled = "forward" in vars(model.layers[0])
+    shape = (trainer.micro_batch_size, sequence_length)
+    zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        with precision.autocast(trainer.dtype, device):
+            loss = trainer.forward(zeros, zeros)
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    if compiled:
+        try:
+            step()
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            warn(f"torch.compile failed, training goes on without it: {reason}")
+            for layer in model.layers:
+                del layer.forward
+    if trainer.layout.strategy == "ddp":
+        step()
+        step()
+
+
+def _summary(run: Run, windows: int) -> str:
+    recipe, model = run.recipe, run.trainer.model
+    size, micro = run.world.size, run.trainer.micro_batch_size
+    accumulation = recipe.train.global_batch_size // (size * micro)
+    ranks = f"{size} ranks ({run.trainer.layout.strategy}) x " if size > 1 else ""
+    epochs = recipe.total_steps * recipe.train.global_batch_size / windows
+    return (
+        f"{recipe.model.family}, {parameter_count(model.config):,} parameters, vocabulary "
+        f"{model.config.vocab_size:,}; {devices.device_name(run.world.device)}, "
+        f"{str(run.trainer.dtype).removeprefix('torch.')}\n"
+        f"{recipe.total_steps:,} steps of {recipe.train.global_batch_size} x "
+        f"{recipe.train.sequence_length} tokens ({ranks}{accumulation} micro-batches of "
+        f"{micro}): {epochs:.2f} epochs of {windows:,} windows"
+    )

@@ -1,0 +1,97 @@
+"""What may change between a run's processes: settings, the dataset, the machine."""
+
+import json
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import minigpt_cli
+from minigpt_cli import recipe as recipes
+from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.data.shards import TokenDataset
+from minigpt_cli.distributed import device as devices
+from minigpt_cli.errors import UserError
+from minigpt_cli.recipe import Recipe
+from minigpt_cli.report.console import say, warn
+
+if TYPE_CHECKING:
+    from minigpt_cli.train.loop import Run
+
+
+def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
+    """Print what the command line changes; refuse what would alter what was already trained."""
+    known = {"data", *recipes.settings(new)}
+    if unknown := [key for key in allowed if key not in known]:
+        raise UserError(f"--allow-change {unknown[0]}: no such setting")
+    never, refused = [], []
+    for key, before, after in recipes.differences(old, new):
+        say(f"changed: {key} = {after} (was {before})")
+        if key in recipes.CHANGED_BY_NAME:
+            refused += [] if key in allowed else [key]
+        elif key.startswith(recipes.NEVER_CHANGED):
+            never.append(key)
+    if never:
+        raise UserError(
+            f"{', '.join(never)} can't change within a run, whose saved tensors would not fit: "
+            "start another with minigpt pretrain"
+        )
+    if refused:
+        raise UserError(
+            f"{', '.join(refused)} shaped what was already trained; to change it all the same, "
+            "add " + " ".join(f"--allow-change {key}" for key in refused)
+        )
+
+
+def check_dataset(
+    recipe: Recipe, state: RunState, fresh: RunState, allow_changes: list[str]
+) -> None:
+    """Refuse another dataset than the one trained on."""
+    for what, before in state.dataset.items():
+        if fresh.dataset[what] != before and "data" not in allow_changes:
+            raise UserError(
+                f"{recipe.data_path}: its {what} is not that of the dataset this run was trained "
+                "on; give that one with --set data.path=..., or add --allow-change data"
+            )
+    state.dataset = fresh.dataset
+
+
+def fingerprints(dataset: TokenDataset) -> dict[str, Any]:
+    """What must be the same when a run goes on."""
+    return {
+        "tokenizer": dataset.manifest.tokenizer_fingerprint,
+        "content": dataset.manifest.fingerprint,
+    }
+
+
+def environment(run: "Run") -> dict[str, Any]:
+    device = run.world.device
+    return {
+        "minigpt": minigpt_cli.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": devices.device_name(device),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "computing_dtype": str(run.trainer.dtype).removeprefix("torch."),
+        "ranks": run.world.size,
+        "strategy": run.trainer.layout.strategy,
+    }
+
+
+def warn_of_another_machine(run: "Run") -> None:
+    """Bit-identity is promised for the same device, threads and torch only."""
+    try:
+        before = json.loads((run.directory / "environment.json").read_text())
+    except (OSError, ValueError):
+        return
+    now = environment(run)
+    changed = [
+        f"{key} {before.get(key)} -> {now[key]}"
+        for key in ("torch", "device", "threads", "computing_dtype", "ranks", "strategy")
+        if before.get(key) != now[key]
+    ]
+    if changed:
+        warn(f"goes on with another {', '.join(changed)}: equal within rounding, not bit for bit")

@@ -1,0 +1,111 @@
+"""incidents/: why updates were called off and what was in their batches, one JSON file each."""
+
+import json
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.data.manifest import write_atomically
+from minigpt_cli.data.order import sample_ids
+from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.train.guard import BadStep, Seen
+from minigpt_cli.train.schedule import lr_at
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from minigpt_cli.train.loop import Run
+
+TEXT = 200  # characters of each window's text
+
+
+def report(run: "Run", state: RunState, seen: Seen, ranks: list[int]) -> str:
+    """Write what was bad since the host last looked; returns the file's name in the run directory.
+
+    Args:
+        ranks: those whose own share of the first bad step's loss was not finite; all of them where
+            no share was, since gradients are known only as their sum.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    first, *others = (_describe(run, state, bad) for bad in seen.steps)
+    kind = "spike" if seen.steps[0].is_finite else "nonfinite"
+    return write(
+        run,
+        kind,
+        first["step"],
+        state.data_offset,
+        {"ranks": ranks, "bad_steps": seen.bad} | first | {"others": others},
+    )
+
+
+def write(run: "Run", kind: str, step: int, data_offset: int, content: dict[str, Any]) -> str:
+    """Write one incident. A step's name tells what data it had, so that the same steps done again
+    (after a kill) write the same files and other ones (after a rollback) don't."""
+    shifted = f"-offset-{data_offset}" if data_offset else ""
+    name = f"incidents/step-{step:08d}{shifted}-{kind}.json"
+    content = {"kind": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | content
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    file = run.directory / name
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, (text + "\n").encode())
+    return name
+
+
+def windows_of(
+    split: TokenSplit,
+    tokenizer: "Tokenizer",
+    *,
+    seed: int,
+    position: int,
+    global_batch_size: int,
+    sequence_length: int,
+) -> list[dict[str, Any]]:
+    """The windows of one batch, in its order: number, shard's file, offset of the first token in
+    it, and the beginning of the text. A window may reach into the next shard.
+
+    Args:
+        position: the batch's place in the order of the data, in steps.
+    """
+    ids = sample_ids(seed, position, global_batch_size, split.windows(sequence_length))
+    found = []
+    for start in (ids * sequence_length).tolist():
+        shard, offset = split.locate(start)
+        tokens = split.slice(start, start + min(sequence_length + 1, TEXT))
+        text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)[:TEXT]
+        found.append(
+            {"window": start // sequence_length, "shard": shard, "offset": offset, "text": text}
+        )
+    return found
+
+
+def _describe(run: "Run", state: RunState, bad: BadStep) -> dict[str, Any]:
+    recipe = run.recipe
+    position = bad.step - 1 + state.data_offset
+    scaled, limited = not math.isnan(bad.loss_scale), math.isfinite(bad.loss_limit)
+    return {
+        "step": bad.step,
+        "loss": _number(bad.loss),
+        "grad_norm": _number(bad.grad_norm),
+        "loss_limit": bad.loss_limit if limited else None,  # above them it is a spike
+        "grad_norm_limit": bad.grad_norm_limit if limited else None,
+        "lr": lr_at(recipe.schedule, recipe.optimizer.lr, recipe.total_steps, bad.step),
+        "loss_scale": _number(bad.loss_scale) if scaled else None,
+        "data_position": position,
+        "window_tokens": recipe.train.sequence_length + 1,
+        "windows": windows_of(
+            run.batches.split,
+            run.prompts.tokenizer,
+            seed=recipe.train.seed,
+            position=position,
+            global_batch_size=recipe.train.global_batch_size,
+            sequence_length=recipe.train.sequence_length,
+        ),
+    }
+
+
+def _number(value: float) -> float | str:
+    """JSON has no NaN: "nan", "inf" and "-inf", which ``float`` reads back."""
+    return value if math.isfinite(value) else str(value)

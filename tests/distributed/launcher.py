@@ -1,0 +1,20 @@
+"""``python launcher.py '{"nproc": 2, ...}' COMMAND...``: what cli.main() does around launch()."""
+
+import json
+import sys
+
+from minigpt_cli.distributed.launch import launch, run
+from minigpt_cli.distributed.workers import Patience
+from minigpt_cli.errors import UserError
+
+settings = json.loads(sys.argv[1])
+patience = Patience(**settings.pop("patience", {}))
+try:
+    if sys.argv[2] == "minigpt":
+        code = launch(sys.argv[3:], **settings)
+    else:
+        code = run([sys.executable, *sys.argv[2:]], **settings, patience=patience)
+except UserError as error:
+    print(f"minigpt: {error}", file=sys.stderr)
+    code = error.exit_code
+sys.exit(code)

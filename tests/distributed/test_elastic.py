@@ -1,0 +1,129 @@
+"""Saved on some ranks, resumed on others: the same data, the same curve."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from minigpt_cli.report import metrics
+from tests.conftest import TINY
+from tests.distributed.conftest import train_many
+from tests.train.test_resume import curve, rewind
+
+STEPS = 24
+COMMON = [f"train.steps={STEPS}", "checkpoint.every_steps=6", "eval.every_steps=12",
+          "model.dropout=0.1", "train.micro_batch_size=2"]  # fmt: skip
+PRECISIONS = {"fp64": 1e-12, "fp32": 1e-5}
+
+
+def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor put together from the shards that the files say they hold."""
+    tensors: dict[str, torch.Tensor] = {}
+    recorded = json.loads((checkpoint / "manifest.json").read_text())["tensors"]
+    for name, entry in recorded.items():
+        tensors[name] = torch.full(entry["shape"], torch.nan, dtype=getattr(torch, entry["dtype"]))
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_tensor(name)
+                offsets = places[name]["saved_offsets"]
+                where = tuple(
+                    slice(start, start + size)
+                    for start, size in zip(offsets, part.shape, strict=True)
+                )
+                tensors[name][where] = part
+    assert not any(tensor.isnan().any() for tensor in tensors.values())
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    (folder / "tiny.toml").write_text(TINY.format(data=license_dataset))
+
+    def start(name: str, *overrides: str) -> dict[str, Any]:
+        return {"recipe": str(folder / "tiny.toml"), "out": str(folder / name),
+                "overrides": [*COMMON, *overrides]}  # fmt: skip
+
+    def resume(name: str, step: int, *overrides: str) -> dict[str, Any]:
+        rewind(folder / name, step)
+        return {"resume": True, "out": str(folder / name), "overrides": list(overrides)}
+
+    def elastic(step: int, *overrides: str) -> list[dict[str, Any]]:
+        for precision in PRECISIONS:
+            name = f"{precision}-elastic"
+            shutil.copy(folder / name / "ranks.json", folder / f"{name}-before-{step}.json")
+        return [resume(f"{precision}-elastic", step, *overrides) for precision in PRECISIONS]
+
+    alone = [start(f"{p}-straight", f"precision.dtype={p}") for p in PRECISIONS]
+    two = [
+        start(f"{p}-elastic", f"precision.dtype={p}", "distributed.strategy=fsdp")
+        for p in PRECISIONS
+    ]
+    same = [f"same-{strategy}" for strategy in ("ddp", "fsdp", "hsdp")]
+    fp32 = ("precision.dtype=fp32", "distributed.shard_size=2")
+    train_many(2, two, folder)
+    train_many(1, [*alone, *elastic(6)], folder)
+    train_many(
+        4,
+        [
+            *elastic(12, "distributed.strategy=hsdp", "distributed.shard_size=2"),
+            *(start(n, *fp32, f"distributed.strategy={n.removeprefix('same-')}") for n in same),
+        ],
+        folder,
+    )
+    for name in same:
+        shutil.copytree(folder / name, folder / f"{name}-resumed")
+    train_many(4, [resume(f"{name}-resumed", 12) for name in same], folder)
+    train_many(2, elastic(18, "distributed.strategy=ddp"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_two_ranks_then_one_then_four_then_two(runs: Path, precision: str):
+    straight, elastic = runs / f"{precision}-straight", runs / f"{precision}-elastic"
+    for name, count in (("loss", STEPS), ("val_loss", 2), ("grad_norm", STEPS)):
+        expected = [line[name] for line in metrics.read(straight) if name in line]
+        found = [line[name] for line in metrics.read(elastic) if name in line]
+        assert len(expected) == count
+        tolerance = PRECISIONS[precision] * (10 if name == "grad_norm" else 1)
+        assert found == pytest.approx(expected, rel=tolerance, abs=0)
+    last = f"checkpoints/step-{STEPS:08d}"
+    one, other = whole_tensors(straight / last), whole_tensors(elastic / last)
+    assert one.keys() == other.keys()
+    worst = max(
+        ((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-30)).item()
+        for name in one
+    )
+    assert worst < (1e-10 if precision == "fp64" else 1e-3)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_data_order_is_that_of_the_uninterrupted_run(runs: Path, precision: str):
+    (straight,) = json.loads((runs / f"{precision}-straight/ranks.json").read_text())
+    expected = {int(step): rows for step, rows in straight["rows"].items()}
+    assert sorted(expected) == list(range(STEPS))
+    files = [runs / f"{precision}-elastic-before-{step}.json" for step in (6, 12, 18)]
+    files.append(runs / f"{precision}-elastic/ranks.json")
+    for file, ranks, first in zip(files, (2, 1, 4, 2), (0, 6, 12, 18), strict=True):
+        facts = json.loads(file.read_text())
+        assert len(facts) == ranks
+        steps = sorted(map(int, facts[0]["rows"]))
+        assert steps == list(range(first, STEPS))
+        for step in steps:
+            rows = [row for rank in facts for row in rank["rows"][str(step)]]
+            assert rows == expected[step]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
+def test_on_the_same_four_ranks_it_is_bit_identical(runs: Path, strategy: str):
+    straight, resumed = runs / f"same-{strategy}", runs / f"same-{strategy}-resumed"
+    last = f"checkpoints/step-{STEPS:08d}"
+    one, other = whole_tensors(straight / last), whole_tensors(resumed / last)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert curve(straight) == curve(resumed)

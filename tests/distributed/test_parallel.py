@@ -1,0 +1,128 @@
+"""However the work is spread over ranks, the run is the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minigpt_cli.report import metrics
+from tests.conftest import TINY
+from tests.distributed.conftest import train_many
+
+COMMON = ["train.steps=50", "schedule.warmup_steps=5", "train.micro_batch_size=2",
+          "eval.every_steps=25", "checkpoint.every_steps=1000",
+          "optimizer.clip_norm=0.5"]  # fmt: skip
+STRATEGIES = ("ddp", "zero2", "fsdp", "hsdp")
+# Setting -> overrides, strategies tried on 2 and on 4 ranks, how closely the losses agree.
+# hidden_size 36 leaves 4 ranks with shards of different sizes, and some with none of a norm.
+SETTINGS: dict[str, tuple[list[str], tuple[str, ...], tuple[str, ...], float]] = {
+    "fp64": (
+        ["precision.dtype=fp64", "model.family=gpt2", "model.num_key_value_heads=4",
+         "model.dropout=0.1", "train.activation_checkpointing=true"],
+        STRATEGIES, STRATEGIES, 1e-12,
+    ),
+    "fp32": (["precision.dtype=fp32", "model.family=qwen3"], ("ddp", "fsdp"), ("hsdp",), 1e-5),
+    "bf16": (["precision.dtype=bf16", "model.family=qwen3"], ("ddp", "fsdp"), ("hsdp",), 1e-3),
+    "fp16": (["precision.dtype=fp16", "eval.prompts=['You ']"], ("ddp",), ("fsdp",), 5e-3),
+    "muon": (
+        ["precision.dtype=fp32", "optimizer.name=muon", "model.hidden_size=36",
+         "model.num_attention_heads=2"],
+        ("ddp", "zero2"), ("fsdp", "hsdp"), 1e-3,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> Path:
+    """A folder of finished runs, ``<setting>-<strategy>-<ranks>``."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "tiny.toml"
+    recipe.write_text(TINY.format(data=license_dataset))
+
+    def job(setting: str, strategy: str, ranks: int) -> dict[str, Any]:
+        overrides = [*COMMON, *SETTINGS[setting][0]]
+        if strategy != "single":
+            overrides.append(f"distributed.strategy={strategy}")
+        if strategy == "hsdp":
+            overrides.append("distributed.shard_size=2")
+        out = folder / f"{setting}-{strategy}-{ranks}"
+        return {"recipe": str(recipe), "out": str(out), "overrides": overrides}
+
+    train_many(1, [job(setting, "single", 1) for setting in SETTINGS], folder)
+    for ranks, place in ((2, 1), (4, 2)):
+        jobs = [
+            job(setting, strategy, ranks)
+            for setting, values in SETTINGS.items()
+            for strategy in values[place]  # type: ignore[union-attr]
+        ]
+        if ranks == 4:
+            overflow = job("fp16", "fsdp", ranks)
+            overflow["out"] = str(folder / "overflow")
+            overflow["overrides"] += ["model.initializer_range=4.0", "optimizer.lr=1e-5"]
+            jobs.append(overflow)
+        train_many(ranks, jobs, folder)
+    return folder
+
+
+def spread() -> list[tuple[str, str, int]]:
+    return [
+        (setting, strategy, ranks)
+        for setting, (_, on_two, on_four, _) in SETTINGS.items()
+        for ranks, strategies in ((2, on_two), (4, on_four))
+        for strategy in strategies
+    ]
+
+
+def ranks_of(run: Path) -> list[dict[str, Any]]:
+    facts: list[dict[str, Any]] = json.loads((run / "ranks.json").read_text())
+    return facts
+
+
+@pytest.mark.parametrize(("setting", "strategy", "ranks"), spread())
+def test_losses_agree_with_one_process(runs: Path, setting: str, strategy: str, ranks: int):
+    one = metrics.read(runs / f"{setting}-single-1")
+    many = metrics.read(runs / f"{setting}-{strategy}-{ranks}")
+    tolerance = SETTINGS[setting][3]
+    for name, count in (("loss", 50), ("val_loss", 2)):
+        expected = [line[name] for line in one if name in line]
+        assert len(expected) == count
+        found = [line[name] for line in many if name in line]
+        assert found == pytest.approx(expected, rel=tolerance, abs=0)
+    assert expected[-1] < 5.6  # it learned something
+    norms = [line["grad_norm"] for line in one if "grad_norm" in line]
+    assert sum(norm > 0.5 for norm in norms) > 25  # else clipping is not tested
+
+
+@pytest.mark.parametrize(("setting", "strategy", "ranks"), spread())
+def test_data_and_initial_weights_are_the_same(runs: Path, setting: str, strategy: str, ranks: int):
+    (one,) = ranks_of(runs / f"{setting}-single-1")
+    many = ranks_of(runs / f"{setting}-{strategy}-{ranks}")
+    assert {rank["initial"] for rank in many} == {one["initial"]}
+    rows = {step: [row for rank in many for row in rank["rows"][step]] for step in one["rows"]}
+    assert rows == one["rows"]
+    assert len(rows) == 50
+
+
+def test_sharded_state_shrinks_with_the_ranks(runs: Path):
+    """ZeRO: of AdamW's 8 bytes a parameter each rank holds 8 / N, and of the weights 4 / N."""
+    (one,) = ranks_of(runs / "fp32-single-1")
+    whole = one["parameters"]
+    assert (one["weight_bytes"], one["moment_bytes"]) == (4 * whole, 8 * whole)
+    for name, shards in (("ddp-2", 1), ("fsdp-2", 2), ("hsdp-4", 2)):
+        for rank in ranks_of(runs / f"fp32-{name}"):
+            assert rank["weight_bytes"] == pytest.approx(4 * whole / shards, rel=0.01)
+            assert rank["moment_bytes"] == pytest.approx(8 * whole / shards, rel=0.01)
+    for strategy in ("zero2", "fsdp"):
+        for rank in ranks_of(runs / f"fp64-{strategy}-4"):
+            assert rank["moment_bytes"] == pytest.approx(16 * rank["parameters"] / 4, rel=0.01)
+
+
+def test_ranks_agree_on_what_overflows(runs: Path):
+    """Each rank sees but its own shards; yet all skip the same updates and scale alike."""
+    scales = {rank["loss_scale"] for rank in ranks_of(runs / "overflow")}
+    assert len(scales) == 1
+    assert scales.pop() < 65536
+    lines = [line for line in metrics.read(runs / "overflow") if "loss" in line]
+    assert len(lines) == 50
+    assert any(line["grad_norm"] is None for line in lines)  # infinite: that update was skipped

@@ -1,0 +1,166 @@
+"""Ranks of one run: errors shown once, decisions taken together, work done by one for all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from minigpt_cli.distributed.rendezvous import Place, find_place
+from minigpt_cli.errors import UserError
+from tests.conftest import ROOT, command, environment, minigpt
+from tests.distributed.conftest import free_port, place
+from tests.distributed.nodes import until
+from tests.train.test_resume import curve
+
+FAILS = Path(__file__).parent / "rank_that_fails.py"
+
+
+@contextmanager
+def started(*arguments: object, cwd: Path = ROOT) -> Iterator[list[subprocess.Popen[str]]]:
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)], cwd=cwd, env=place(rank, 2, port),
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def two_ranks(*arguments: object) -> list[tuple[int, str]]:
+    """(exit code, standard error) of each rank."""
+    with started(*arguments) as ranks:
+        said = [process.communicate(timeout=120)[1] for process in ranks]
+    return [(process.returncode, text) for process, text in zip(ranks, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("when", "code", "message"),
+    [
+        ("before", 2, "minigpt: rank 1: the disk of this one is gone\n"),
+        ("between", 2, "minigpt: rank 1: the disk of this one is gone\n"),
+        ("waiting", 2, "minigpt: the data can't be made\n"),
+        ("bug", 1, "minigpt: rank 1: internal error: ZeroDivisionError: a bug (--debug"),
+    ],
+)
+def test_one_rank_s_error_ends_all_and_is_shown_once(when: str, code: int, message: str):
+    ends = two_ranks(FAILS, when, "fail")
+    assert [end for end, _ in ends] == [code, code]
+    said = "".join(text for _, text in ends)
+    assert said.startswith(message)
+    assert said.count("minigpt:") == 1
+    assert "Traceback" not in said
+
+
+def test_a_rank_that_waits_for_one_that_failed_ends_too(tmp_path: Path):
+    """As with NCCL, whose collectives nothing interrupts; srun kills nobody by itself."""
+    with started(FAILS, "hangs", "fail", cwd=tmp_path) as (waiting, _):
+        assert waiting.communicate(timeout=60)[1] == ""  # said by the one that failed
+    assert waiting.returncode == 2
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["status"], status["exit_code"], status["step"]) == ("failed", 2, 7)
+    assert status["message"] == "rank 1: the GPU of this one is gone"
+
+
+def test_a_rank_ends_soon_after_rank_0_has_died():
+    (killed, _), (code, said) = two_ranks(FAILS, "dies", "fail")
+    assert killed == -signal.SIGKILL
+    assert code == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("minigpt: ")]
+    assert line.startswith("minigpt: rank 1: the connection to rank 0 is lost (")
+
+
+def test_workers_whose_torchrun_was_killed_save_and_stop(tmp_path: Path, recipe_file: Path):
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                "1", *command()[1:]]  # fmt: skip
+    arguments = ["pretrain", str(recipe_file), "--out", str(run), "--set", "train.steps=100000"]
+    agent = subprocess.Popen([*torchrun, *arguments], env=environment())
+    until(lambda: (run / "metrics.jsonl").exists())
+    status = json.loads((run / "status.json").read_text())
+    agent.kill()
+    agent.wait()
+    until(lambda: json.loads((run / "status.json").read_text())["exit_code"] == 75)
+    until(lambda: not Path(f"/proc/{status['pid']}/exe").exists())
+
+
+def test_an_error_that_all_have_is_shown_once(tmp_path: Path):
+    ends = two_ranks("-m", "minigpt_cli", "pretrain", tmp_path / "nowhere.toml")
+    assert [end for end, _ in ends] == [2, 2]
+    assert "".join(text for _, text in ends).count("no such recipe") == 1
+
+
+def test_a_meeting_point_that_does_not_exist_is_an_error():
+    env = place(1, 2, free_port()) | {"MASTER_ADDR": "no-such-host.invalid"}
+    done = subprocess.run(
+        [*command("pretrain", "x.toml")], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "can't reach no-such-host.invalid:" in done.stderr
+    assert "MASTER_ADDR" in done.stderr
+
+
+def test_several_ranks_on_one_machine_as_a_user_starts_them(tmp_path: Path, recipe_file: Path):
+    """--nproc prepares, trains, evaluates, saves, and resumes on another number of processes."""
+    run = tmp_path / "run"
+    fp64 = ("--set", "precision.dtype=fp64")
+    arguments = ("resume", run, "--or-start", recipe_file, "--json")
+    begun = minigpt(*arguments, *fp64, "--set", "train.steps=6", "--nproc", 2)
+    assert begun.returncode == 0, begun.stderr
+    assert json.loads(begun.stdout)["step"] == 6
+    assert begun.stderr.count("finished at step 6") == 1
+    environment = json.loads((run / "environment.json").read_text())
+    assert (environment["ranks"], environment["strategy"]) == (2, "ddp")
+    assert environment["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    alone = minigpt("pretrain", recipe_file, *fp64, "--out", tmp_path / "alone", "--set",
+                    "train.steps=6")  # fmt: skip
+    assert alone.returncode == 0
+    for line, other in zip(curve(run), curve(tmp_path / "alone"), strict=True):
+        assert line == pytest.approx(other, rel=1e-10)
+    again = minigpt(*arguments)  # nothing is left to do; on one process
+    assert json.loads(again.stdout)["step"] == 6
+    assert "goes on with another" in again.stderr
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path, recipe_file: Path):
+    refused = minigpt("pretrain", recipe_file, "--out", tmp_path / "run", "--nproc", 3)
+    assert refused.returncode == 2
+    assert refused.stderr.count("global_batch_size 8 can't be shared out to 3 ranks") == 1
+
+
+def test_launchers_do_not_nest(recipe_file: Path):
+    done = subprocess.run(
+        command("pretrain", recipe_file, "--nproc", 2), env=place(0, 2, 1), capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "torchrun or srun has done so" in done.stderr
+
+
+def test_srun_s_variables_are_understood(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    values = {
+        "SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "n[1-3]", "MASTER_ADDR": "n1",
+    }  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    found = find_place()
+    assert found == Place(9, 11, 1, 3, "n1", 20_000 + 7 * 77, False)
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        find_place()

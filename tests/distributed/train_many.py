@@ -1,0 +1,83 @@
+"""One rank: trains the runs that are listed in a JSON file, one after another, in one world.
+
+Beside each run it leaves ranks.json: what the ranks saw, held and began with.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from minigpt_cli import recipe as recipes
+from minigpt_cli.cli import _join, _leave
+from minigpt_cli.data.batches import Batches
+from minigpt_cli.distributed import parallel
+from minigpt_cli.train import setup
+from minigpt_cli.train.loop import Run, fit
+
+
+class Recorder:
+    """Batches, and a digest of every row that was trained on."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+        self.rows: dict[int, list[str]] = {}
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, targets = self.batches(step)
+        self.rows[step] = [hashlib.md5(row.numpy().tobytes()).hexdigest() for row in inputs]
+        return inputs, targets
+
+
+def weights_digest(run: Run) -> str:
+    digest = hashlib.sha256()
+    for parameter in run.trainer.model.parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        digest.update(whole.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def moments(run: Run) -> list[torch.Tensor]:
+    return [
+        value
+        for optimizer in run.trainer.optimizers
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor) and value.ndim
+    ]
+
+
+def held(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in parallel.local(tensors))
+
+
+def train(job: dict[str, Any]) -> None:
+    out = Path(job["out"])
+    if job.get("resume"):
+        run, state = setup.resume_run(out, job["overrides"], [])
+    else:
+        recipe = recipes.load(Path(job["recipe"]), job["overrides"], name="tiny")
+        run, state = setup.start_run(recipe, out)
+    facts: dict[str, Any] = {"initial": weights_digest(run)}
+    recorder = Recorder(run.batches)
+    fit(replace(run, batches=recorder), state)
+    facts["rows"] = recorder.rows
+    facts["parameters"] = sum(p.numel() for p in run.trainer.model.parameters())
+    facts["loss_scale"] = run.trainer.scaler.get_scale()
+    facts["weight_bytes"] = held(list(run.trainer.model.parameters()))
+    facts["moment_bytes"] = held(moments(run))
+    of_all = run.world.gather(facts)
+    if run.world.rank == 0:
+        (out / "ranks.json").write_text(json.dumps(of_all))
+
+
+if __name__ == "__main__":
+    _join()
+    for each in json.loads(Path(sys.argv[1]).read_text()):
+        train(each)
+    _leave(0)

@@ -1,0 +1,51 @@
+"""``python worker.py FOLDER ACTION...``: a worker that does the action of its rank.
+
+It leaves FOLDER/RANK.started with its process id, and FOLDER/RANK.saved with the signals it got.
+
+    exit:CODE      end with this code
+    raise          end by an uncaught exception
+    die            end by SIGKILL
+    save:SECONDS   on a signal save for so long, then end with 75 or 130
+    stay           ignore signals
+    torch          like save:0, but first import torch, for a long time
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from minigpt_cli.distributed.watch import SIGNALS, follow_launcher
+
+held = signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(SIGNALS)  # until it can handle them
+received: list[int] = []
+for signum in SIGNALS:
+    if signal.getsignal(signum) is not signal.SIG_IGN:
+        signal.signal(signum, lambda number, _: received.append(number))
+follow_launcher()
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+action, _, value = sys.argv[2 + rank].partition(":")
+
+
+def leave(name: str, text: str) -> None:
+    (folder / f".{rank}.{name}").write_text(text)
+    (folder / f".{rank}.{name}").rename(folder / f"{rank}.{name}")
+
+
+leave("started", str(os.getpid()))
+threads = os.environ.get("OMP_NUM_THREADS")
+print(f"rank {rank} of {os.environ['WORLD_SIZE']}, {threads} threads, signals held: {held}")
+if action == "exit":
+    sys.exit(int(value))
+if action == "raise":
+    raise RuntimeError("a bug")
+if action == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if action == "torch":
+    import torch  # noqa: F401
+while not received or action == "stay":
+    time.sleep(0.02)
+time.sleep(float(value or 0))
+leave("saved", " ".join(map(str, received)))
+sys.exit(130 if received[0] == signal.SIGINT else 75)

@@ -1,0 +1,218 @@
+"""minigpt as processes to be killed: fresh ones, and cheap ones, forked where torch is imported.
+
+A fork costs 0.1 s where a fresh process takes 3 s to import torch; it is a process of its own all
+the same, with its own threads, files and locks, and SIGKILL ends it as any other.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.conftest import ROOT, command
+
+NOBODY = 65534
+MARK = "MINIGPT_FAULTS"
+"""Environment variable, by which a process's whole family is found."""
+
+_IMPORTED = [
+    "minigpt_cli.cli", "minigpt_cli.commands", "minigpt_cli.distributed.agent",
+    "minigpt_cli.distributed.launch", "minigpt_cli.train.loop", "minigpt_cli.train.prepare",
+    "minigpt_cli.train.setup", "minigpt_cli.train.status", "numpy.ctypeslib", "numpy.ma",
+    "pydantic.types", "pytest", "rich.status", "safetensors.torch", "tokenizers", "torch._dynamo",
+    "torch._inductor.standalone_compile", "torch._numpy", "torch.onnx", "typer._adapters",
+]  # fmt: skip
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(_IMPORTED)
+
+
+@dataclass
+class Process:
+    """A command that was started, and what it says."""
+
+    process: "subprocess.Popen[bytes] | BaseProcess"
+    log: Path  # its standard error and output
+    mark: str
+    pid: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, minus the signal's number where one killed it; None while it runs."""
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.poll()
+        return self.process.exitcode
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def tail(self) -> str:
+        """The end of it, for messages."""
+        return f"exit code {self.code}; " + "\n".join(self.said.splitlines()[-12:])
+
+    def send(self, signum: int) -> None:
+        if self.code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signum)
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """The process stands still meanwhile."""
+        self.send(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.send(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+
+    def kill_all(self) -> None:
+        """The process and all that it started, as when a machine goes down."""
+        for pid in family(self):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code; it must end in time, and with it all that it started.
+
+        Raises:
+            AssertionError: it didn't.
+        """
+        deadline = time.monotonic() + seconds
+        while (code := self.code) is None:
+            assert time.monotonic() < deadline, f"it runs after {seconds} s:\n{self.tail}"
+            time.sleep(0.002)
+        while left := family(self):
+            assert time.monotonic() < deadline, f"{len(left)} orphans are left:\n{self.tail}"
+            time.sleep(0.02)
+        return code
+
+
+def fresh(log: Path, *arguments: object, **environment: str) -> Process:
+    """``python -m minigpt_cli ARGUMENTS``, from its first import on."""
+    mark = uuid.uuid4().hex
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command(*arguments), cwd=log.parent, stdout=stream, stderr=stream,
+            env=os.environ | _environment(mark) | environment, start_new_session=True,
+        )  # fmt: skip
+    return Process(process, log, mark)
+
+
+def fork(log: Path, *arguments: object, user: int | None = None, **environment: str) -> Process:
+    """The same as a process that has imported everything already.
+
+    Args:
+        user: whom it runs as; this user can't if not root.
+    """
+    mark = uuid.uuid4().hex
+    process = _forks.Process(
+        target=_run,
+        args=(log, list(map(str, arguments)), _environment(mark) | environment, user),
+    )
+    before = dict(os.environ)
+    os.environ.update(_environment(""))  # for the first call, which imports everything
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return Process(process, log, mark)
+
+
+def _environment(mark: str) -> dict[str, str]:
+    return {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1", MARK: mark}
+
+
+def _run(log: Path, arguments: list[str], environment: dict[str, str], user: int | None) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    os.chdir(log.parent)
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    for standard in (1, 2):
+        os.dup2(stream, standard)
+    if user is not None and os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    sys.argv = ["minigpt", *arguments]
+    from minigpt_cli import cli
+
+    cli.main()
+
+
+def family(process: Process) -> list[int]:
+    """The processes that live of those which this one is or started, at whatever remove."""
+    mark = f"{MARK}={process.mark}".encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            state, _, _, session = _stat(int(entry))[:4]
+            inherited = mark in Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+            if state not in "ZX" and (int(session) == process.pid or inherited):
+                found.append(int(entry))
+    return found
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, process group, session, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+
+
+def ranks(launcher: Process) -> dict[int, int]:
+    """Rank -> process id of the workers that ``--nproc`` has started."""
+    found = {}
+    for pid in family(launcher):
+        with contextlib.suppress(OSError):
+            for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                name, _, value = entry.partition(b"=")
+                if name == b"RANK" and int(_stat(pid)[1]) == launcher.pid:
+                    found[int(value)] = pid
+    return found
+
+
+def handles(pid: int, signum: int) -> bool:
+    """Whether the process has a handler of its own for this signal."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
+    return False
+
+
+def has_mapped(pid: int, library: str) -> bool:
+    with contextlib.suppress(OSError):
+        return library in Path(f"/proc/{pid}/maps").read_text()
+    return False
+
+
+def until(condition: Callable[[], object], *processes: Process, seconds: float = 120) -> bool:
+    """Wait for a condition, or for the end of one of the processes; whether it came true.
+
+    Raises:
+        AssertionError: neither comes.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if any(process.code is not None for process in processes):
+            return bool(condition())
+        assert time.monotonic() < deadline, "\n".join(process.tail for process in processes)
+        time.sleep(0.001)
+    return True

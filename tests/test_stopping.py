@@ -1,0 +1,64 @@
+"""Signals outside the training loop; tests/faults sends them to real runs."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from minigpt_cli import stopping
+from minigpt_cli.errors import Stopped
+from minigpt_cli.train.stop import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(stopping._Seen, "signum", None)
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
+
+
+def send(signum: int) -> None:
+    """To this thread: numpy's and torch's own threads don't hold signals, where there are any."""
+    signal.pthread_kill(threading.get_ident(), signum)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_that_is_held_raises_once_it_is_handled(signum: signal.Signals, code: int):
+    stopping.hold_signals()
+    send(signum)
+    with pytest.raises(Stopped, match=f"stopped by {signum.name}; run the same command") as stopped:
+        stopping.stop_at_signals()
+    assert stopped.value.exit_code == code
+
+
+def test_the_second_does_nothing_until_the_first_had_its_time(monkeypatch: pytest.MonkeyPatch):
+    stopping.stop_at_signals()
+    with pytest.raises(Stopped):
+        send(signal.SIGTERM)
+    send(signal.SIGTERM)
+    send(signal.SIGINT)
+    monkeypatch.setattr(stopping, "PATIENCE", 0.0)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        send(signal.SIGINT)
+
+
+def test_one_whose_exception_was_swallowed_stops_the_training_loop():
+    stopping.stop_at_signals()
+    with contextlib.suppress(Exception):
+        send(signal.SIGUSR1)
+    with StopRequest() as stop:
+        assert stop.signum == signal.SIGUSR1
+
+
+def test_what_is_ignored_stays_so_and_at_the_end_all_is():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
+    stopping.stop_at_signals()
+    send(signal.SIGINT)
+    stopping.ignore_signals()
+    for signum in (*stopping.SIGNALS, signal.SIGHUP):
+        send(signum)
+    assert stopping.first_signal() is None
