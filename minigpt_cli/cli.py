@@ -13,7 +13,7 @@ import typer
 
 from minigpt_cli import __version__, stopping
 from minigpt_cli.distributed.watch import follow_parent
-from minigpt_cli.errors import Damaged, Outcome, UserError, describe, exit_code_of
+from minigpt_cli.errors import Damaged, Outcome, UserError, describe, exit_code_of, tell
 
 app = typer.Typer(
     name="minigpt",
@@ -416,6 +416,5 @@ def _report(error: Exception) -> int:
 
         outcome = worlds.end_with(error)
     if outcome.is_shown_here:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"minigpt: {outcome.message}", file=sys.stderr)
+        tell(outcome.message)
     return outcome.code

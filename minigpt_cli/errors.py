@@ -4,7 +4,9 @@ The message of every error here is one line for a person: what is wrong, where, 
 The command line prints that line and exits with ``exit_code``; anything else raised is a bug.
 """
 
+import contextlib
 import signal
+import sys
 from dataclasses import dataclass
 
 
@@ -55,6 +57,13 @@ def describe(error: BaseException) -> str:
             "or --set train.activation_checkpointing=true"
         )
     return f"internal error: {type(error).__name__}: {error} (--debug shows where)"
+
+
+def tell(message: str) -> None:
+    """Print one line on standard error, in one piece: several processes may write there."""
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stderr.write(f"minigpt: {message}\n")
+        sys.stderr.flush()
 
 
 @dataclass(frozen=True)

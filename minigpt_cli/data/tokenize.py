@@ -9,7 +9,6 @@ disk go.
 import errno
 import fcntl
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +42,7 @@ from minigpt_cli.data.tokenizer import (
     vocabulary_size,
 )
 from minigpt_cli.errors import Damaged, UserError
+from minigpt_cli.errors import tell as to_stderr
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -81,7 +81,7 @@ def tokenize(
     """
     out = Path(out)
     _check_arguments(tokenizer_path, train_vocab, val_fraction, shard_tokens, workers)
-    warn = warn or _to_stderr
+    warn = warn or to_stderr
     given = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     if given is not None:
         eos_id(given)  # refused now rather than after a survey of the corpus
@@ -333,7 +333,3 @@ def _cores() -> int:
         return max(1, min(cores, -(-int(quota) // int(period))))
     except (OSError, ValueError):  # another system, or "max": no limit
         return cores
-
-
-def _to_stderr(message: str) -> None:
-    print(f"minigpt: {message}", file=sys.stderr)

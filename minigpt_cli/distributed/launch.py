@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from minigpt_cli.distributed import endpoint as endpoints
 from minigpt_cli.distributed.watch import LAUNCHER, SIGNALS
 from minigpt_cli.distributed.workers import Ending, Patience, Workers
-from minigpt_cli.errors import Stopped, UserError
+from minigpt_cli.errors import Stopped, UserError, tell
 
 GIVE_UP_SECONDS = 30.0
 """How long the agent may take to stop what it does before there are workers."""
@@ -96,7 +96,7 @@ def run(
                     rdzv_endpoint, patience.reach, lambda: workers.signum is not None
                 )
             if nnodes > 1:
-                _say(f"waiting for {nnodes} nodes at {endpoint}")
+                tell(f"waiting for {nnodes} nodes at {endpoint}")
             events.put(
                 _import_agent()(
                     command,
@@ -118,7 +118,7 @@ def run(
     finally:
         del os.environ[LAUNCHER]
     if end.message:
-        _say(end.message)
+        tell(end.message)
     return end.code
 
 
@@ -172,8 +172,3 @@ def _signals_to(put: Callable[[signal.Signals], None]) -> Iterator[None]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
-
-
-def _say(message: str) -> None:
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"minigpt: {message}", file=sys.stderr, flush=True)

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,15 @@ from torch import Tensor
 from minigpt_cli.distributed import rendezvous
 from minigpt_cli.distributed.device import find_device
 from minigpt_cli.distributed.workers import RESUME
-from minigpt_cli.errors import Diverged, Outcome, RankLost, Stopped, describe, exit_code_of
+from minigpt_cli.errors import (
+    Diverged,
+    Outcome,
+    RankLost,
+    Stopped,
+    describe,
+    exit_code_of,
+    tell,
+)
 
 T = TypeVar("T")
 _FAILURE, _LEFT = "failure", "left"  # the store's keys: what ended the run first; ranks that ended
@@ -150,7 +157,7 @@ def _watch(store: dist.Store) -> None:
     if _joined.record is not None:
         _joined.record(outcome)
     if outcome.is_shown_here:
-        print(f"minigpt: {outcome.message}", file=sys.stderr, flush=True)
+        tell(outcome.message)
     leave(patience=4)
     os._exit(outcome.code)
 

@@ -239,6 +239,7 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
     if result is None:
         return False
     if not math.isfinite(result.loss):
+        _tell(run.saver.wait(), display)  # it may be the last good one
         raise Diverged(
             f"training diverged: validation loss {result.loss} at step {state.step}; nothing "
             f"after the last checkpoint is saved. {_last_good(run)} Try a lower optimizer.lr"
@@ -285,6 +286,11 @@ def _flush_metrics(run: Run, display: TrainingDisplay) -> None:
 def _save(run: Run, state: RunState, display: TrainingDisplay) -> None:
     """Begin to save a checkpoint; training can go on when this returns."""
     trainer = run.trainer
+    _tell(run.saver.poll(), display)
+    began = time.monotonic()
+    _tell(run.saver.wait(), display)  # also where it isn't busy: on another rank it may be
+    if (waited := time.monotonic() - began) >= 0.1:
+        display.say(f"waited {waited:.1f} s for the save before this one")
     guard.check(trainer.guard, _last_good(run))
     tensors = checkpoint_state.tensors_of(trainer.model, trainer.optimizers)
     if any(run.world.largest(not guard.are_finite(local(list(tensors.values()))))):
@@ -293,11 +299,6 @@ def _save(run: Run, state: RunState, display: TrainingDisplay) -> None:
             f"this step is not saved. {_last_good(run)} Try a lower optimizer.lr, or "
             "optimizer.clip_norm=1"
         )
-    _tell(run.saver.poll(), display)
-    began = time.monotonic()
-    _tell(run.saver.wait(), display)  # also where it isn't busy: on another rank it may be
-    if (waited := time.monotonic() - began) >= 0.1:
-        display.say(f"waited {waited:.1f} s for the save before this one")
     state.skipped = int(trainer.guard.skipped.item())
     state.guard = guard.saved(trainer.guard, state.step)
     if state.step > state.rollback_step and not state.guard.get("spikes_in_a_row"):

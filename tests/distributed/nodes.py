@@ -21,9 +21,10 @@ NOBODY = "10.87.0.9"  # packets to it are sent, and lost
 class Nodes:
     """The names of both namespaces and of the cable's ends, one in each."""
 
-    def __init__(self) -> None:
-        self.names = tuple(f"minigpt-{os.getpid()}-{node}" for node in (0, 1))
-        self.ends = tuple(f"mg{os.getpid()}-{node}" for node in (0, 1))
+    def __init__(self, pair: str = "a") -> None:
+        """One pair may be killed and cut while another one's processes go on."""
+        self.names = tuple(f"minigpt-{os.getpid()}{pair}-{node}" for node in (0, 1))
+        self.ends = tuple(f"mg{os.getpid()}{pair}-{node}" for node in (0, 1))
         self.ports = iter(range(29_400, 60_000))
         self.started: list[int] = []  # process ids
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ SET = [
 TIMEOUT = 6  # seconds, the same
 
 
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    both = Nodes()
+@contextmanager
+def connected(pair: str) -> Iterator[Nodes]:
+    both = Nodes(pair)
     try:
         if os.geteuid():
             pytest.skip("network namespaces need root")
@@ -51,25 +52,32 @@ def nodes() -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with connected("a") as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
 def unanswered(
-    nodes: Nodes, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[list[tuple[subprocess.Popen[bytes], Path, float]]]:
     """Ranks 1 whose rank 0 is said to be where packets are lost, and where a listener is silent.
 
-    Each with its log, and the time when it was started.
+    Each with its log, and the time when it was started. They wait beside the other tests, on nodes
+    that those don't kill.
     """
     folder = tmp_path_factory.mktemp("unanswered")
     started = []
-    with socket.create_server(("127.0.0.1", 0)) as silent:
+    with connected("b") as nodes, socket.create_server(("127.0.0.1", 0)) as silent:
         for name, address, port in (("lost", NOBODY, 29_400), ("silent", *silent.getsockname())):
             env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
             log, command = folder / name, ["-m", "minigpt_cli", "pretrain", "x.toml"]
             process = nodes.start(1 if name == "lost" else None, log, *command, **env)
             started.append((process, log, time.monotonic()))
         yield started
-    for process, _, _ in started:
-        process.kill()
-        process.wait()
+        for process, _, _ in started:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
