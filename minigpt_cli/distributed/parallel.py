@@ -130,9 +130,22 @@ def gradient_sync(forward: nn.Module, last: bool) -> AbstractContextManager[None
     return contextlib.nullcontext()
 
 
+def clear_gradients(model: nn.Module, layout: Layout) -> None:
+    """Before the next step. DDP's gradients stay what they are, views of the buckets that travel:
+    new ones would be summed beside these."""
+    model.zero_grad(set_to_none=layout.strategy != "ddp")
+
+
 def local(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, sharing its memory."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def shards(parameter: Tensor) -> int:
+    """Over how many ranks its rows are spread."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    return parameter.device_mesh.size(parameter.device_mesh.ndim - 1)
 
 
 @torch.no_grad()
@@ -167,7 +180,7 @@ def over_whole_matrices(
     if not isinstance(first, DTensor):
         return function(parts)
     group = first.device_mesh.get_group(first.device_mesh.ndim - 1)
-    ranks, (count, own, columns) = group.size(), parts.shape
+    ranks, (count, own, columns) = shards(first), parts.shape
     rows = first.shape[0]
     chunk = -(-rows // ranks)  # rows of a shard: FSDP2 splits as torch.chunk does
     share = -(-count // ranks)  # matrices of a rank

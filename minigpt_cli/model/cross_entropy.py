@@ -40,13 +40,14 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             likeliest = logits.amax(-1, keepdim=True).to(dtype) - logits.gather(1, index)
             loss = likeliest - probabilities.amax(-1, keepdim=True).log()
             losses[part] = loss.where(kept, 0.0).squeeze(1)
+            del logits  # these are the largest tensors of a step, so none outlives its use
             if wants_grad:
-                grad = probabilities.scatter_add_(
-                    1, index, loss.new_full((1, 1), -1.0).expand_as(loss)
-                )
-                grad = grad.to(hidden.dtype)  # of the logits: softmax - one_hot
+                probabilities.scatter_add_(1, index, loss.new_full((1, 1), -1.0).expand_as(loss))
+                grad = probabilities.to(hidden.dtype)  # of the logits: softmax - one_hot
+                del probabilities
                 grad_hidden[part] = (grad @ weight).where(kept, 0.0)
                 grad_weight += grad.T @ rows.where(kept, 0.0)
+                del grad
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype

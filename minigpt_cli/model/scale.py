@@ -19,7 +19,7 @@ from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cost import parameter_shapes
 
 LOGITS_BYTES = 2**28  # of float32: a chunk of model/cross_entropy.py on a GPU
-MUON_ELEMENTS = 2**26  # of the matrices that train/muon.py sends and works on together on a GPU
+MUON_ELEMENTS = 2**26  # of the matrices that a GPU works on together in train/muon.py
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,8 @@ def memory(config: ModelConfig, workload: Workload) -> Memory:
     else:  # a block at a time; what is outside the blocks stays, and in float32
         gathered = outside * full + block * compute
 
-    # FSDP adds up whole gradients until the last micro-batch lets it scatter them. DDP adds them up
-    # beside its buckets, since every step begins without gradients.
+    # FSDP adds up whole gradients until the last micro-batch lets it scatter them.
     gradients = whole * full if not w.sharded or w.accumulation > 1 else parameters
-    if w.strategy == "ddp" and w.accumulation > 1:
-        gradients *= 2
     saved, entering = w.tokens * _saved_per_token(c, w), w.tokens * c.hidden_size * full
     kept, recomputed = (entering, saved - entering) if w.activation_checkpointing else (saved, 0)
     activations = layers * kept + _saved_outside_blocks(c, w)
@@ -124,10 +121,16 @@ def memory(config: ModelConfig, workload: Workload) -> Memory:
     # DDP's buckets always live; elsewhere a step begins without gradients.
     early = gradients if w.strategy == "ddp" or w.accumulation > 1 else 0
     leaving = block * full if w.sharded else 0  # a block's gradients, copied to be scattered
+    first_leaving = 0 if early else leaving  # a copy takes the place of what was added up
     moments = (
         early + activations + max(loss, backward),  # forward turns into backward
-        early + activations - kept - w.tokens * _norm(c, w) + backward + leaving,  # a block later
-        gradients + kept + backward + leaving,  # the last block to be passed
+        early
+        + activations
+        - kept
+        - w.tokens * _norm(c, w)
+        + backward
+        + first_leaving,  # a block later
+        gradients + kept + backward - _coming(c, w) + leaving,  # the last block to be passed
         gradients + outside * full * (2 if w.sharded else 1),  # the embeddings
     )
     peak = parameters + optimizer + gathered + max(moments)
@@ -212,18 +215,18 @@ def _saved_outside_blocks(config: ModelConfig, workload: Workload) -> int:
 
 
 def _loss(config: ModelConfig, workload: Workload) -> int:
-    """Bytes at the loss: the gradients that it makes at once, and a chunk of logits (what a chunk
-    leaves is there until the next one's softmax is taken) or, backward, those gradients scaled."""
+    """Bytes at the loss: the gradients that it makes at once, and a chunk of logits or, backward,
+    those gradients scaled."""
     full, compute = workload.full_bytes, workload.compute_bytes
     mixed = compute < full  # a cast is a copy
     head, hidden = config.vocab_size * config.hidden_size, workload.tokens * config.hidden_size
     rows = max(128, LOGITS_BYTES // (4 * config.vocab_size) // 128 * 128)
-    several, rows = workload.tokens > rows, min(rows, workload.tokens)
+    rows = min(rows, workload.tokens)
     chunk = rows * config.vocab_size
-    softmax = chunk * ((2 + several) * full + mixed * (1 + several) * compute)
-    product = chunk * (full + (1 + mixed) * compute) + (head + rows * config.hidden_size) * compute
+    softmax = chunk * (2 * full + mixed * compute)
+    product = chunk * compute + (head + rows * config.hidden_size) * compute
     forward = max(softmax, product) + mixed * head * compute
-    backward = head * (full + mixed * (full + compute))
+    backward = head * (full + mixed * compute)
     return head * full + 2 * hidden * compute + max(forward, backward)
 
 
@@ -235,9 +238,15 @@ def _backward_of_block(config: ModelConfig, workload: Workload) -> int:
     passing = workload.tokens * (inner + c.hidden_size * full) + matrix * compute
     if not workload.sharded:
         return passing + (matrix * full if compute < full else 0)
-    # The head's gradient waits for the end, and the weights of the next block are on their way.
-    coming = 0 if workload.strategy == "zero2" else _count(parameter_shapes(c)[0]) * compute
-    return passing + c.vocab_size * c.hidden_size * full + coming
+    # The head's gradient waits for the end.
+    return passing + c.vocab_size * c.hidden_size * full + _coming(c, workload)
+
+
+def _coming(config: ModelConfig, workload: Workload) -> int:
+    """Bytes of the next block's weights, which are on their way during a block's backward pass."""
+    if not workload.sharded or workload.strategy == "zero2":
+        return 0
+    return _count(parameter_shapes(config)[0]) * workload.compute_bytes
 
 
 def _muon_traffic(config: ModelConfig, shards: int) -> int:
@@ -246,7 +255,8 @@ def _muon_traffic(config: ModelConfig, shards: int) -> int:
     block, _ = parameter_shapes(config)
     sent = 0
     for (rows, columns), in_block in Counter(s for s in block if len(s) == 2).items():
-        left, batch = in_block * config.num_hidden_layers, max(1, MUON_ELEMENTS // (rows * columns))
+        left = in_block * config.num_hidden_layers
+        batch = max(1, MUON_ELEMENTS // (rows * columns)) * shards
         while left > 0:
             matrices = -(-min(left, batch) // shards)  # of one rank
             sent += 2 * 2 * (shards - 1) * matrices * -(-rows // shards) * columns

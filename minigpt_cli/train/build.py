@@ -166,7 +166,7 @@ def warm_up(trainer: Trainer, sequence_length: int) -> None:
         with precision.autocast(trainer.dtype, device):
             loss = trainer.forward(zeros, zeros)
         loss.backward()
-        model.zero_grad(set_to_none=True)
+        parallel.clear_gradients(model, trainer.layout)
 
     if compiled:
         try:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.distributed.parallel import local, over_whole_matrices
+from minigpt_cli.distributed.parallel import local, over_whole_matrices, shards
 
-# Elements of the matrices orthogonalised together: enough to fill a GPU, few for a CPU's cache.
+# Elements of the matrices that a rank orthogonalises together: enough to fill a GPU, few for a
+# CPU's cache.
 _BATCH_ELEMENTS = {"cuda": 2**26, "cpu": 2**20}
 
 
@@ -92,6 +93,6 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         by_shape.setdefault(p.shape, []).append(p)
     for shape, same in by_shape.items():
         budget = _BATCH_ELEMENTS.get(same[0].device.type, _BATCH_ELEMENTS["cuda"])
-        size = max(1, budget // shape.numel())
+        size = max(1, budget // shape.numel()) * shards(same[0])
         for start in range(0, len(same), size):
             yield same[start : start + size]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minigpt_cli.distributed.parallel import Layout, gradient_sync, local
+from minigpt_cli.distributed.parallel import Layout, clear_gradients, gradient_sync, local
 from minigpt_cli.model.cross_entropy import IGNORE
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.train import guard, optimizer, precision
@@ -81,8 +81,7 @@ def train_step(
     optimizer.update(t.optimizers, lr_share, call_off)
     if t.scaler.is_enabled():
         t.scaler.update()
-    for each in t.optimizers:
-        each.zero_grad(set_to_none=True)
+    clear_gradients(t.model, t.layout)
     return loss, grad_norm
 
 
