@@ -149,7 +149,9 @@ def fake_ranks_table(config: ModelConfig) -> str:
     for work in workloads():
         if work.world_size == NODE:
             continue
-        work = replace(work, accumulation=min(2, work.accumulation))
+        # DDP's second pass would arrange its buckets anew, which needs tensors with storage.
+        most = 1 if work.strategy == "ddp" else 2
+        work = replace(work, accumulation=min(most, work.accumulation))
         peaks = []
         for recompute, optimizer in ((False, "adamw"), (True, "muon")):
             work = replace(work, activation_checkpointing=recompute, optimizer=optimizer)
@@ -158,8 +160,7 @@ def fake_ranks_table(config: ModelConfig) -> str:
             assert held.parameters == expected.parameters
             assert held.optimizer == expected.optimizer
             assert sent == traffic(config, work)
-            found, before_optimizer = held.peak, expected.peak - expected.optimizer
-            peaks += [gb(before_optimizer), gb(found), off(before_optimizer / found)]
+            peaks += [gb(expected.peak), gb(held.peak), off(expected.peak / held.peak)]
         rows.append([work.world_size, work.strategy, work.accumulation, *peaks])
         print(*rows[-1], flush=True)
     return markdown(

@@ -1,9 +1,7 @@
 """What the tests share: a small real dataset, recipes for it, and minigpt as a real process."""
 
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,9 +10,7 @@ import pytest
 from minigpt_cli import recipe as recipes
 from minigpt_cli.data.sources import Source
 from minigpt_cli.data.tokenize import tokenize
-
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+from tests.processes import ROOT, command, environment
 
 TINY = """
 [data]
@@ -89,21 +85,6 @@ def recipe_file(dataset: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY.format(data=dataset))
     return path
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "minigpt_cli", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-
-
-def minigpt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300
-    )
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ from minigpt_cli.model.gpt import GPT, initialize
 from minigpt_cli.model.scale import Traffic, Workload
 from minigpt_cli.recipe import Optimizer as OptimizerRecipe
 from minigpt_cli.train import guard, muon, optimizer, precision
+from minigpt_cli.train.build import warm_up
 from minigpt_cli.train.step import Trainer, train_step
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -118,8 +119,7 @@ def allocated_by_a_rank(config: ModelConfig, workload: Workload) -> int:
 def step_without_storage(
     config: ModelConfig, workload: Workload, rank: int = 0
 ) -> tuple[Held, Traffic]:
-    """A step of one rank; the peak is what torch's tracker saw before the optimizer's turn, so
-    without the optimizer's state."""
+    """A step of one rank; the peak is what torch's tracker saw before the optimizer's turn."""
     with fake_ranks(workload.world_size, rank), kernels_of_a_gpu():
         layout = _layout(workload)
         with FakeTensorMode(), _Sent() as sent:
@@ -135,7 +135,10 @@ def step_without_storage(
             for each in trainer.optimizers:
                 each.step()
             (peak,) = (size for kind, size in snapshot.items() if str(kind) == "Total")
-            return replace(_held(trainer), peak=peak), sent.traffic
+            held = _held(trainer)
+            if workload.sharded:  # of what was there before, its tracker knows the model alone
+                peak += held.optimizer
+            return replace(held, peak=peak), sent.traffic
 
 
 def steps_of_real_ranks(
@@ -218,6 +221,7 @@ def _all_reduce(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor
 
 
 def _train(trainer: Trainer, workload: Workload) -> Held:
+    warm_up(trainer, workload.sequence_length)
     ids = _ids(workload).repeat(workload.accumulation, 1)
     for step in range(2):
         train_step(trainer, ids, ids, step, 1.0)

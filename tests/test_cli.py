@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SHARED, TINY, environment, minigpt
+from tests.conftest import TINY
+from tests.processes import ROOT, SHARED, environment, minigpt
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT, minigpt
+from tests.processes import ROOT, minigpt
 
 PACKAGE = ROOT / "minigpt_cli"
 

@@ -1,7 +1,7 @@
 """torch.optim.Muon with equal shapes in one product, and an update that can be called off."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,12 @@ class Muon(torch.optim.Muon):
 
     call_off: Tensor | None = None
 
+    def __init__(self, params: Sequence[Tensor], **settings: Any):
+        """Momenta are there from the beginning, as zeros; see torch.optim.Muon for the settings."""
+        super().__init__(list(params), **settings)
+        for p in params:
+            self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -33,7 +39,7 @@ class Muon(torch.optim.Muon):
 
     def _update(self, batch: list[Tensor], group: dict[str, Any]) -> None:
         grads = local([p.grad for p in batch if p.grad is not None])
-        momenta = local([self._momentum(p) for p in batch])
+        momenta = local([self.state[p]["momentum_buffer"] for p in batch])
         weights = local(batch)
         lr: float | Tensor = group["lr"]
         if self.call_off is not None:
@@ -57,13 +63,6 @@ class Muon(torch.optim.Muon):
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_add_(weights, list(update.unbind()))
-
-    def _momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
 
 
 def orthogonalize(

@@ -15,7 +15,7 @@ def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
     AdamW (Loshchilov and Hutter 2019) decays matrices and embeddings, not biases and norms. Muon
     (Jordan et al. 2024), if asked for, takes the matrices inside the blocks, and decays them; the
     embeddings and the output projection are then left to AdamW, and not decayed. Each group's
-    ``peak_lr`` is what the schedule scales.
+    ``peak_lr`` is what the schedule scales. Their state is there from the beginning, all zeros.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []
@@ -40,6 +40,13 @@ def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
         eps=recipe.eps,
         fused=True,  # CPU and CUDA have it; it is also what makes an update that can be called off
     )
+    # Else the checkpoint engine makes it by a step with gradients of 0, which AdamW would count.
+    for _, p in trainable:
+        adamw.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
     return [*optimizers, adamw]
 
 

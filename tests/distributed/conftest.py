@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT, environment
+from tests.processes import ROOT, environment
 
 TRAIN_MANY = Path(__file__).parent / "train_many.py"
 

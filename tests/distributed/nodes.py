@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.conftest import environment
+from tests.processes import environment
 
 ADDRESSES = ("10.87.0.1", "10.87.0.2")
 NOBODY = "10.87.0.9"  # packets to it are sent, and lost
@@ -72,7 +72,7 @@ class Nodes:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*there, sys.executable, *map(str, command)], cwd=log.parent,
-                env=environment() | {"OMP_NUM_THREADS": "1"} | env,
+                env=environment() | env,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.started.append(process.pid)

@@ -14,7 +14,7 @@ import pytest
 
 from minigpt_cli.distributed.launch import launch
 from minigpt_cli.errors import UserError
-from tests.conftest import ROOT, environment
+from tests.processes import ROOT, environment
 
 HERE = Path(__file__).parent
 AGAIN = "before training began; run the same command again to go on"

@@ -14,21 +14,22 @@ COMMON = ["train.steps=50", "schedule.warmup_steps=5", "train.micro_batch_size=2
           "eval.every_steps=25", "checkpoint.every_steps=1000",
           "optimizer.clip_norm=0.5"]  # fmt: skip
 STRATEGIES = ("ddp", "zero2", "fsdp", "hsdp")
-# Setting -> overrides, strategies tried on 2 and on 4 ranks, how closely the losses agree.
+# Setting -> overrides, strategies tried on 2 and on 4 ranks, how closely the losses agree. What is
+# not tried here, `python -m benchmarks.agreement` does: all strategies with all settings.
 # hidden_size 36 leaves 4 ranks with shards of different sizes, and some with none of a norm.
 SETTINGS: dict[str, tuple[list[str], tuple[str, ...], tuple[str, ...], float]] = {
     "fp64": (
         ["precision.dtype=fp64", "model.family=gpt2", "model.num_key_value_heads=4",
          "model.dropout=0.1", "train.activation_checkpointing=true"],
-        STRATEGIES, STRATEGIES, 1e-12,
+        ("ddp", "zero2"), ("fsdp", "hsdp"), 1e-12,
     ),
-    "fp32": (["precision.dtype=fp32", "model.family=qwen3"], ("ddp", "fsdp"), ("hsdp",), 1e-5),
-    "bf16": (["precision.dtype=bf16", "model.family=qwen3"], ("ddp", "fsdp"), ("hsdp",), 1e-3),
+    "fp32": (["precision.dtype=fp32", "model.family=qwen3"], ("fsdp",), ("ddp", "hsdp"), 1e-5),
+    "bf16": (["precision.dtype=bf16", "model.family=qwen3"], ("ddp",), ("fsdp",), 1e-3),
     "fp16": (["precision.dtype=fp16", "eval.prompts=['You ']"], ("ddp",), ("fsdp",), 5e-3),
     "muon": (
         ["precision.dtype=fp32", "optimizer.name=muon", "model.hidden_size=36",
          "model.num_attention_heads=2"],
-        ("ddp", "zero2"), ("fsdp", "hsdp"), 1e-3,
+        ("zero2",), ("fsdp",), 1e-3,
     ),
 }  # fmt: skip
 
@@ -109,13 +110,13 @@ def test_sharded_state_shrinks_with_the_ranks(runs: Path):
     (one,) = ranks_of(runs / "fp32-single-1")
     whole = one["parameters"]
     assert (one["weight_bytes"], one["moment_bytes"]) == (4 * whole, 8 * whole)
-    for name, shards in (("ddp-2", 1), ("fsdp-2", 2), ("hsdp-4", 2)):
+    for name, shards in (("ddp-4", 1), ("fsdp-2", 2), ("hsdp-4", 2)):
         for rank in ranks_of(runs / f"fp32-{name}"):
             assert rank["weight_bytes"] == pytest.approx(4 * whole / shards, rel=0.01)
             assert rank["moment_bytes"] == pytest.approx(8 * whole / shards, rel=0.01)
-    for strategy in ("zero2", "fsdp"):
-        for rank in ranks_of(runs / f"fp64-{strategy}-4"):
-            assert rank["moment_bytes"] == pytest.approx(16 * rank["parameters"] / 4, rel=0.01)
+    for name, shards in (("zero2-2", 2), ("fsdp-4", 4)):
+        for rank in ranks_of(runs / f"fp64-{name}"):
+            assert rank["moment_bytes"] == pytest.approx(16 * rank["parameters"] / shards, rel=0.01)
 
 
 def test_ranks_agree_on_what_overflows(runs: Path):

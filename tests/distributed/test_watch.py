@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import environment
+from tests.processes import environment
 
 FOLLOW = "from minigpt_cli.distributed.watch import follow_launcher; follow_launcher()\n"
 STAY = "import time\nwhile True: time.sleep(0.1)\n"

@@ -13,9 +13,9 @@ import pytest
 
 from minigpt_cli.distributed.rendezvous import Place, find_place
 from minigpt_cli.errors import UserError
-from tests.conftest import ROOT, command, environment, minigpt
 from tests.distributed.conftest import free_port, place
 from tests.distributed.nodes import until
+from tests.processes import ROOT, command, environment, minigpt
 from tests.train.test_resume import curve
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"

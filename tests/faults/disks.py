@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.faults.process import NOBODY, until
 from tests.faults.scene import (
     STEPS,
     Scene,
@@ -19,6 +18,7 @@ from tests.faults.scene import (
     newest,
     steps_saved,
 )  # fmt: skip
+from tests.processes import NOBODY, until
 
 NOT_WRITTEN = "the checkpoint could not be written: "
 GOES_ON = "; training goes on and saves again at the next interval"

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.process import Process, ranks, until
 from tests.faults.scene import (
     STEPS,
     TWO_RANKS,
@@ -17,6 +16,7 @@ from tests.faults.scene import (
     steps_logged,
     steps_saved,
 )
+from tests.processes import Process, ranks, until
 
 
 def kill_processes(

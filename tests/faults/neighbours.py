@@ -5,8 +5,8 @@ import signal
 import time
 from pathlib import Path
 
-from tests.faults.process import Process, until
 from tests.faults.scene import TWO_RANKS, Scene, steps_logged, steps_saved
+from tests.processes import Process, until
 
 BUSY = "another process is training in it"
 ENDLESS = ("train.steps=100000", "eval.every_steps=100000")

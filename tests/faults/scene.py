@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, TINY
+from tests import processes
+from tests.conftest import TINY
 from tests.distributed.conftest import free_port
-from tests.faults import process
-from tests.faults.process import NOBODY, Process
+from tests.processes import NOBODY, ROOT, Process
 from tests.train.test_resume import curve
 
 STEPS = 18
@@ -64,10 +64,10 @@ class Scene:
         return path
 
     def fork(self, *arguments: object, user: int | None = None, **environment: str) -> Process:
-        return self._kept(process.fork(self._log(), *arguments, user=user, **environment))
+        return self._kept(processes.fork(self._log(), *arguments, user=user, **environment))
 
     def fresh(self, *arguments: object, **environment: str) -> Process:
-        return self._kept(process.fresh(self._log(), *arguments, **environment))
+        return self._kept(processes.fresh(self._log(), *arguments, **environment))
 
     def _log(self) -> Path:
         return self.folder / "logs" / f"{len(self.started)}.txt"

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.process import Process, family, handles, has_mapped, ranks, until
 from tests.faults.scene import (
     STEPS,
     TWO_RANKS,
@@ -22,6 +21,7 @@ from tests.faults.scene import (
     steps_logged,
     steps_saved,
 )
+from tests.processes import Process, family, handles, has_mapped, ranks, until
 
 SLOW_EVALUATION = ("eval.windows=200",)
 IN_TIME = 30.0

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, TINY, command, environment
+from tests.conftest import TINY
 from tests.distributed.conftest import free_port
+from tests.processes import ROOT, command, environment
 from tests.train.test_processes import steps_logged
 from tests.train.test_resume import assert_same_run
 

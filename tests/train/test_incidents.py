@@ -19,7 +19,7 @@ from minigpt_cli.errors import Diverged
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train import setup
 from minigpt_cli.train.loop import fit
-from tests.conftest import ROOT, minigpt
+from tests.processes import ROOT, minigpt
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -1,5 +1,6 @@
 """The loop's own bookkeeping: time, intervals, the best, early stop."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.train import setup
 from minigpt_cli.train.loop import Clock, fit
+from minigpt_cli.train.schedule import lr_at
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -52,6 +54,30 @@ def test_logged_rates_follow_the_schedule(tmp_path: Path, make_recipe: MakeRecip
     fit(*setup.start_run(make_recipe("schedule.name=linear", "schedule.min_lr_ratio=0"), tmp_path))
     rates = [line["lr"] for line in metrics.read(tmp_path) if "lr" in line]
     assert rates == pytest.approx([1e-3, 2e-3, 3e-3, *(3e-3 * (9 - n) / 9 for n in range(1, 10))])
+
+
+def test_a_run_is_a_plain_loop_of_torchs_own_adamw(tmp_path: Path, make_recipe: MakeRecipe):
+    """From the first update on, whose size tells how many AdamW believes there were before."""
+    recipe = make_recipe("train.steps=6", "precision.dtype=fp64", "eval.every_steps=100")
+    run, state = setup.start_run(recipe, tmp_path)
+    model = copy.deepcopy(run.trainer.model)
+    batches = [[part.clone() for part in run.batches(step)] for step in range(6)]
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=recipe.optimizer.betas, fused=False, foreach=False,
+    )  # fmt: skip
+    for step, (inputs, targets) in enumerate(batches):
+        for group in adamw.param_groups:
+            group["lr"] = lr_at(recipe.schedule, recipe.optimizer.lr, 6, step + 1)
+        adamw.zero_grad()
+        (model(inputs, targets) / targets.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
+        adamw.step()
+    fit(run, state)
+    for ours, plain in zip(run.trainer.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
 
 
 def test_evaluations_and_the_best_checkpoint(tmp_path: Path, make_recipe: MakeRecipe):

@@ -5,7 +5,8 @@ import pytest
 from minigpt_cli import recipe as recipes
 from minigpt_cli.errors import UserError
 from minigpt_cli.train.prepare import prepare_data
-from tests.conftest import ROOT, TINY
+from tests.conftest import TINY
+from tests.processes import ROOT
 
 
 def prepared(folder: Path, *overrides: str) -> recipes.Recipe:

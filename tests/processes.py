@@ -1,4 +1,4 @@
-"""minigpt as processes to be killed: fresh ones, and cheap ones, forked where torch is imported.
+"""minigpt as real processes: fresh ones, and cheap ones, forked where torch is imported.
 
 A fork costs 0.1 s where a fresh process takes 3 s to import torch; it is a process of its own all
 the same, with its own threads, files and locks, and SIGKILL ends it as any other.
@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,8 +18,8 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.conftest import ROOT, command
-
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
 NOBODY = 65534
 MARK = "MINIGPT_FAULTS"
 """Environment variable, by which a process's whole family is found."""
@@ -35,12 +36,31 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_IMPORTED)
 
 
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "minigpt_cli", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """One thread, as forked processes have: so that runs of both kinds are the same to the bit."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+
+
+def minigpt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, in a forked process."""
+    with tempfile.TemporaryDirectory() as folder:
+        log, output = Path(folder) / "errors", Path(folder) / "output"
+        code = fork(log, *arguments, output=output, cwd=cwd or Path.cwd()).wait(300)
+        return subprocess.CompletedProcess(
+            command(*arguments), code, output.read_text(), log.read_text()
+        )
+
+
 @dataclass
 class Process:
     """A command that was started, and what it says."""
 
     process: "subprocess.Popen[bytes] | BaseProcess"
-    log: Path  # its standard error and output
+    log: Path  # its standard error, and its output if that went nowhere else
     mark: str
     pid: int = field(init=False)
 
@@ -103,27 +123,43 @@ class Process:
         return code
 
 
-def fresh(log: Path, *arguments: object, **environment: str) -> Process:
+def fresh(log: Path, *arguments: object, **variables: str) -> Process:
     """``python -m minigpt_cli ARGUMENTS``, from its first import on."""
     mark = uuid.uuid4().hex
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command(*arguments), cwd=log.parent, stdout=stream, stderr=stream,
-            env=os.environ | _environment(mark) | environment, start_new_session=True,
+            env=_environment(mark) | variables, start_new_session=True,
         )  # fmt: skip
     return Process(process, log, mark)
 
 
-def fork(log: Path, *arguments: object, user: int | None = None, **environment: str) -> Process:
+def fork(
+    log: Path,
+    *arguments: object,
+    output: Path | None = None,
+    cwd: Path | None = None,
+    user: int | None = None,
+    **variables: str,
+) -> Process:
     """The same as a process that has imported everything already.
 
     Args:
+        output: where its standard output goes, if not to the log.
+        cwd: its working directory; by default the log's.
         user: whom it runs as; this user can't if not root.
     """
     mark = uuid.uuid4().hex
     process = _forks.Process(
         target=_run,
-        args=(log, list(map(str, arguments)), _environment(mark) | environment, user),
+        args=(
+            log,
+            output or log,
+            cwd or log.parent,
+            list(map(str, arguments)),
+            _environment(mark) | variables,
+            user,
+        ),
     )
     before = dict(os.environ)
     os.environ.update(_environment(""))  # for the first call, which imports everything
@@ -136,15 +172,22 @@ def fork(log: Path, *arguments: object, user: int | None = None, **environment: 
 
 
 def _environment(mark: str) -> dict[str, str]:
-    return {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1", MARK: mark}
+    return environment() | {MARK: mark}
 
 
-def _run(log: Path, arguments: list[str], environment: dict[str, str], user: int | None) -> None:
+def _run(
+    log: Path,
+    output: Path,
+    cwd: Path,
+    arguments: list[str],
+    variables: dict[str, str],
+    user: int | None,
+) -> None:
     os.setsid()
-    os.environ.update(environment)
-    os.chdir(log.parent)
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-    for standard in (1, 2):
+    os.environ.update(variables)
+    os.chdir(cwd)
+    for standard, file in ((1, output), (2, log)):
+        stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(stream, standard)
     if user is not None and os.geteuid() == 0:
         os.setgroups([])
