@@ -19,7 +19,7 @@ train: setup
 	$(BIN)/minigpt sample $(RUN) --prompt '    def __init__(self' --top-p 0.95 --seed 1337 --max-new-tokens 160
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # Hundreds of kills, signals, full disks and lies; prints a table of those survived.
 faults: setup

@@ -85,7 +85,7 @@ def test_exit_codes_and_output_pass_through_and_torch_prints_nothing(start: Star
     for actions, expected in cases.items():
         output, errors = running[actions].communicate(timeout=60)
         assert (running[actions].returncode, errors) == expected, actions
-        threads = os.environ.get("OMP_NUM_THREADS")  # left as it is
+        threads = environment()["OMP_NUM_THREADS"]  # left as it is
         lines = [f"rank {rank} of 2, {threads} threads, signals held: True" for rank in (0, 1)]
         assert actions[1] == "die" or sorted(output.splitlines()) == lines
 

@@ -24,12 +24,12 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...], tuple[str, ...], float]] =
         ("ddp", "zero2"), ("fsdp", "hsdp"), 1e-12,
     ),
     "fp32": (["precision.dtype=fp32", "model.family=qwen3"], ("fsdp",), ("ddp", "hsdp"), 1e-5),
-    "bf16": (["precision.dtype=bf16", "model.family=qwen3"], ("ddp",), ("fsdp",), 1e-3),
-    "fp16": (["precision.dtype=fp16", "eval.prompts=['You ']"], ("ddp",), ("fsdp",), 5e-3),
+    "bf16": (["precision.dtype=bf16", "model.family=qwen3"], (), ("fsdp",), 1e-3),
+    "fp16": (["precision.dtype=fp16", "eval.prompts=['You ']"], ("ddp",), (), 5e-3),
     "muon": (
         ["precision.dtype=fp32", "optimizer.name=muon", "model.hidden_size=36",
          "model.num_attention_heads=2"],
-        ("zero2",), ("fsdp",), 1e-3,
+        (), ("fsdp",), 1e-3,
     ),
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ def where() -> Iterator[Scene]:
         yield made
 
 
-@pytest.mark.parametrize("trial", short(0), ids=lambda trial: f"{trial.kind}: {trial.name}")
+@pytest.mark.parametrize("trial", list(short(0)), ids=lambda trial: f"{trial.kind}: {trial.name}")
 def test_it_survives(trial: Trial, where: Scene):
     try:
         trial.do(where)
