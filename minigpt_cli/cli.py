@@ -124,18 +124,10 @@ def pretrain(
 
 
 def _pretrain(loaded: Any, recipe_file: Path, out: Path | None, as_json: bool) -> None:
-    from minigpt_cli.distributed import world as worlds
     from minigpt_cli.train import setup
-    from minigpt_cli.train.prepare import prepare_data
 
     directory = out or Path("runs") / loaded.name
-
-    def prepare() -> None:
-        setup.check_start(loaded, directory)
-        setup.check_recipe_is_elsewhere(recipe_file, directory)
-        prepare_data(loaded)
-
-    worlds.start(loaded.distributed.timeout_minutes).from_first(prepare)
+    setup.check_recipe_is_elsewhere(recipe_file, directory)
     _fit(*setup.start_run(loaded, directory), as_json)
 
 
@@ -174,7 +166,7 @@ def resume(
     if or_start is not None:
         loaded = recipes.load(or_start, overrides)
         world = worlds.start(loaded.distributed.timeout_minutes)
-        if not world.from_first(lambda: store.holds_a_checkpoint(run)):
+        if not world.from_first(lambda: store.is_checkpoint(run) or store.holds_a_checkpoint(run)):
             _pretrain(loaded, or_start, run, as_json)
             return 0
     _fit(*setup.resume_run(run, overrides or [], allow_change or []), as_json)
@@ -233,12 +225,9 @@ def _join() -> None:
 
 def _fit(run: Any, state: Any, as_json: bool) -> None:
     from minigpt_cli.train.loop import fit
-    from minigpt_cli.train.status import recorded
 
-    first = run.world.rank == 0
-    with recorded(run.directory, state) if first else contextlib.nullcontext():
-        fit(run, state)
-    if as_json and first:
+    fit(run, state)
+    if as_json and run.world.rank == 0:
         _print_json(
             {
                 "run": str(run.directory),

@@ -83,4 +83,8 @@ class Stopped(UserError):
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
+        self.signum = signum
         self.exit_code = 130 if signum == signal.SIGINT else 75
+
+    def __reduce__(self) -> tuple[type["Stopped"], tuple[str, int]]:
+        return Stopped, (str(self), self.signum)  # torch's engine sends errors from rank to rank

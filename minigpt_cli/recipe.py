@@ -116,7 +116,7 @@ class Distributed:
 @dataclass(frozen=True)
 class Checkpoint:
     every_steps: int | None = None
-    every_minutes: float | None = 15.0
+    every_minutes: float = 15.0  # 0: never
     keep_last: int = 2
     keep_best: bool = True  # the one with the lowest validation loss
     keep_every: int | None = None  # keep for good each checkpoint at a multiple of this step
@@ -474,7 +474,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
         "[distributed] shard_size": r.distributed.shard_size,
         "[distributed] timeout_minutes": r.distributed.timeout_minutes,
         "[checkpoint] every_steps": r.checkpoint.every_steps,
-        "[checkpoint] every_minutes": r.checkpoint.every_minutes,
         "[checkpoint] keep_last": r.checkpoint.keep_last,
         "[checkpoint] keep_every": r.checkpoint.keep_every,
         "[eval] every_steps": r.eval.every_steps,
@@ -489,7 +488,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         need(value is None or value > 0, f"{name} must be positive, not {value}")
         need(value is None or value < math.inf, f"{name} must be finite, not {value}")
     window = r.guard.spike_window
-    need(window >= 8, f"[guard] spike_window must be at least 8 steps, not {window}")
+    need(
+        8 <= window <= 100_000,
+        f"[guard] spike_window must be at least 8 steps, not {window}, and at most 100,000",
+    )
+    minutes = r.distributed.timeout_minutes
+    need(minutes <= 10_000, f"[distributed] timeout_minutes must be at most 10,000, not {minutes}")
     need(r.train.seed >= 0, f"[train] seed must not be negative, not {r.train.seed}")
     need(
         (r.train.steps is None) != (r.train.tokens is None),
@@ -512,8 +516,12 @@ def _contradictions(recipe: Recipe) -> list[str]:
         "[schedule] decay_ratio": r.schedule.decay_ratio,
     }.items():
         need(0 <= ratio <= 1, f"{name} must lie in [0, 1], not {ratio}")
-    need(r.optimizer.weight_decay >= 0, "[optimizer] weight_decay must not be negative")
-    need(r.optimizer.clip_norm >= 0, "[optimizer] clip_norm must not be negative (0: no clipping)")
+    for name, value in {
+        "[optimizer] weight_decay": r.optimizer.weight_decay,
+        "[optimizer] clip_norm": r.optimizer.clip_norm,  # 0: no clipping
+        "[checkpoint] every_minutes": r.checkpoint.every_minutes,  # 0: never
+    }.items():
+        need(0 <= value < math.inf, f"{name} must be finite and not negative, not {value}")
     for name, beta in {
         "betas[0]": r.optimizer.betas[0],
         "betas[1]": r.optimizer.betas[1],
@@ -522,9 +530,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         need(0 <= beta < 1, f"[optimizer] {name} must lie in [0, 1), not {beta}")
     need(r.schedule.warmup_steps >= 0, "[schedule] warmup_steps must not be negative")
     need(
-        r.schedule.name != "step" or bool(r.schedule.milestones),
-        "[schedule] name = step needs milestones",
+        (r.schedule.name == "step") == bool(r.schedule.milestones),
+        "[schedule] name = step needs milestones, and other schedules have none",
     )
+    need(min(r.schedule.milestones, default=0) >= 0, "[schedule] milestones must not be negative")
     if not found:
         need(
             r.schedule.warmup_steps <= r.total_steps,

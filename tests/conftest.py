@@ -1,5 +1,7 @@
 """What the tests share: a small real dataset, recipes for it, and minigpt as a real process."""
 
+import contextlib
+import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +13,13 @@ from minigpt_cli import recipe as recipes
 from minigpt_cli.data.sources import Source
 from minigpt_cli.data.tokenize import tokenize
 from tests.processes import ROOT, command, environment
+
+with contextlib.suppress(ImportError):  # the GPU's machine has none, and needs none
+    import hypothesis
+
+    # A busy machine may take long over an example; no test here is about time.
+    hypothesis.settings.register_profile("no deadline", deadline=None)
+    hypothesis.settings.load_profile("no deadline")
 
 TINY = """
 [data]
@@ -68,6 +77,18 @@ def license_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenize(Source("files", (str(ROOT / "LICENSE"),)), out, train_vocab=320, val_fraction=0.2,
              workers=1)  # fmt: skip
     return out
+
+
+@pytest.fixture(scope="session")
+def regular(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text of 19 words in random order: a model knows it in 20 steps, and noise stands out."""
+    folder = tmp_path_factory.mktemp("regular")
+    words = "the a one cat dog bird tree sees hears likes follows big small red and or then now not"
+    choice = random.Random(0).choice
+    (folder / "text.txt").write_text(" ".join(choice(words.split()) for _ in range(60_000)))
+    tokenize(Source("files", (str(folder / "text.txt"),)), folder / "data", train_vocab=300,
+             val_fraction=0.1, workers=1)  # fmt: skip
+    return folder / "data"
 
 
 @pytest.fixture

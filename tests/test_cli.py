@@ -149,12 +149,28 @@ def test_a_damaged_dataset_and_another_tokenizer_are_refused(
     refused(2, "was made with another tokenizer", "eval", run, "--data", other)
 
 
+def test_no_run_is_started_in_a_checkpoint(run: Path, recipe_file: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints/step-00000012"
+    for place in (newest, copy / "checkpoints", copy / "checkpoints/step-00000099"):
+        refused(2, "belongs to a run's checkpoints", "pretrain", recipe_file, "--out", place)
+    refused(2, "belongs to a run's checkpoints", "resume", copy / "checkpoints", "--or-start",
+            recipe_file)  # fmt: skip
+    done = minigpt("resume", newest, "--or-start", recipe_file)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+    assert minigpt("verify", copy).returncode == 0
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(run: Path, tmp_path: Path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for path in (copy / "checkpoints").iterdir():
         (path / "state.json").unlink()
     refused(4, "no valid checkpoint", "resume", copy)
+    status = json.loads((copy / "status.json").read_text())  # for scripts under torchrun
+    assert (status["status"], status["exit_code"]) == ("failed", 4)
     refused(4, "state.json: missing", "resume", copy / "checkpoints/step-00000012")
     refused(4, "no valid checkpoint", "sample", copy, "--prompt", "x")
 

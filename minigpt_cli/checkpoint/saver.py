@@ -39,10 +39,6 @@ class Saver:
         on_gpu = world.device.type == "cuda"
         self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
 
-    @property
-    def is_busy(self) -> bool:
-        return self._running is not None
-
     def start(
         self,
         step: int,

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,8 +30,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
-from minigpt_cli.errors import Damaged, UserError
+from minigpt_cli.errors import Damaged, Stopped, UserError
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."  # prefixes of the tensors' names
@@ -81,7 +83,7 @@ def save_tensors(
 ) -> None:
     """Write this rank's safetensors files; every rank of ``group`` calls it."""
     dcp.save(
-        tensors,
+        _share(tensors, group),
         storage_writer=_writer(directory, tensors),
         process_group=group,
         no_dist=group is None,
@@ -100,7 +102,7 @@ def start_saving_tensors(
         stager: holds the copy; one for all saves, since its memory is used again.
     """
     saving = dcp.async_save(
-        tensors,
+        _share(tensors, group),
         storage_writer=_writer(directory, tensors),
         process_group=group,
         no_dist=group is None,
@@ -110,8 +112,28 @@ def start_saving_tensors(
     return saving
 
 
+def _share(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """What this rank saves: its shards and, of what every rank holds whole, an equal part.
+
+    The engine would divide the writing itself, but have each rank copy everything to memory first.
+    """
+    if group is None:
+        return tensors
+    whole = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    size, begun, others = bytes_of(whole), 0, set()
+    for name, tensor in sorted(whole.items()):  # ranks may hold them in different orders
+        if begun * group.size() // size != group.rank():
+            others.add(name)
+        begun += tensor.numel() * tensor.element_size()
+    return {name: tensor for name, tensor in tensors.items() if name not in others}
+
+
 def _writer(directory: Path, tensors: dict[str, Tensor]) -> HuggingFaceStorageWriter:
-    """The weights go into the first file of a rank, the optimizer's state into the second."""
+    """The weights go into the first file of a rank, the optimizer's state into the second.
+
+    Args:
+        tensors: those of all ranks.
+    """
     files = {name: 1 if name.startswith(WEIGHTS) else 2 for name in tensors}
     # With more than one thread the engine calls a torn file a success.
     return HuggingFaceStorageWriter(str(directory), files, thread_count=1, save_distributed=True)
@@ -145,7 +167,28 @@ def read_tensors(
                 "it belongs to another model, optimizer or precision"
             )
     reader = HuggingFaceStorageReader(str(directory))
-    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    try:
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        raise cause_of(error) from error
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What an error of the engine is about: a signal's exception, the disk's, or the first one."""
+    found: list[BaseException] = []
+    left = [error]
+    while left:
+        each = left.pop()
+        if isinstance(each, CheckpointException):
+            left += [failure for failure, _ in each.failures.values()]
+        else:
+            found.append(each)
+            left += [linked for linked in (each.__cause__, each.__context__) if linked is not None]
+    for kind in (Stopped, OSError, BaseException):
+        for each in found:
+            if isinstance(each, kind):
+                return each
+    return error
 
 
 def describe(tensor: Tensor) -> dict[str, Any]:
@@ -284,6 +327,32 @@ def read_state(directory: Path) -> RunState:
         raise Damaged(f"{file}: can't be read: {error}") from None
     for name, hint in get_type_hints(RunState).items():
         kinds = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
-        if type(getattr(state, name)) not in kinds:
-            raise Damaged(f"{file}: {name} can't be {getattr(state, name)!r}")
+        value = getattr(state, name)
+        if type(value) not in kinds or (isinstance(value, int | float) and not value >= 0):
+            raise Damaged(f"{file}: {name} can't be {value!r}")
+    if not _is_of_a_guard(state.guard, state.step):
+        raise Damaged(f"{file}: guard can't be {state.guard!r}")
+    if state.scaler and not _is_of_a_scaler(state.scaler):
+        raise Damaged(f"{file}: scaler can't be {state.scaler!r}")
     return state
+
+
+def _is_of_a_guard(kept: dict[str, Any], step: int) -> bool:
+    """Whether train/guard.py can have left this at ``step``."""
+    skips, losses, norms = (kept.get(name, []) for name in ("skips", "losses", "grad_norms"))
+    return (
+        kept.keys() <= {"skips", "losses", "grad_norms", "spikes_in_a_row"}
+        and all(isinstance(each, list) for each in (skips, losses, norms))
+        and all(type(skip) is int and 0 < skip <= step for skip in skips)
+        and len(losses) == len(norms)
+        and all(isinstance(n, int | float) and math.isfinite(n) for n in (*losses, *norms))
+        and type(count := kept.get("spikes_in_a_row", 0)) is int
+        and count >= 0
+    )
+
+
+def _is_of_a_scaler(kept: dict[str, Any]) -> bool:
+    """Whether torch.amp.GradScaler can have given this."""
+    return kept.keys() == torch.amp.GradScaler("cpu").state_dict().keys() and all(
+        isinstance(value, int | float) and 0 <= value < math.inf for value in kept.values()
+    )

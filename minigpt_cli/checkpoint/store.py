@@ -20,7 +20,7 @@ from minigpt_cli.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from minigpt_cli.checkpoint.state import misfits, nonsense
+from minigpt_cli.checkpoint.state import cause_of, misfits, nonsense
 from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import Damaged, UserError
 
@@ -37,6 +37,11 @@ def list_steps(run: Path) -> list[tuple[int, Path]]:
         return []
     found = [(int(match[1]), path) for path in entries if (match := NAME.match(path.name))]
     return sorted(found)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is one, damaged or not, rather than a run directory."""
+    return bool(NAME.match(path.name)) or (path / MANIFEST).exists()
 
 
 def holds_a_checkpoint(run: Path) -> bool:
@@ -112,8 +117,8 @@ def abandon(run: Path, step: int) -> None:
 
 def why(error: BaseException) -> str:
     """Why a save failed, in a few words."""
-    cause = _os_error(error)
-    return _reason(cause) if cause else f"{type(error).__name__}: {error}"
+    cause = cause_of(error)
+    return _reason(cause) if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"
 
 
 def free_bytes(run: Path) -> int:
@@ -239,7 +244,7 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     path = Path(os.path.abspath(path))
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
-    if NAME.match(path.name) or (path / MANIFEST).exists():
+    if is_checkpoint(path):
         return path.parent.parent, path
     if path.name == "checkpoints":
         return path.parent, None
@@ -297,20 +302,6 @@ def _flush(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """The OSError behind an error of the engine, which wraps what its writer raised."""
-    seen: list[BaseException] = [error]
-    while seen:
-        each = seen.pop()
-        if isinstance(each, OSError):
-            return each
-        failures = getattr(each, "failures", None)  # CheckpointException: rank -> (error, trace)
-        if isinstance(failures, dict):
-            seen += [failure[0] for failure in failures.values()]
-        seen += [linked for linked in (each.__cause__, each.__context__) if linked is not None]
-    return None
 
 
 def _reason(error: OSError) -> str:

@@ -13,7 +13,8 @@ def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
         torch.cuda.set_device(device)
         return device
     if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0)
+        torch.set_num_threads(cores or max(1, len(os.sched_getaffinity(0)) // local_size))
     _keep_freed_memory()
     return torch.device("cpu")
 

@@ -34,10 +34,6 @@ class Layout:
     world: World
     mesh: DeviceMesh | None = None  # of the sharded strategies
 
-    @property
-    def is_sharded(self) -> bool:
-        return self.mesh is not None
-
     def global_norm(self, grads: list[Tensor]) -> Tensor:
         """The Euclidean norm of the whole gradient, the same on every rank.
 
@@ -67,7 +63,7 @@ def choose_layout(world: World, strategy: str, shard_size: int | None, parameter
         return Layout("single", world)
     if strategy == "auto":
         fits = BYTES_PER_PARAMETER * parameters <= 0.4 * memory(world.device, world.local_size)
-        strategy = "ddp" if fits else "fsdp"
+        strategy = "fsdp" if any(world.largest(not fits)) else "ddp"  # also for the smallest
     if strategy == "ddp":
         return Layout("ddp", world)
     kind = world.device.type

@@ -28,6 +28,7 @@ from minigpt_cli.errors import (
     Outcome,
     RankLost,
     Stopped,
+    UserError,
     describe,
     exit_code_of,
     tell,
@@ -179,14 +180,22 @@ def start(timeout_minutes: float = 10.0) -> World:
         timeout = timedelta(minutes=timeout_minutes)
         store.set_timeout(max(timeout, timedelta(minutes=10)))
         rendezvous.choose_interface(place, store)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.PrefixStore("groups", store),
-            rank=place.rank,
-            world_size=place.size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore("groups", store),
+                rank=place.rank,
+                world_size=place.size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except dist.DistBackendError as error:
+            if "Duplicate GPU" not in str(error):
+                raise
+            raise UserError(
+                f"several processes on this machine were given one GPU; it has "
+                f"{torch.cuda.device_count()} for as many processes (--nproc)"
+            ) from None
         world = World(
             rank=place.rank,
             size=place.size,

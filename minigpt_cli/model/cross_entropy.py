@@ -50,19 +50,18 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
                 del grad
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
-            ctx.weight_dtype = weight.dtype
+            ctx.weight_dtype, ctx.chunk_tokens = weight.dtype, chunk_tokens
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            (grad_weight * scale).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        scaled = torch.empty_like(grad_hidden)
+        for start in range(0, len(scaled), ctx.chunk_tokens):
+            part = slice(start, start + ctx.chunk_tokens)
+            scaled[part] = grad_hidden[part].to(scale.dtype) * scale  # rounded once, at the end
+        return scaled, (grad_weight * scale).to(ctx.weight_dtype), None, None
 
 
 def projected_cross_entropy(
@@ -83,5 +82,7 @@ def projected_cross_entropy(
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
         chunk_tokens = max(128, budget // (4 * len(weight)) // 128 * 128)
     weight = weight.to(hidden.dtype)  # outside the Function: autograd casts the gradient back
+    if not torch.is_grad_enabled():  # which a Function isn't told
+        weight = weight.detach()
     loss: Tensor = _ProjectedCrossEntropy.apply(hidden, weight, targets, chunk_tokens)
     return loss

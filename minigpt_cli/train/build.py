@@ -30,9 +30,16 @@ def build(
     recipe: Recipe, directory: Path, world: World, resources: ExitStack
 ) -> tuple[Run, RunState]:
     """Everything but the weights; what must be closed at the end goes to ``resources``."""
-    dataset = open_dataset(recipe.data_path, verify=recipe.data.verify and world.rank == 0)
+    if recipe.data.verify:  # it may read for minutes, and the others wait for no collective
+        world.from_first(lambda: bool(open_dataset(recipe.data_path, verify=True).splits))
+    dataset = open_dataset(recipe.data_path)
     device = world.device
     dtype = precision.computing_dtype(recipe.precision, device)
+    if len(dtypes := set(world.gather(str(dtype).removeprefix("torch.")))) > 1:
+        raise UserError(
+            f"[precision] dtype {recipe.precision.dtype} means {' and '.join(sorted(dtypes))} on "
+            "these ranks' devices: set it to what all of them can"
+        )
     config = config_from_recipe(recipe, dataset.manifest.vocab_size)
     micro_batch_size = _micro_batch_size(recipe, world)
     if recipe.train.deterministic:
@@ -169,13 +176,22 @@ def warm_up(trainer: Trainer, sequence_length: int) -> None:
         parallel.clear_gradients(model, trainer.layout)
 
     if compiled:
+        world, reason = trainer.layout.world, ""
         try:
-            step()
+            if world.size == 1:
+                step()
+            else:  # a step's collectives would wait for a rank that has no compiler
+                torch.compile(torch.sin)(zeros[0].float())
+        except UserError:  # a signal
+            raise
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            warn(f"torch.compile failed, training goes on without it: {reason}")
+        if reasons := [each for each in world.gather(reason) if each]:
+            warn(f"torch.compile failed, training goes on without it: {reasons[0]}")
             for layer in model.layers:
                 del layer.forward
+        elif world.size > 1:
+            step()
     if trainer.layout.strategy == "ddp":
         step()
         step()

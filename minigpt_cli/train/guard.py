@@ -242,7 +242,8 @@ def are_finite(tensors: list[Tensor]) -> bool:
     Args:
         tensors: this rank's part of each.
     """
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf, foreach=True)))
+    held = [tensor for tensor in tensors if tensor.numel()]  # of a small one a rank may have none
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(held, math.inf, foreach=True)))
 
 
 def skip_rate(guard: Guard, step: int) -> float:

@@ -9,6 +9,7 @@ from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.data.manifest import write_atomically
 from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.guard import BadStep, Seen
 from minigpt_cli.train.schedule import lr_at
 
@@ -92,6 +93,7 @@ def _describe(run: "Run", state: RunState, bad: BadStep) -> dict[str, Any]:
         "loss_limit": bad.loss_limit if limited else None,  # above them it is a spike
         "grad_norm_limit": bad.grad_norm_limit if limited else None,
         "lr": lr_at(recipe.schedule, recipe.optimizer.lr, recipe.total_steps, bad.step),
+        **({"muon_lr": _muon_lr(recipe, bad.step)} if recipe.optimizer.name == "muon" else {}),
         "loss_scale": _number(bad.loss_scale) if scaled else None,
         "data_position": position,
         "window_tokens": recipe.train.sequence_length + 1,
@@ -104,6 +106,11 @@ def _describe(run: "Run", state: RunState, bad: BadStep) -> dict[str, Any]:
             sequence_length=recipe.train.sequence_length,
         ),
     }
+
+
+def _muon_lr(recipe: Recipe, step: int) -> float:
+    peak = recipe.optimizer.muon_lr or recipe.optimizer.lr
+    return lr_at(recipe.schedule, peak, recipe.total_steps, step)
 
 
 def _number(value: float) -> float | str:

@@ -111,7 +111,7 @@ def fit(run: Run, state: RunState) -> None:
         if state.step and _evaluation_is_due(run, state):  # a stop had cut it short
             _evaluate(run, state, display, stop)
             if state.evaluated_step == state.step:
-                _save(run, state, display)
+                saved_step = _save(run, state, display) or saved_step
         (signum,) = run.world.largest(stop.signum or 0)  # whichever rank it came to
         while not is_finished(recipe, state) and not signum:
             clock.start()
@@ -135,14 +135,14 @@ def fit(run: Run, state: RunState) -> None:
                 is_best = _evaluate(run, state, display, stop)
 
             minutes = recipe.checkpoint.every_minutes
-            timed = minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+            timed = bool(minutes) and time.monotonic() - saved_at >= 60 * minutes
             signum, timed_out = run.world.largest(stop.signum or 0, timed)
             every = recipe.checkpoint.every_steps
             best = is_best and recipe.checkpoint.keep_best
             if timed_out or best or (every is not None and state.step % every == 0):
                 if _settle(run, state, display, clock):
                     continue
-                _save(run, state, display)
+                saved_step = _save(run, state, display) or saved_step
                 saved_at = time.monotonic()
             saved_step = _tell(run.saver.poll(), display) or saved_step
 
@@ -283,8 +283,11 @@ def _flush_metrics(run: Run, display: TrainingDisplay) -> None:
         display.say(f"warning: metrics.jsonl could not be written: {error.strerror}")
 
 
-def _save(run: Run, state: RunState, display: TrainingDisplay) -> None:
-    """Begin to save a checkpoint; training can go on when this returns."""
+def _save(run: Run, state: RunState, display: TrainingDisplay) -> int | None:
+    """Begin to save a checkpoint; training can go on when this returns.
+
+    Returns its step where saves are not asynchronous and it is there already.
+    """
     trainer = run.trainer
     _tell(run.saver.poll(), display)
     began = time.monotonic()
@@ -315,8 +318,7 @@ def _save(run: Run, state: RunState, display: TrainingDisplay) -> None:
         },
         state.val_loss if state.evaluated_step == state.step else None,
     )
-    if not run.recipe.checkpoint.asynchronous:
-        _tell(run.saver.wait(), display)
+    return None if run.recipe.checkpoint.asynchronous else _tell(run.saver.wait(), display)
 
 
 def _tell(saved: Saved | None, display: TrainingDisplay, must_be_there: bool = False) -> int | None:

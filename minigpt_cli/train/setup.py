@@ -35,31 +35,37 @@ from minigpt_cli.train.changes import (
     warn_of_another_machine,
 )
 from minigpt_cli.train.loop import Run
+from minigpt_cli.train.prepare import prepare_data
+from minigpt_cli.train.status import Record, recorded
 
 RECIPE = "recipe.toml"
 
 
 def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
-    """A new run in ``directory``, from random weights; on every rank.
+    """A new run in ``directory``, from random weights; on every rank. Its data is made first, where
+    it isn't there.
 
     Raises:
         UserError: the directory already holds a run's checkpoints, or the recipe can't be followed.
     """
     world = worlds.start(recipe.distributed.timeout_minutes)
     with ExitStack() as resources:
-        _claim(directory, world, resources, new=recipe)
+        record = _claim(directory, world, resources, new=recipe)
         run, state = build(recipe, directory, world, resources)
+        record.state = state
         initialize(run.trainer.model, recipe.train.seed, parallel.assign)
         return _ready(run, state, resources), state
 
 
-def check_start(recipe: Recipe, directory: Path) -> None:
+def _check_start(recipe: Recipe, directory: Path) -> None:
     """What can be refused before the data is prepared, which may take hours.
 
     Raises:
         UserError: the model's sizes don't fit together, or ``directory`` holds a run already.
     """
     config_from_recipe(recipe, vocab_size=1)
+    if store.is_checkpoint(directory) or directory.name == "checkpoints":
+        raise UserError(f"{directory} belongs to a run's checkpoints: choose another --out")
     if store.holds_a_checkpoint(directory):
         at = "".join(f" at step {step}" for step, _ in store.list_steps(directory)[-1:])
         raise UserError(
@@ -96,7 +102,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         raise UserError(f"{named}: to go on from it, put it under RUN/checkpoints/")
     world = worlds.start(_timeout_minutes(directory, overrides))
     with ExitStack() as resources:
-        _claim(directory, world, resources)
+        record = _claim(directory, world, resources)
         _, checkpoint, manifest, passed_over = store.choose(path, world)
         for problem in passed_over:
             warn(problem)
@@ -105,7 +111,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         old = recipes.load(source / RECIPE, name=directory.name)
         recipe = recipes.load(source / RECIPE, overrides, name=directory.name)
         check_changes(old, recipe, allow_changes)
-        state = checkpoint_state.read_state(checkpoint)
+        record.state = state = checkpoint_state.read_state(checkpoint)
         run, fresh = build(recipe, directory, world, resources)
         check_dataset(recipe, state, fresh, allow_changes)
         checkpoint_state.load_tensors(
@@ -134,22 +140,34 @@ def _timeout_minutes(directory: Path, overrides: list[str]) -> float:
         return Distributed.timeout_minutes
 
 
-def _claim(directory: Path, world: World, resources: ExitStack, new: Recipe | None = None) -> None:
-    """Rank 0 locks the run directory for as long as the resources are open, and cleans it up; the
-    others wait.
+def _claim(
+    directory: Path, world: World, resources: ExitStack, new: Recipe | None = None
+) -> Record:
+    """Rank 0 locks the run directory for as long as the resources are open, cleans it up, and makes
+    a new run's data; the others wait.
+
+    Returns the record that rank 0 keeps in status.json from here on.
 
     Raises:
         UserError: another process trains in it, or it can't be written to.
     """
+    record = Record(directory)
 
     def claim() -> bool:
+        nonlocal record
+        if new is not None:
+            _check_start(new, directory)
         resources.enter_context(_claimed(directory))
         if new is not None:
-            check_start(new, directory)
+            _check_start(new, directory)  # again: another process may just have left
+        record = resources.enter_context(recorded(directory))
         store.sweep(directory)
+        if new is not None:
+            prepare_data(new)
         return True
 
     world.from_first(claim)
+    return record
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt_cli.checkpoint.state import RunState
@@ -14,31 +15,38 @@ from minigpt_cli.errors import Outcome
 _STATUS = {3: "diverged", 75: "stopped", 130: "stopped"}  # by exit code
 
 
+@dataclass
+class Record:
+    """What status.json is written from."""
+
+    directory: Path
+    state: RunState | None = None  # once it is known
+
+
 @contextmanager
-def recorded(directory: Path, state: RunState) -> Iterator[None]:
-    """Keep status.json true while a run is trained in the ``with`` block."""
+def recorded(directory: Path) -> Iterator[Record]:
+    """Keep status.json true while a run is made ready and trained in the ``with`` block."""
+    record = Record(directory)
 
     def ended(outcome: Outcome) -> None:
-        status = _STATUS.get(outcome.code, "failed")
-        _write(directory, state, status, outcome.code, outcome.message)
+        _write(record, _STATUS.get(outcome.code, "failed"), outcome.code, outcome.message)
 
-    _write(directory, state, "running", None, "")
+    _write(record, "running", None, "")
     try:
         with worlds.recorded_by(ended):
-            yield
+            yield record
     except BaseException as error:
         ended(worlds.end_with(error))
         raise
-    _write(directory, state, "finished", 0, "")
+    _write(record, "finished", 0, "")
 
 
-def _write(
-    directory: Path, state: RunState, status: str, exit_code: int | None, message: str
-) -> None:
+def _write(record: Record, status: str, exit_code: int | None, message: str) -> None:
+    directory = record.directory
     content = {
         "status": status,
         "exit_code": exit_code,
-        "step": state.step,
+        "step": record.state.step if record.state is not None else None,
         "message": message,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "pid": os.getpid(),

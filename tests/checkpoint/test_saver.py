@@ -1,17 +1,20 @@
 """Saving while training goes on: a snapshot, all or nothing, and a full disk is survived."""
 
+import errno
 import os
+import pickle
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from minigpt_cli.checkpoint import state, store
 from minigpt_cli.checkpoint.saver import Saver, check_room
 from minigpt_cli.distributed.world import World
-from minigpt_cli.errors import UserError
+from minigpt_cli.errors import Stopped, UserError
 from minigpt_cli.recipe import Checkpoint
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -60,7 +63,6 @@ def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, asynchron
     for step in (1, 2, 3):
         before = {name: tensor.clone() for name, tensor in changing.items()}
         saver.start(step, changing, small(step), None)
-        assert saver.is_busy
         for tensor in changing.values():
             tensor.add_(step)
         saved = saver.wait()
@@ -69,10 +71,30 @@ def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, asynchron
         found = read(saved.path)
         assert all(torch.equal(found[name], before[name]) for name in before)
         assert saver.wait() is None
-        assert not saver.is_busy
     assert [step for step, _ in store.list_steps(tmp_path)] == [1, 2, 3]
     assert (saved.path / "tokenizer.json").read_bytes() == b"{}"
     saver.close()
+
+
+def test_an_error_of_the_engine_is_what_it_is_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The engine wraps what happens while it reads: a signal's exception, or the disk's."""
+    saver = Saver(tmp_path, WORLD, Checkpoint(asynchronous=False))
+    saver.start(1, tensors(), small(1), None)
+    saved = saver.wait()
+    assert saved is not None
+    for happens in (Stopped("stopped by SIGTERM", 15), OSError(errno.EIO, "Input/output error")):
+
+        def fail(*_: object, happens: Exception = happens) -> None:
+            raise happens
+
+        monkeypatch.setattr(HuggingFaceStorageReader, "read_data", fail)
+        with pytest.raises(type(happens)) as caught:
+            read(saved.path)
+        assert caught.value is happens
+    again = pickle.loads(pickle.dumps(Stopped("stopped by SIGINT", 2)))  # as between ranks
+    assert (str(again), again.exit_code) == ("stopped by SIGINT", 130)
 
 
 @both

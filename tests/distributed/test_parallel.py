@@ -16,7 +16,8 @@ COMMON = ["train.steps=50", "schedule.warmup_steps=5", "train.micro_batch_size=2
 STRATEGIES = ("ddp", "zero2", "fsdp", "hsdp")
 # Setting -> overrides, strategies tried on 2 and on 4 ranks, how closely the losses agree. What is
 # not tried here, `python -m benchmarks.agreement` does: all strategies with all settings.
-# hidden_size 36 leaves 4 ranks with shards of different sizes, and some with none of a norm.
+# hidden_size 38 and head_dim 6 leave 4 ranks with shards of different sizes, and one with none of
+# the norms of queries and keys.
 SETTINGS: dict[str, tuple[list[str], tuple[str, ...], tuple[str, ...], float]] = {
     "fp64": (
         ["precision.dtype=fp64", "model.family=gpt2", "model.num_key_value_heads=4",
@@ -27,8 +28,8 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...], tuple[str, ...], float]] =
     "bf16": (["precision.dtype=bf16", "model.family=qwen3"], (), ("fsdp",), 1e-3),
     "fp16": (["precision.dtype=fp16", "eval.prompts=['You ']"], ("ddp",), (), 5e-3),
     "muon": (
-        ["precision.dtype=fp32", "optimizer.name=muon", "model.hidden_size=36",
-         "model.num_attention_heads=2"],
+        ["precision.dtype=fp32", "optimizer.name=muon", "model.family=qwen3",
+         "model.hidden_size=38", "model.head_dim=6"],
         (), ("fsdp",), 1e-3,
     ),
 }  # fmt: skip
@@ -117,6 +118,10 @@ def test_sharded_state_shrinks_with_the_ranks(runs: Path):
     for name, shards in (("zero2-2", 2), ("fsdp-4", 4)):
         for rank in ranks_of(runs / f"fp64-{name}"):
             assert rank["moment_bytes"] == pytest.approx(16 * rank["parameters"] / shards, rel=0.01)
+
+
+def test_a_rank_may_hold_nothing_of_a_tensor(runs: Path):
+    assert [rank["empty"] for rank in ranks_of(runs / "muon-fsdp-4")] == [0, 0, 0, 4]
 
 
 def test_ranks_agree_on_what_overflows(runs: Path):

@@ -17,6 +17,7 @@ from minigpt_cli import recipe as recipes
 from minigpt_cli.cli import _join, _leave
 from minigpt_cli.data.batches import Batches
 from minigpt_cli.distributed import parallel
+from minigpt_cli.errors import Diverged
 from minigpt_cli.train import setup
 from minigpt_cli.train.loop import Run, fit
 
@@ -26,6 +27,7 @@ class Recorder:
 
     def __init__(self, batches: Batches):
         self.batches = batches
+        self.split = batches.split
         self.rows: dict[int, list[str]] = {}
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,6 +42,15 @@ def weights_digest(run: Run) -> str:
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         digest.update(whole.detach().numpy().tobytes())
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def ruin(run: Run, token: int) -> None:
+    """Near float32's limit, so that LayerNorm's mean overflows wherever this token is read."""
+    weight = run.trainer.model.embed_tokens.weight
+    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+    whole[token] = 3e38
+    parallel.assign(weight, whole)
 
 
 def moments(run: Run) -> list[torch.Tensor]:
@@ -65,9 +76,17 @@ def train(job: dict[str, Any]) -> None:
         run, state = setup.start_run(recipe, out)
     facts: dict[str, Any] = {"initial": weights_digest(run)}
     recorder = Recorder(run.batches)
-    fit(replace(run, batches=recorder), state)
+    if "ruined_token" in job:
+        ruin(run, job["ruined_token"])
+    try:
+        fit(replace(run, batches=recorder), state)
+    except Diverged as error:
+        facts["diverged"] = str(error)
     facts["rows"] = recorder.rows
     facts["parameters"] = sum(p.numel() for p in run.trainer.model.parameters())
+    facts["empty"] = sum(
+        not p.numel() for p in parallel.local(list(run.trainer.model.parameters()))
+    )
     facts["loss_scale"] = run.trainer.scaler.get_scale()
     facts["weight_bytes"] = held(list(run.trainer.model.parameters()))
     facts["moment_bytes"] = held(moments(run))

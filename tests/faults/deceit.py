@@ -177,6 +177,9 @@ MANIFESTS: list[tuple[str, Callable[[Json], object], str]] = [
 STATES: list[tuple[str, object]] = [
     ("step", STEPS + 5), ("step", None), ("tokens", "many"), ("best_val_loss", "low"),
     ("scaler", [1]), ("dataset", 3), ("evaluated_step", None), ("skipped", -0.5), ("unheard_of", 1),
+    ("data_offset", -50), ("tokens", -1), ("guard", {"skips": ["a"]}), ("guard", {"skips": [9**9]}),
+    ("guard", {"losses": [1.0], "grad_norms": []}), ("guard", {"losses": [1e999]}),
+    ("scaler", {"x": 1}),
 ]  # fmt: skip
 
 

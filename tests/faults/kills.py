@@ -114,8 +114,11 @@ def _wait_for_a_moment(chance: random.Random, run: Path, *processes: Process) ->
     last = max(steps_saved(run), default=0)
     kind = chance.choices(("save", "deletion", "step", "any"), (50, 10, 25, 15))[0]
     if kind == "save":
-        step = min(last + chance.randint(1, 4), STEPS)
-        until(lambda: (folder / f".writing-step-{step:08d}").exists(), *processes)
+        step = min(last + chance.randint(1, 4), STEPS)  # or the next one that is saved
+        until(
+            lambda: any(int(path.name[-8:]) >= step for path in folder.glob(".writing-*")),
+            *processes,
+        )
         time.sleep(chance.random() * 0.03)
     elif kind == "deletion":
         until(lambda: list(folder.glob(".deleting-*")), *processes)

@@ -1,18 +1,14 @@
 """Data that goes bad on purpose, and what a run then writes down."""
 
 import json
-import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from minigpt_cli.data.order import sample_ids
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
 
 LENGTH, BATCH, SEED = 32, 8, 1337  # of the tiny recipe
 SPIKES = ("guard.spike_sigma=6", "guard.spike_window=16", "data.verify=false", "train.steps=40",
@@ -20,28 +16,22 @@ SPIKES = ("guard.spike_sigma=6", "guard.spike_window=16", "data.verify=false", "
           "optimizer.lr=1e-2", "optimizer.muon_lr=2e-2")  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def regular(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text of 19 words in random order: a model knows it in 20 steps, and noise stands out."""
-    folder = tmp_path_factory.mktemp("regular")
-    words = "the a one cat dog bird tree sees hears likes follows big small red and or then now not"
-    choice = random.Random(0).choice
-    (folder / "text.txt").write_text(" ".join(choice(words.split()) for _ in range(60_000)))
-    tokenize(Source("files", (str(folder / "text.txt"),)), folder / "data", train_vocab=300,
-             val_fraction=0.1, workers=1)  # fmt: skip
-    return folder / "data"
-
-
-def poisoned(dataset: Path, to: Path, positions: Iterable[int], token: int | None = None) -> Path:
-    """A copy of a dataset in which the batches at these places in the order (from 0) are uniform
-    noise, or ``token`` again and again; no other batch holds any of it."""
+def poisoned(
+    dataset: Path,
+    to: Path,
+    positions: Iterable[int],
+    token: int | None = None,
+    rows: slice = slice(None),
+) -> Path:
+    """A copy of a dataset in which the batches at these places in the order (from 0), or these rows
+    of them, are uniform noise, or ``token`` again and again; no other batch holds any of it."""
     shutil.copytree(dataset, to)
     file = to / "train-00000.npy"
     tokens = np.load(file)
     windows = (len(tokens) - 1) // LENGTH
     noise = np.random.default_rng(0)
     for position in positions:
-        for window in sample_ids(SEED, position, BATCH, windows):
+        for window in sample_ids(SEED, position, BATCH, windows)[rows]:
             inner = slice(
                 window * LENGTH + 1, (window + 1) * LENGTH
             )  # the ends are the neighbours'

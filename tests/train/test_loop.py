@@ -80,6 +80,14 @@ def test_a_run_is_a_plain_loop_of_torchs_own_adamw(tmp_path: Path, make_recipe: 
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_the_last_step_is_saved_once(
+    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str], asynchronous: str
+):
+    fit(*setup.start_run(make_recipe(f"checkpoint.asynchronous={asynchronous}"), tmp_path))
+    assert capsys.readouterr().err.count("step-00000012") == 1
+
+
 def test_evaluations_and_the_best_checkpoint(tmp_path: Path, make_recipe: MakeRecipe):
     recipe = make_recipe(
         "checkpoint.every_steps=5", "checkpoint.keep_last=1", "eval.every_steps=2",
@@ -165,7 +173,7 @@ def test_a_save_that_is_still_running_when_the_next_is_due_is_waited_for(
     flush_files = store.flush_files
 
     def slow_disk(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-        time.sleep(0.5)
+        time.sleep(1.5)
         return flush_files(files)
 
     monkeypatch.setattr(store, "flush_files", slow_disk)

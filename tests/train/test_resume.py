@@ -192,7 +192,7 @@ def test_what_a_resume_changed_stays_changed_before_its_first_save(
 
 def test_a_refused_resume_touches_nothing(tmp_path: Path, make_recipe: MakeRecipe):
     fit(*setup.start_run(make_recipe(), tmp_path))
-    files = ("metrics.jsonl", "recipe.toml", "status.json")
+    files = ("metrics.jsonl", "recipe.toml")
     before = [(tmp_path / name).read_bytes() for name in files if (tmp_path / name).exists()]
     with pytest.raises(UserError):
         setup.resume_run(tmp_path / "checkpoints/step-00000004", ["data.path=nowhere"], [])
