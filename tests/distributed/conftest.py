@@ -29,8 +29,15 @@ def place(rank: int, size: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def train_many(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
-    """Train the runs of ``jobs`` on so many ranks; see train_many.py."""
+def train_many(ranks: int, jobs: list[dict[str, Any]], folder: Path, code: int = 0) -> list[str]:
+    """Train the runs of ``jobs`` on so many ranks; see train_many.py.
+
+    Args:
+        code: what all ranks exit with.
+
+    Returns:
+        What each rank printed.
+    """
     file = folder / f"jobs-{ranks}-{len(os.listdir(folder))}.json"
     file.write_text(json.dumps(jobs))
     port = free_port()
@@ -47,4 +54,5 @@ def train_many(ranks: int, jobs: list[dict[str, Any]], folder: Path) -> None:
         for process in started:
             process.kill()
     codes = [process.returncode for process in started]
-    assert codes == [0] * ranks, "\n".join(said)
+    assert codes == [code] * ranks, "\n".join(said)
+    return said

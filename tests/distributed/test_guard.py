@@ -20,32 +20,26 @@ UNTIED = ("model.family=gpt2", "model.num_key_value_heads=4", "model.tie_word_em
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, regular: Path) -> Path:
-    """Runs that roll back, on one process and on 2 ranks, and some that diverge on rank 1 alone."""
+    """Runs that roll back, on one process and on 2 ranks."""
     folder = tmp_path_factory.mktemp("guard")
     (folder / "tiny.toml").write_text(TINY.format(data="replaced"))
-    token = unused_token(regular)
     noisy = poisoned(regular, folder / "noisy", [24, 25, 26, 27, 28])
-    second_half = poisoned(regular, folder / "bad", [24], token, rows=slice(4, 8))
-
-    def job(name: str, data: Path, *overrides: str, **more: Any) -> dict[str, Any]:
-        settings = [*SPIKES[2:], f"data.path={data}", *overrides]
-        return {"recipe": str(folder / "tiny.toml"), "out": str(folder / name),
-                "overrides": settings, **more}  # fmt: skip
-
-    exact = (*SPIKES[:2], "precision.dtype=fp64")
-    train_many(1, [job("spikes-single", noisy, *exact)], folder)
-    jobs = []
-    for strategy in STRATEGIES:
-        on = f"distributed.strategy={strategy}"
-        jobs.append(job(f"spikes-{strategy}", noisy, on, *exact))
-        jobs.append(job(f"bad-{strategy}", second_half, on, *UNTIED, ruined_token=token))
-    train_many(2, jobs, folder)
+    exact = (*SPIKES, "precision.dtype=fp64")
+    train_many(1, [job(folder, "single", noisy, *exact)], folder)
+    many = [job(folder, each, noisy, *exact, f"distributed.strategy={each}") for each in STRATEGIES]
+    train_many(2, many, folder)
     return folder
+
+
+def job(folder: Path, name: str, data: Path, *overrides: str, **more: Any) -> dict[str, Any]:
+    settings = [f"data.path={data}", *overrides]
+    return {"recipe": str(folder / "tiny.toml"), "out": str(folder / name),
+            "overrides": settings, **more}  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_roll_back_together_as_one_process_does(runs: Path, strategy: str):
-    one, many = runs / "spikes-single", runs / f"spikes-{strategy}"
+    one, many = runs / "single", runs / strategy
     (rollback,), (expected,) = incidents(many, "rollback"), incidents(one, "rollback")
     assert rollback["data_passed_over"] == expected["data_passed_over"] == [20, 27]
     for name, count in (("loss", 40), ("grad_norm", 40)):
@@ -62,14 +56,18 @@ def test_ranks_roll_back_together_as_one_process_does(runs: Path, strategy: str)
     assert states[0]["data_offset"] == 7
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_is_not_finite_on_one_rank_ends_all_and_names_it(runs: Path, strategy: str):
-    run = runs / f"bad-{strategy}"
+def test_what_is_not_finite_on_one_rank_ends_all_and_names_it(tmp_path: Path, regular: Path):
+    (tmp_path / "tiny.toml").write_text(TINY.format(data="replaced"))
+    token = unused_token(regular)
+    data = poisoned(regular, tmp_path / "bad", [24], token, rows=slice(4, 8))  # rank 1's
+    settings = (*SPIKES[2:], *UNTIED, "distributed.strategy=fsdp")
+    said = train_many(
+        2, [job(tmp_path, "run", data, *settings, ruined_token=token)], tmp_path, code=3
+    )
+    assert "".join(said).count("minigpt: training diverged: loss or gradient was not finite") == 1
+    run = tmp_path / "run"
     (incident,) = incidents(run)
     assert (incident["step"], incident["ranks"]) == (25, [1])
-    facts = json.loads((run / "ranks.json").read_text())
-    (said,) = {rank["diverged"] for rank in facts}
-    assert "not finite at step 25" in said
     assert [step for step, _ in store.list_steps(run)] == [10, 20]
     saved = whole_tensors(run / "checkpoints/step-00000020")
     assert all(torch.isfinite(tensor).all() for tensor in saved.values())

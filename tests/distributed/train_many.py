@@ -14,10 +14,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from minigpt_cli import recipe as recipes
-from minigpt_cli.cli import _join, _leave
+from minigpt_cli.cli import _join, _leave, _report
 from minigpt_cli.data.batches import Batches
 from minigpt_cli.distributed import parallel
-from minigpt_cli.errors import Diverged
+from minigpt_cli.errors import UserError
 from minigpt_cli.train import setup
 from minigpt_cli.train.loop import Run, fit
 
@@ -78,10 +78,7 @@ def train(job: dict[str, Any]) -> None:
     recorder = Recorder(run.batches)
     if "ruined_token" in job:
         ruin(run, job["ruined_token"])
-    try:
-        fit(replace(run, batches=recorder), state)
-    except Diverged as error:
-        facts["diverged"] = str(error)
+    fit(replace(run, batches=recorder), state)
     facts["rows"] = recorder.rows
     facts["parameters"] = sum(p.numel() for p in run.trainer.model.parameters())
     facts["empty"] = sum(
@@ -97,6 +94,9 @@ def train(job: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     _join()
-    for each in json.loads(Path(sys.argv[1]).read_text()):
-        train(each)
+    try:
+        for each in json.loads(Path(sys.argv[1]).read_text()):
+            train(each)
+    except UserError as error:
+        _leave(_report(error))
     _leave(0)
