@@ -3,7 +3,7 @@
     python benchmarks/bench_save.py
 
 Prints one JSON object. The state (weights and AdamW's moments, 12 bytes a parameter) goes to
---directory; training is what stands still while ``Saver.start`` runs.
+--directory; training is what stands still while the state is looked over and ``Saver.start`` runs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT, initialize
 from minigpt_cli.recipe import Checkpoint, Optimizer
-from minigpt_cli.train import optimizer
+from minigpt_cli.train import guard, optimizer
 
 
 def main() -> None:
@@ -53,6 +53,7 @@ def main() -> None:
             for step in range(1, a.repeat + 2):
                 began = time.perf_counter()
                 tensors = state.tensors_of(model, optimizers)
+                assert guard.are_finite(list(tensors.values()))  # as before every save
                 saver.start(step, tensors, {"state.json": b"{}"}, None)
                 if not keep.asynchronous:
                     saver.wait()
