@@ -235,7 +235,11 @@ def test_an_update_that_overflows_is_never_saved(tmp_path: Path, make_recipe: Ma
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_whether_tensors_are_finite(bad: float):
-    tensors = [torch.randn(3, 4), torch.zeros(0, 5), torch.tensor([1e300, 1.0], dtype=torch.float64)]
+    tensors = [
+        torch.randn(3, 4),
+        torch.zeros(0, 5),
+        torch.tensor([1e300, 1.0], dtype=torch.float64),
+    ]
     assert guard.are_finite(tensors)
     assert guard.are_finite([torch.zeros(0)])
     for number, index in ((0, (1, 2)), (2, (1,))):
