@@ -1,5 +1,6 @@
 """SIGKILL at random moments, many of them in saves: one process, two ranks, ``--nproc 2``."""
 
+import json
 import os
 import random
 import shutil
@@ -35,6 +36,10 @@ def kill_processes(
         while hit.total() < kills:
             saved = steps_saved(run)
             started = scene.start(size, run, *settings)
+            if size > 1:
+                # Before that, a rank that is dead can't be told from one that comes late; launchers
+                # see to it (kill_under_launcher).
+                until(lambda: _have_met(run, started[0]), *started)  # noqa: B023
             _wait_for_a_moment(chance, run, *started)
             if any(each.code is not None for each in started):
                 break  # it came to its end first
@@ -107,6 +112,14 @@ def _check_end(process: Process, was_killed: bool, run: Path) -> None:
         assert code not in (75, 130), process.tail
         assert "Traceback" not in process.said
         assert process.said.splitlines()[-1].startswith("minigpt: "), process.tail
+
+
+def _have_met(run: Path, first: Process) -> bool:
+    """Whether rank 0 has got so far as to write status.json, for which all ranks must be there."""
+    try:
+        return bool(json.loads((run / "status.json").read_text())["pid"] == first.pid)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _wait_for_a_moment(chance: random.Random, run: Path, *processes: Process) -> None:
