@@ -13,7 +13,7 @@ import typer
 
 from minigpt_cli import __version__, stopping
 from minigpt_cli.distributed.watch import follow_parent
-from minigpt_cli.errors import Damaged, Outcome, UserError, describe, exit_code_of, tell
+from minigpt_cli.errors import Damaged, Outcome, Stopped, UserError, describe, exit_code_of, tell
 
 app = typer.Typer(
     name="minigpt",
@@ -359,7 +359,7 @@ def main() -> None:
         sys.exit(0)
     try:
         code = _run(arguments)
-    except Exception as error:
+    except (Exception, Stopped) as error:
         stopping.ignore_signals()
         if debug:
             traceback.print_exc()
@@ -391,7 +391,7 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception | Stopped) -> int:
     """Print one line for this error; returns the exit code."""
     if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's
         error.show()

@@ -36,7 +36,7 @@ class RankLost(UserError):
 
 def exit_code_of(error: BaseException) -> int:
     """What the command ends with: a full disk or too little GPU memory are the user's to mend."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | Stopped):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return 130
@@ -47,7 +47,7 @@ def exit_code_of(error: BaseException) -> int:
 
 def describe(error: BaseException) -> str:
     """The one line in which a person is told of this error."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | Stopped):
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
@@ -75,8 +75,11 @@ class Outcome:
     is_shown_here: bool = True  # and not by another process of the same run
 
 
-class Stopped(UserError):
+class Stopped(BaseException):
     """A signal ended the work at a point from which it can go on.
+
+    No Exception, as KeyboardInterrupt is none: what catches those to try something else would take
+    the signal for a problem.
 
     The exit code is 130 after Ctrl-C and 75 (``EX_TEMPFAIL``, "run me again") after others.
     """

@@ -46,9 +46,16 @@ def test_the_second_does_nothing_until_the_first_had_its_time(monkeypatch: pytes
         send(signal.SIGINT)
 
 
+def test_what_catches_exceptions_does_not_take_a_signal_for_one():
+    """A signal that came while a tokenizer was read had made the dataset a damaged one."""
+    stopping.stop_at_signals()
+    with pytest.raises(Stopped), contextlib.suppress(Exception):
+        send(signal.SIGUSR1)
+
+
 def test_one_whose_exception_was_swallowed_stops_the_training_loop():
     stopping.stop_at_signals()
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(BaseException):
         send(signal.SIGUSR1)
     with StopRequest() as stop:
         assert stop.signum == signal.SIGUSR1

@@ -182,8 +182,6 @@ def warm_up(trainer: Trainer, sequence_length: int) -> None:
                 step()
             else:  # a step's collectives would wait for a rank that has no compiler
                 torch.compile(torch.sin)(zeros[0].float())
-        except UserError:  # a signal
-            raise
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
         if reasons := [each for each in world.gather(reason) if each]:
