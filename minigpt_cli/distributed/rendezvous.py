@@ -25,6 +25,7 @@ from minigpt_cli.errors import UserError
 T = TypeVar("T")
 _PATIENCE = 40.0  # seconds: where nobody answers, that is an error within a minute
 _COME = 600.0  # seconds that rank 0 may come later than another one
+_HERE = "minigpt/here"  # the key of how many ranks have come
 _PORT = "minigpt/port"  # the key in the launcher's store of where rank 0 keeps its own
 
 
@@ -119,6 +120,27 @@ def connect(place: Place) -> dist.Store:
             f"can't reach {place.address}:{place.port}, where all ranks meet: {reason}; look at "
             "MASTER_ADDR and MASTER_PORT"
         ) from None
+
+
+def wait_for_all(place: Place, store: dist.Store) -> None:
+    """Wait until every rank has come to the store.
+
+    Here, since a signal isn't heard as long as torch waits: of ranks that are stopped while they
+    start, one may have ended before it came.
+
+    Raises:
+        UserError: not all come.
+    """
+    store.add(_HERE, 1)
+    deadline, pause = time.monotonic() + _COME, 0.01
+    while (here := store.add(_HERE, 0)) < place.size:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"only {here} of {place.size} ranks came to {place.address}:{place.port} within "
+                f"{_COME / 60:.0f} minutes: start all of them"
+            )
+        time.sleep(pause)
+        pause = min(0.5, 1.5 * pause)
 
 
 def _found(place: Place, launchers: dist.Store) -> dist.Store:

@@ -179,6 +179,7 @@ def start(timeout_minutes: float = 10.0) -> World:
         device = find_device(place.local_rank, place.local_size)
         timeout = timedelta(minutes=timeout_minutes)
         store.set_timeout(max(timeout, timedelta(minutes=10)))
+        rendezvous.wait_for_all(place, store)
         rendezvous.choose_interface(place, store)
         try:
             dist.init_process_group(

@@ -5,7 +5,7 @@ import sys
 
 from minigpt_cli.distributed.launch import launch, run
 from minigpt_cli.distributed.workers import Patience
-from minigpt_cli.errors import UserError
+from minigpt_cli.errors import Stopped, UserError
 
 settings = json.loads(sys.argv[1])
 patience = Patience(**settings.pop("patience", {}))
@@ -14,7 +14,7 @@ try:
         code = launch(sys.argv[3:], **settings)
     else:
         code = run([sys.executable, *sys.argv[2:]], **settings, patience=patience)
-except UserError as error:
+except (UserError, Stopped) as error:
     print(f"minigpt: {error}", file=sys.stderr)
     code = error.exit_code
 sys.exit(code)
