@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from minigpt_cli.checkpoint import state
 from minigpt_cli.checkpoint.saver import Saver
+from minigpt_cli.checkpoint.tensors import tensors_of
 from minigpt_cli.distributed import world as worlds
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
@@ -52,7 +52,7 @@ def main() -> None:
             blocked, whole = [], []
             for step in range(1, a.repeat + 2):
                 began = time.perf_counter()
-                tensors = state.tensors_of(model, optimizers)
+                tensors = tensors_of(model, optimizers)
                 assert guard.are_finite(list(tensors.values()))  # as before every save
                 saver.start(step, tensors, {"state.json": b"{}"}, None)
                 if not keep.asynchronous:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from minigpt_cli import recipe as recipes
-from minigpt_cli.checkpoint import state, store
+from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.tensors import load_weights
 from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
 from minigpt_cli.errors import UserError
 from minigpt_cli.model.config import config_from_recipe
@@ -41,7 +42,7 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
     fp64 = recipe.precision.dtype == "fp64"
     model = GPT(config_from_recipe(recipe, vocabulary_size(tokenizer)))
     model.to(device, torch.float64 if fp64 else torch.float32)
-    state.load_weights(checkpoint, manifest.tensors, model)
+    load_weights(checkpoint, manifest.tensors, model)
     model.eval()
     return TrainedModel(model, tokenizer, recipe, manifest.step, checkpoint, passed_over)
 

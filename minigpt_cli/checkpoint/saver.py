@@ -14,7 +14,14 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from minigpt_cli.checkpoint import state, store
+from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.tensors import (
+    bytes_of,
+    describe,
+    own_files,
+    save_tensors,
+    start_saving_tensors,
+)
 from minigpt_cli.distributed.world import World, is_lost_rank
 from minigpt_cli.errors import UserError
 from minigpt_cli.recipe import Checkpoint as CheckpointRecipe
@@ -52,8 +59,8 @@ class Saver:
             small_files: name -> content, of what stands beside the tensors.
         """
         assert self._running is None, "one save at a time: wait() first"
-        described = {name: state.describe(tensor) for name, tensor in tensors.items()}
-        directory, problem = self._begin(step, state.bytes_of(tensors), small_files)
+        described = {name: describe(tensor) for name, tensor in tensors.items()}
+        directory, problem = self._begin(step, bytes_of(tensors), small_files)
         if problem is not None:
             self._running = Future()
             self._running.set_result(self._failed(step, problem))
@@ -61,9 +68,9 @@ class Saver:
         group = self._world.saving
         try:
             if self._keep.asynchronous:
-                written = state.start_saving_tensors(directory, tensors, group, self._stager)
+                written = start_saving_tensors(directory, tensors, group, self._stager)
             else:
-                written = self._thread.submit(state.save_tensors, directory, tensors, group)
+                written = self._thread.submit(save_tensors, directory, tensors, group)
         except BaseException as error:  # the engine's errors are not Exceptions
             written, problem = None, store.why(error)
         if not self._keep.asynchronous:
@@ -134,7 +141,7 @@ class Saver:
         try:
             if written is not None:
                 written.result()
-            own = state.own_files(directory, world.rank)
+            own = own_files(directory, world.rank)
             if world.rank == 0:
                 own += [directory / name for name in small_files]
             files = store.flush_files(own)

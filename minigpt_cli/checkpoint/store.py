@@ -20,7 +20,8 @@ from minigpt_cli.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from minigpt_cli.checkpoint.state import cause_of, misfits, nonsense
+from minigpt_cli.checkpoint.state import nonsense
+from minigpt_cli.checkpoint.tensors import cause_of, misfits
 from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import Damaged, UserError
 

@@ -21,7 +21,7 @@ from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.console import say, warn
 from minigpt_cli.train import guard, optimizer, precision
 from minigpt_cli.train.changes import fingerprints
-from minigpt_cli.train.loop import Run, Validation
+from minigpt_cli.train.run import Run, Validation
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import Trainer
 

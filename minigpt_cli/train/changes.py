@@ -16,7 +16,7 @@ from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.console import say, warn
 
 if TYPE_CHECKING:
-    from minigpt_cli.train.loop import Run
+    from minigpt_cli.train.run import Run
 
 
 def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:

@@ -11,17 +11,16 @@ from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.shards import TokenSplit
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.guard import BadStep, Seen
+from minigpt_cli.train.run import Run
 from minigpt_cli.train.schedule import lr_at
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from minigpt_cli.train.loop import Run
-
 TEXT = 200  # characters of each window's text
 
 
-def report(run: "Run", state: RunState, seen: Seen, ranks: list[int]) -> str:
+def report(run: Run, state: RunState, seen: Seen, ranks: list[int]) -> str:
     """Write what was bad since the host last looked; returns the file's name in the run directory.
 
     Args:
@@ -42,7 +41,7 @@ def report(run: "Run", state: RunState, seen: Seen, ranks: list[int]) -> str:
     )
 
 
-def write(run: "Run", kind: str, step: int, data_offset: int, content: dict[str, Any]) -> str:
+def write(run: Run, kind: str, step: int, data_offset: int, content: dict[str, Any]) -> str:
     """Write one incident. A step's name tells what data it had, so that the same steps done again
     (after a kill) write the same files and other ones (after a rollback) don't."""
     shifted = f"-offset-{data_offset}" if data_offset else ""
@@ -82,7 +81,7 @@ def windows_of(
     return found
 
 
-def _describe(run: "Run", state: RunState, bad: BadStep) -> dict[str, Any]:
+def _describe(run: Run, state: RunState, bad: BadStep) -> dict[str, Any]:
     recipe = run.recipe
     position = bad.step - 1 + state.data_offset
     scaled, limited = not math.isnan(bad.loss_scale), math.isfinite(bad.loss_limit)

@@ -3,61 +3,24 @@
 import math
 import signal
 import time
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from minigpt_cli.checkpoint import state as checkpoint_state
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.saver import Saved, Saver
-from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.data.batches import Batches
-from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.checkpoint.saver import Saved
+from minigpt_cli.checkpoint.state import STATE_FILE, RunState, state_bytes
+from minigpt_cli.checkpoint.tensors import tensors_of
 from minigpt_cli.distributed.parallel import local
-from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import Diverged, Stopped, UserError
 from minigpt_cli.evaluate.loss import evaluate, fixed_windows, window_batches
 from minigpt_cli.recipe import Recipe, dump
 from minigpt_cli.report.console import TrainingDisplay
-from minigpt_cli.report.metrics import MetricsFile
 from minigpt_cli.train import guard, rollback
-from minigpt_cli.train.samples import Prompts
+from minigpt_cli.train.run import Run
 from minigpt_cli.train.schedule import lr_at
-from minigpt_cli.train.step import Trainer, train_step
+from minigpt_cli.train.step import train_step
 from minigpt_cli.train.stop import StopRequest
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The fixed windows that a run is evaluated on."""
-
-    split: TokenSplit
-    token_bytes: NDArray[np.int32] | None
-    bytes_per_token: float
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that fit() works with, made by setup."""
-
-    recipe: Recipe
-    directory: Path
-    world: World
-    trainer: Trainer
-    batches: Batches
-    validation: Validation | None  # None where the dataset has no validation split
-    prompts: Prompts
-    metrics: MetricsFile | None  # opened by rank 0 when all else is ready
-    saver: Saver
-    tokenizer_json: bytes
-    flops_per_token: int
-    peak_flops: float | None
-    resources: ExitStack  # the run directory's lock, open files, the reading thread
 
 
 class Clock:
@@ -295,7 +258,7 @@ def _save(run: Run, state: RunState, display: TrainingDisplay) -> int | None:
     if (waited := time.monotonic() - began) >= 0.1:
         display.say(f"waited {waited:.1f} s for the save before this one")
     guard.check(trainer.guard, _last_good(run))
-    tensors = checkpoint_state.tensors_of(trainer.model, trainer.optimizers)
+    tensors = tensors_of(trainer.model, trainer.optimizers)
     if any(run.world.largest(not guard.are_finite(local(list(tensors.values()))))):
         raise Diverged(
             f"training diverged: weights or optimizer state are not finite at step {state.step}; "
@@ -312,7 +275,7 @@ def _save(run: Run, state: RunState, display: TrainingDisplay) -> int | None:
         state.step,
         tensors,
         {
-            checkpoint_state.STATE_FILE: checkpoint_state.state_bytes(state),
+            STATE_FILE: state_bytes(state),
             "recipe.toml": dump(run.recipe).encode(),
             "tokenizer.json": run.tokenizer_json,
         },

@@ -3,23 +3,20 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from minigpt_cli.checkpoint import state as checkpoint_state
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.checkpoint.state import RunState, read_state
+from minigpt_cli.checkpoint.tensors import load_tensors
 from minigpt_cli.errors import Diverged, UserError
 from minigpt_cli.train import guard, incidents
 from minigpt_cli.train.guard import BadStep, Seen
-
-if TYPE_CHECKING:
-    from minigpt_cli.train.loop import Run
+from minigpt_cli.train.run import Run
 
 MOST_IN_A_ROW = 3  # rollbacks without an ordinary checkpoint in between
 
 
 def handle(
-    run: "Run",
+    run: Run,
     state: RunState,
     seen: Seen,
     *,
@@ -57,7 +54,7 @@ def handle(
     return False
 
 
-def roll_back(run: "Run", state: RunState, step: int, say: Callable[[str], None]) -> None:
+def roll_back(run: Run, state: RunState, step: int, say: Callable[[str], None]) -> None:
     """Put the run back to its last checkpoint, and past the data that was met up to ``step``.
 
     ``state`` becomes what it was there, but for the place in the data: the next step trains on what
@@ -85,11 +82,9 @@ def roll_back(run: "Run", state: RunState, step: int, say: Callable[[str], None]
         )
     for problem in passed_over:
         say(f"warning: {problem}")
-    saved = checkpoint_state.read_state(checkpoint)
+    saved = read_state(checkpoint)
     assert saved.step < step, (saved.step, step)
-    checkpoint_state.load_tensors(
-        checkpoint, manifest.tensors, trainer.model, trainer.optimizers, run.world.control
-    )
+    load_tensors(checkpoint, manifest.tensors, trainer.model, trainer.optimizers, run.world.control)
     if saved.scaler:
         trainer.scaler.load_state_dict(saved.scaler)
     guard.restore(trainer.guard, saved.guard | {"spikes_in_a_row": 0}, saved.step, saved.skipped)
@@ -109,7 +104,7 @@ def roll_back(run: "Run", state: RunState, step: int, say: Callable[[str], None]
 
 
 def _record(
-    run: "Run",
+    run: Run,
     state: RunState,
     step: int,
     old_offset: int,

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt_cli import recipe as recipes
-from minigpt_cli.checkpoint import state as checkpoint_state
 from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.saver import check_room
-from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.checkpoint.state import RunState, read_state
+from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
 from minigpt_cli.data.manifest import write_atomically
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed import world as worlds
@@ -34,8 +34,8 @@ from minigpt_cli.train.changes import (
     environment,
     warn_of_another_machine,
 )
-from minigpt_cli.train.loop import Run
 from minigpt_cli.train.prepare import prepare_data
+from minigpt_cli.train.run import Run
 from minigpt_cli.train.status import Record, recorded
 
 RECIPE = "recipe.toml"
@@ -111,10 +111,10 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         old = recipes.load(source / RECIPE, name=directory.name)
         recipe = recipes.load(source / RECIPE, overrides, name=directory.name)
         check_changes(old, recipe, allow_changes)
-        record.state = state = checkpoint_state.read_state(checkpoint)
+        record.state = state = read_state(checkpoint)
         run, fresh = build(recipe, directory, world, resources)
         check_dataset(recipe, state, fresh, allow_changes)
-        checkpoint_state.load_tensors(
+        load_tensors(
             checkpoint,
             manifest.tensors,
             run.trainer.model,
@@ -190,8 +190,8 @@ def _claimed(directory: Path) -> Iterator[None]:
 def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
     """The run, with its files opened: the last thing before training, since it changes them."""
     warm_up(run.trainer, run.recipe.train.sequence_length)
-    tensors = checkpoint_state.tensors_of(run.trainer.model, run.trainer.optimizers)
-    size = checkpoint_state.bytes_of(tensors)
+    tensors = tensors_of(run.trainer.model, run.trainer.optimizers)
+    size = bytes_of(tensors)
     if run.world.rank == 0:
         if warning := check_room(run.directory, size, run.recipe.checkpoint):
             warn(warning)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from minigpt_cli.checkpoint import state, store
 from minigpt_cli.checkpoint.saver import Saver, check_room
+from minigpt_cli.checkpoint.tensors import read_tensors
 from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import Stopped, UserError
 from minigpt_cli.recipe import Checkpoint
@@ -51,7 +52,7 @@ def read(checkpoint: Path) -> dict[str, torch.Tensor]:
         name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
         for name, entry in recorded.items()
     }
-    state.read_tensors(checkpoint, found, recorded)
+    read_tensors(checkpoint, found, recorded)
     return found
 
 

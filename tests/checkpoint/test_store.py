@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from minigpt_cli.checkpoint import state, store
 from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.checkpoint.tensors import describe, read_tensors, save_tensors
 from minigpt_cli.errors import Damaged, UserError
 
 TENSORS = {
@@ -27,9 +28,9 @@ TENSORS = {
 
 def save(run: Path, step: int, val_loss: float | None = None) -> Path:
     directory = store.begin(run, step, {"state.json": state.state_bytes(RunState(step=step))})
-    state.save_tensors(directory, TENSORS, None)
+    save_tensors(directory, TENSORS, None)
     files = store.flush_files(directory.iterdir())
-    described = {name: state.describe(tensor) for name, tensor in TENSORS.items()}
+    described = {name: describe(tensor) for name, tensor in TENSORS.items()}
     return store.finish(run, step, files, described, val_loss)
 
 
@@ -46,7 +47,7 @@ def test_a_commit_reads_back(tmp_path: Path):
     assert manifest.val_loss == 1.25
     assert manifest.tensors["optimizer.state.a.exp_avg"] == {"dtype": "bfloat16", "shape": [3, 4]}
     read = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
-    state.read_tensors(path, read, manifest.tensors)
+    read_tensors(path, read, manifest.tensors)
     assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
     assert state.read_state(path).step == 500
     assert [name for name in os.listdir(path.parent) if name.startswith(".")] == []
@@ -214,7 +215,7 @@ def test_other_shapes_dtypes_and_names_are_refused(tmp_path: Path):
         {"weights.b": torch.zeros(3, 4)},
     ):
         with pytest.raises(UserError, match="belongs to another model, optimizer or precision"):
-            state.read_tensors(path, wanted, recorded)
+            read_tensors(path, wanted, recorded)
 
 
 def test_newest_valid_walks_back(tmp_path: Path):

@@ -19,7 +19,8 @@ from minigpt_cli.data.batches import Batches
 from minigpt_cli.distributed import parallel
 from minigpt_cli.errors import UserError
 from minigpt_cli.train import setup
-from minigpt_cli.train.loop import Run, fit
+from minigpt_cli.train.loop import fit
+from minigpt_cli.train.run import Run
 
 
 class Recorder:

@@ -18,7 +18,8 @@ from minigpt_cli.errors import Diverged, Stopped
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.train import setup
-from minigpt_cli.train.loop import Run, fit
+from minigpt_cli.train.loop import fit
+from minigpt_cli.train.run import Run
 from minigpt_cli.train.schedule import lr_at
 from minigpt_cli.train.step import train_step
 from tests.train.conftest import BATCH, LENGTH, SEED, SPIKES, incidents, poisoned, unused_token
