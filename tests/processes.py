@@ -5,6 +5,7 @@ the same, with its own threads, files and locks, and SIGKILL ends it as any othe
 """
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -84,6 +85,13 @@ class Process:
         """The end of it, for messages."""
         return f"exit code {self.code}; " + "\n".join(self.said.splitlines()[-12:])
 
+    def stacks(self) -> str:
+        """Where each thread of a forked process stands, after what it has said."""
+        if not isinstance(self.process, subprocess.Popen):
+            self.send(signal.SIGUSR2)  # see _run
+            time.sleep(1)
+        return f"exit code {self.code}; {self.said[-8000:]}"
+
     def send(self, signum: int) -> None:
         if self.code is None:
             with contextlib.suppress(ProcessLookupError):
@@ -115,7 +123,7 @@ class Process:
         """
         deadline = time.monotonic() + seconds
         while (code := self.code) is None:
-            assert time.monotonic() < deadline, f"it runs after {seconds} s:\n{self.tail}"
+            assert time.monotonic() < deadline, f"it runs after {seconds} s:\n{self.stacks()}"
             time.sleep(0.002)
         while left := family(self):
             assert time.monotonic() < deadline, f"{len(left)} orphans are left:\n{self.tail}"
@@ -189,6 +197,7 @@ def _run(
     for standard, file in ((1, output), (2, log)):
         stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(stream, standard)
+    faulthandler.register(signal.SIGUSR2)
     if user is not None and os.geteuid() == 0:
         os.setgroups([])
         os.setgid(user)
