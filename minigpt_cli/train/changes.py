@@ -2,7 +2,7 @@
 
 import json
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from minigpt_cli.distributed import device as devices
 from minigpt_cli.errors import UserError
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.console import say, warn
-
-if TYPE_CHECKING:
-    from minigpt_cli.train.run import Run
+from minigpt_cli.train.run import Run
 
 
 def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
@@ -64,7 +62,7 @@ def fingerprints(dataset: TokenDataset) -> dict[str, Any]:
     }
 
 
-def environment(run: "Run") -> dict[str, Any]:
+def environment(run: Run) -> dict[str, Any]:
     device = run.world.device
     return {
         "minigpt": minigpt_cli.__version__,
@@ -81,7 +79,7 @@ def environment(run: "Run") -> dict[str, Any]:
     }
 
 
-def warn_of_another_machine(run: "Run") -> None:
+def warn_of_another_machine(run: Run) -> None:
     """Bit-identity is promised for the same device, threads and torch only."""
     try:
         before = json.loads((run.directory / "environment.json").read_text())
