@@ -86,11 +86,16 @@ class Process:
         return f"exit code {self.code}; " + "\n".join(self.said.splitlines()[-12:])
 
     def stacks(self) -> str:
-        """Where each thread of a forked process stands, after what it has said."""
+        """Where each thread of a forked process stands, after what it has said.
+
+        First as the kernel sees it: one in state D waits for a disk, and not even SIGKILL ends it;
+        until it does end, its connections stay open, and other ranks don't notice.
+        """
+        threads = "; ".join(_threads(self.pid))
         if not isinstance(self.process, subprocess.Popen):
             self.send(signal.SIGUSR2)  # see _run
             time.sleep(1)
-        return f"exit code {self.code}; {self.said[-8000:]}"
+        return f"exit code {self.code}, threads: {threads}\n{self.said[-8000:]}"
 
     def send(self, signum: int) -> None:
         if self.code is None:
@@ -226,6 +231,16 @@ def family(process: Process) -> list[int]:
 def _stat(pid: int) -> list[str]:
     """State, parent, process group, session, ..."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+
+
+def _threads(pid: int) -> list[str]:
+    """Each thread's state and where in the kernel it waits."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with contextlib.suppress(OSError):
+            state = (task / "stat").read_text().rpartition(") ")[2][0]
+            found.append(f"{state} {(task / 'wchan').read_text()}")
+    return found
 
 
 def ranks(launcher: Process) -> dict[int, int]:

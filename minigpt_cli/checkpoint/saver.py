@@ -36,6 +36,29 @@ class Saved:
     problem: str | None  # None: it is there
 
 
+class _Stager(DefaultStager):
+    """Copies tensors to memory: on all ranks, or on none.
+
+    One that failed alone would leave the others waiting for it in the engine.
+    """
+
+    def __init__(self, world: World):
+        on_gpu = world.device.type == "cuda"
+        super().__init__(StagingOptions(on_gpu, False, False, on_gpu))
+        self._world = world
+
+    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        copy, problem = {}, None
+        try:
+            copy = super().stage(state_dict, **kwargs)
+        except Exception as error:
+            problem = store.why(error)
+        if any(self._world.largest(problem is not None)):
+            raise UserError(next(filter(None, self._world.gather(problem))))
+        assert isinstance(copy, dict)
+        return copy
+
+
 class Saver:
     def __init__(self, run: Path, world: World, keep: CheckpointRecipe):
         self._run = run
@@ -43,8 +66,7 @@ class Saver:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._running: Future[Saved] | None = None
-        on_gpu = world.device.type == "cuda"
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        self._stager = _Stager(world)
 
     def start(
         self,

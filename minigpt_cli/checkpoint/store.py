@@ -119,6 +119,8 @@ def abandon(run: Path, step: int) -> None:
 def why(error: BaseException) -> str:
     """Why a save failed, in a few words."""
     cause = cause_of(error)
+    if isinstance(cause, UserError):
+        return str(cause)
     return _reason(cause) if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minigpt_cli.checkpoint import store
 from minigpt_cli.distributed.rendezvous import Place, find_place
 from minigpt_cli.errors import UserError
 from tests.distributed.conftest import free_port, place
@@ -19,15 +20,18 @@ from tests.processes import ROOT, command, environment, minigpt
 from tests.train.test_resume import curve
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"
+WITHOUT_MEMORY = Path(__file__).parent / "rank_without_memory.py"
 
 
 @contextmanager
-def started(*arguments: object, cwd: Path = ROOT) -> Iterator[list[subprocess.Popen[str]]]:
+def started(
+    *arguments: object, cwd: Path = ROOT, stdout: int | None = None
+) -> Iterator[list[subprocess.Popen[str]]]:
     port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, *map(str, arguments)], cwd=cwd, env=place(rank, 2, port),
-            stderr=subprocess.PIPE, text=True,
+            stdout=stdout, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip
@@ -79,6 +83,18 @@ def test_a_rank_ends_soon_after_rank_0_has_died():
     assert code == 1
     (line,) = [line for line in said.splitlines() if line.startswith("minigpt: ")]
     assert line.startswith("minigpt: rank 1: the connection to rank 0 is lost (")
+
+
+def test_a_rank_that_has_no_memory_for_a_copy_fails_the_save_of_all(tmp_path: Path):
+    """And not the run, nor are the others left waiting in the engine."""
+    with started(WITHOUT_MEMORY, tmp_path, stdout=subprocess.PIPE) as ranks:
+        said = [process.communicate(timeout=60) for process in ranks]
+    for output, errors in said:
+        first, second = output.splitlines()
+        assert "can't allocate memory" in first, output
+        assert second == "2: None", errors
+    assert [step for step, _ in store.list_steps(tmp_path)] == [2]
+    assert store.verify(tmp_path / "checkpoints/step-00000002") == []
 
 
 def test_workers_whose_torchrun_was_killed_save_and_stop(tmp_path: Path, recipe_file: Path):

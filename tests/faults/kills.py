@@ -46,7 +46,7 @@ def kill_processes(
             victims = started if size == 1 else chance.choice([started[:1], started[1:], started])
             for victim in victims:
                 victim.kill()
-            for each in started:
+            for each in sorted(started, key=lambda each: each not in victims):
                 _check_end(each, each in victims, run)
             hit[_hit(run)] += 1
             check_nothing_lost(run, saved)
