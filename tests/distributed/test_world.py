@@ -16,7 +16,7 @@ from minigpt_cli.distributed.rendezvous import Place, find_place
 from minigpt_cli.errors import UserError
 from tests.distributed.conftest import free_port, place
 from tests.distributed.nodes import until
-from tests.processes import ROOT, command, environment, minigpt
+from tests.processes import ROOT, command, environment, fork, minigpt
 from tests.train.test_resume import curve
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"
@@ -153,6 +153,34 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path, recipe_fil
     refused = minigpt("pretrain", recipe_file, "--out", tmp_path / "run", "--nproc", 3)
     assert refused.returncode == 2
     assert refused.stderr.count("global_batch_size 8 can't be shared out to 3 ranks") == 1
+
+
+def test_ranks_that_would_compute_in_unlike_precisions_are_refused(
+    tmp_path: Path, recipe_file: Path
+):
+    """What ``auto`` means hangs on the device; here the ranks themselves are told differently."""
+    port = free_port()
+    ranks = [
+        fork(
+            tmp_path / f"{rank}.txt", "pretrain", recipe_file, "--out", tmp_path / "run", "--set",
+            f"precision.dtype={dtype}", **place(rank, 2, port),
+        )
+        for rank, dtype in enumerate(("fp32", "bf16"))
+    ]  # fmt: skip
+    assert [each.wait() for each in ranks] == [2, 2]
+    said = "".join(each.said for each in ranks)
+    assert said.count("means bfloat16 and float32 on these ranks' devices") == 1, said
+
+
+def test_each_rank_takes_the_cores_that_slurm_gives_it():
+    code = (
+        "import torch; from minigpt_cli.distributed.device import find_device; find_device(0, 2);"
+        "print(torch.get_num_threads())"
+    )
+    env = environment() | {"SLURM_CPUS_PER_TASK": "3"}
+    del env["OMP_NUM_THREADS"]
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "3\n", done.stderr
 
 
 def test_launchers_do_not_nest(recipe_file: Path):

@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from minigpt_cli.report import metrics
-from tests.processes import command, environment, minigpt
+from tests.distributed.conftest import free_port, place
+from tests.processes import command, environment, fork, minigpt
+
+COMPILED = (
+    "--set", "precision.compile=true", "--set", "precision.dtype=fp32", "--set", "train.steps=4",
+)  # fmt: skip
 
 
 def pretrain(recipe: Path, out: Path, compiled: bool, **variables: str) -> str:
@@ -53,3 +58,20 @@ def test_without_a_compiler_it_says_so_and_trains_eagerly(tmp_path: Path, recipe
     assert "warning: torch.compile failed, training goes on without it" in errors
     pretrain(recipe_file, tmp_path / "eager", False)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-6)
+
+
+def test_ranks_train_eagerly_where_one_of_them_has_no_compiler(tmp_path: Path, recipe_file: Path):
+    port = free_port()
+    missing = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": os.path.dirname(sys.executable)}
+    ranks = [
+        fork(
+            tmp_path / f"{rank}.txt", "pretrain", recipe_file, "--out", tmp_path / "run", *COMPILED,
+            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / f"cache-{rank}"),
+            **place(rank, 2, port) | (missing if rank else {}),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    assert [each.wait() for each in ranks] == [0, 0], ranks[0].said
+    assert ranks[0].said.count("warning: torch.compile failed, training goes on without it") == 1
+    pretrain(recipe_file, tmp_path / "eager", False)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
