@@ -50,20 +50,38 @@ class Data:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary angles for contexts longer than a model was first trained on."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float | None = None  # these three: llama3 only, and needed there
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
 class Model:
-    family: Literal["gpt2", "llama", "qwen3"]
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    """The first four are needed, unless ``init_from`` brings them."""
+
+    family: Literal["gpt2", "llama", "qwen3"] | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
     num_key_value_heads: int | None = None  # default: num_attention_heads
     head_dim: int | None = None  # default: hidden_size / num_attention_heads
     intermediate_size: int | None = None  # default: 4 h (gpt2) or 8/3 h
     max_position_embeddings: int | None = None  # default: [train] sequence_length
+    vocab_size: int | None = None  # default: the tokenizer's; more is padding
     rope_theta: float | None = None
     norm_eps: float | None = None
     tie_word_embeddings: bool | None = None  # default: true for gpt2
+    attention_bias: bool | None = None  # llama, qwen3; default: false
+    mlp_bias: bool | None = None  # llama; default: false
     initializer_range: float = 0.02
     dropout: float = 0.0
+    rope_scaling: RopeScaling | None = None
+    init_from: str | None = None  # a Hugging Face directory or a Hub id to take the weights from
 
 
 @dataclass(frozen=True)
@@ -146,13 +164,27 @@ class Log:
     every_steps: int = 10
 
 
-Origin = Literal["default", "recipe", "command line"]
-
-
 @dataclass(frozen=True)
+class Lora:
+    """Adapters instead of the whole model (Hu et al. 2021), in PEFT's terms."""
+
+    base: str  # a Hugging Face directory, a Hub id, or a run of minigpt's
+    rank: int = 16
+    alpha: float = 32.0  # the adapters' part is multiplied by alpha / rank
+    dropout: float = 0.0  # of what goes into an adapter
+    target_modules: tuple[str, ...] = ("all-linear",)  # or names as q_proj, attn.c_proj
+    use_rslora: bool = False  # alpha / sqrt(rank) instead
+    use_dora: bool = False  # also train each row's length (Liu et al. 2024)
+
+
+# "base": from the config.json of what the run started from.
+Origin = Literal["default", "recipe", "command line", "base"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     data: Data
-    model: Model
+    model: Model = field(default_factory=Model)
     train: Train
     optimizer: Optimizer
     schedule: Schedule = field(default_factory=Schedule)
@@ -162,6 +194,7 @@ class Recipe:
     eval: Eval = field(default_factory=Eval)
     guard: Guard = field(default_factory=Guard)
     log: Log = field(default_factory=Log)
+    lora: Lora | None = None  # finetune-lora
     name: str = field(default="recipe", metadata={"internal": True})
     origin: dict[str, Origin] = field(
         default_factory=dict, compare=False, metadata={"internal": True}
@@ -190,9 +223,17 @@ CHANGED_BY_NAME = (
     "train.seed",
     "train.global_batch_size",
     "train.sequence_length",
+    "lora.alpha",
+    "lora.dropout",
 )
-# ... and these never: the saved tensors would not fit.
-NEVER_CHANGED = ("model.", "optimizer.name")
+# ... and these never: the saved tensors would not fit. (Another lora.base is compared by content.)
+NEVER_CHANGED = (
+    "model.",
+    "optimizer.name",
+    "lora.rank",
+    "lora.target_modules",
+    "lora.use_",
+)
 
 
 def load(path: Path | str, overrides: list[str] | None = None, name: str | None = None) -> Recipe:
@@ -236,6 +277,8 @@ def parse(
         origin[key] = "command line"
 
     locate = _Locator(where, text, origin)
+    if not tables.keys() & {"model", "lora"}:
+        problems.append(f"{where}: the section [model] is missing")
     recipe = _build(Recipe, tables, "", problems, locate)
     if recipe is not None:
         problems += _contradictions(recipe)
@@ -275,6 +318,8 @@ def dump(recipe: Recipe) -> str:
 
     def section(table: dict[str, Any], prefix: str) -> None:
         values = {key: value for key, value in table.items() if not isinstance(value, dict)}
+        if not prefix:
+            values = {}  # a whole section that is not set
         if values:
             lines.append(f"\n[{prefix}]")
         for key, value in values.items():
@@ -445,7 +490,7 @@ def _origins_in_comments(text: str) -> dict[str, Origin]:
     for line in text.splitlines():
         if header := re.match(r"\[([\w.\-]+)\]", line):
             section = header[1]
-        elif value := re.match(r"(\w+) = .*  # (default|recipe|command line)$", line):
+        elif value := re.match(r"(\w+) = .*  # (default|recipe|command line|base)$", line):
             found[f"{section}.{value[1]}"] = typing.cast(Origin, value[2])
     return found
 
@@ -460,6 +505,18 @@ def _contradictions(recipe: Recipe) -> list[str]:
     def need(true: bool, problem: str) -> None:
         if not true:
             found.append(problem)
+
+    if r.lora is not None and r.model.init_from is not None:
+        found.append("[model] init_from and [lora] base both say where the weights come from")
+    elif r.lora is None and r.model.init_from is None:
+        names = ("family", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        missing = [name for name in names if getattr(r.model, name) is None]
+        found += [f"[model] {name} is missing" for name in missing]
+    if r.lora is not None:
+        need(r.lora.rank > 0, f"[lora] rank must be positive, not {r.lora.rank}")
+        need(0 < r.lora.alpha < math.inf, f"[lora] alpha must be above 0, not {r.lora.alpha}")
+        need(0 <= r.lora.dropout < 1, f"[lora] dropout must lie in [0, 1), not {r.lora.dropout}")
+        need(bool(r.lora.target_modules), "[lora] target_modules must not be empty")
 
     positive = {
         "[train] global_batch_size": r.train.global_batch_size,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from minigpt_cli.errors import UserError
-from minigpt_cli.recipe import Recipe
+from minigpt_cli.recipe import Recipe, RopeScaling
 
 Family = Literal["gpt2", "llama", "qwen3"]
 T = TypeVar("T")
@@ -33,8 +33,11 @@ class ModelConfig:
     rope_theta: float
     norm_eps: float
     tie_word_embeddings: bool
+    attention_bias: bool  # of gpt2 always
+    mlp_bias: bool
     initializer_range: float
     dropout: float
+    rope_scaling: RopeScaling | None = None
 
 
 def model_config(
@@ -51,8 +54,11 @@ def model_config(
     rope_theta: float | None = None,
     norm_eps: float | None = None,
     tie_word_embeddings: bool | None = None,
+    attention_bias: bool | None = None,
+    mlp_bias: bool | None = None,
     initializer_range: float = 0.02,
     dropout: float = 0.0,
+    rope_scaling: RopeScaling | None = None,
 ) -> ModelConfig:
     """Fill in what was left out as the family's models in transformers do, and check the rest.
 
@@ -76,8 +82,11 @@ def model_config(
         rope_theta=_given(rope_theta, 10_000.0),
         norm_eps=_given(norm_eps, 1e-5 if family != "qwen3" else 1e-6),
         tie_word_embeddings=_given(tie_word_embeddings, gpt2),
+        attention_bias=_given(attention_bias, gpt2),
+        mlp_bias=_given(mlp_bias, gpt2),
         initializer_range=initializer_range,
         dropout=dropout,
+        rope_scaling=rope_scaling,
     )
     problems = _problems(config)
     if head_dim is None and hidden_size % max(1, num_attention_heads):
@@ -97,12 +106,26 @@ def _given(value: T | None, default: T) -> T:
 
 
 def config_from_recipe(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The shape that a recipe's ``[model]`` asks for, with the tokenizer's vocabulary."""
-    settings = dataclasses.asdict(recipe.model)
+    """The shape that a recipe's ``[model]`` asks for.
+
+    Args:
+        vocab_size: the tokenizer's.
+
+    Raises:
+        UserError: sizes that don't fit together, or a vocabulary smaller than the tokenizer's.
+    """
+    fields = dataclasses.fields(recipe.model)
+    settings = {f.name: getattr(recipe.model, f.name) for f in fields if f.name != "init_from"}
     settings["max_position_embeddings"] = _given(
-        settings["max_position_embeddings"], recipe.train.sequence_length
+        recipe.model.max_position_embeddings, recipe.train.sequence_length
     )
-    return model_config(vocab_size=vocab_size, **settings)
+    settings["vocab_size"] = _given(recipe.model.vocab_size, vocab_size)
+    if settings["vocab_size"] < vocab_size:
+        raise UserError(
+            f"[model] vocab_size {settings['vocab_size']} is too small: the tokenizer of "
+            f"{recipe.data_path} has {vocab_size} entries"
+        )
+    return model_config(**settings)
 
 
 def _problems(config: ModelConfig) -> list[str]:
@@ -132,6 +155,35 @@ def _problems(config: ModelConfig) -> list[str]:
             )
         if config.head_dim * heads != config.hidden_size:
             found.append("family gpt2 needs head_dim = hidden_size / num_attention_heads")
+        if not (config.attention_bias and config.mlp_bias):
+            found.append("family gpt2 always has biases: leave out attention_bias and mlp_bias")
+        if config.rope_scaling is not None:
+            found.append("family gpt2 has no rotary positions: leave out rope_scaling")
     elif config.head_dim % 2:
         found.append(f"rotary positions need an even head_dim, not {config.head_dim}")
+    if config.family == "qwen3" and config.mlp_bias:
+        found.append("family qwen3 has no mlp_bias")
+    return found + _scaling_problems(config.rope_scaling)
+
+
+def _scaling_problems(scaling: RopeScaling | None) -> list[str]:
+    if scaling is None:
+        return []
+    found = []
+    llama3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for name in ("factor", *llama3):
+        value = getattr(scaling, name)
+        if (value is None) != (scaling.rope_type == "linear" and name in llama3):
+            needs = "needs" if value is None else "has no"
+            found.append(f"rope_scaling of rope_type {scaling.rope_type} {needs} {name}")
+        elif value is not None and not 0 < value < math.inf:
+            found.append(f"rope_scaling.{name} must be above 0, not {value}")
+    if not found and scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        assert low is not None
+        assert high is not None
+        if low >= high:
+            found.append(
+                f"rope_scaling.low_freq_factor {low} must be below high_freq_factor {high}"
+            )
     return found

@@ -44,11 +44,12 @@ def parameter_shapes(config: ModelConfig) -> tuple[list[tuple[int, ...]], list[t
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     norm: list[tuple[int, ...]] = [(c.hidden_size,)] * (2 if gpt2 else 1)
     inner = [(c.intermediate_size, c.hidden_size)] * (1 if gpt2 else 2)
-    linears = [(q + 2 * kv, c.hidden_size)] if gpt2 else [(n, c.hidden_size) for n in (q, kv, kv)]
-    linears += [(c.hidden_size, q), *inner, (c.hidden_size, c.intermediate_size)]
-    block: list[tuple[int, ...]] = [*norm, *norm, *linears]
-    if gpt2:
-        block += [(rows,) for rows, _ in linears]  # biases
+    attention = [(q + 2 * kv, c.hidden_size)] if gpt2 else [(n, c.hidden_size) for n in (q, kv, kv)]
+    attention.append((c.hidden_size, q))
+    mlp = [*inner, (c.hidden_size, c.intermediate_size)]
+    block: list[tuple[int, ...]] = [*norm, *norm, *attention, *mlp]
+    biased = attention * c.attention_bias + mlp * c.mlp_bias
+    block += [(rows,) for rows, _ in biased]
     if c.family == "qwen3":
         block += [(c.head_dim,)] * 2
     outside = [(c.vocab_size, c.hidden_size)] * (1 if c.tie_word_embeddings else 2)

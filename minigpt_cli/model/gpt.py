@@ -18,6 +18,7 @@ from minigpt_cli.model.attention import cached_attention, causal_attention
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import projected_cross_entropy
 from minigpt_cli.model.norm import Norm
+from minigpt_cli.recipe import RopeScaling
 
 
 @dataclass
@@ -64,16 +65,43 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 
 def rope_table(
-    positions: int, head_dim: int, theta: float, device: torch.device, dtype: torch.dtype
+    positions: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of RoFormer's angles (Su et al. 2021), each (positions, 1, head_dim).
 
     The two halves of a head are the real and imaginary parts, as in transformers.
     """
     exponents = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
-    angles = torch.outer(torch.arange(positions, device=device).to(dtype), theta**-exponents)
+    frequencies = _scaled(theta**-exponents, scaling)
+    angles = torch.outer(torch.arange(positions, device=device).to(dtype), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Angles per position for contexts longer than the original one.
+
+    ``linear`` slows all of them (Chen et al. 2023). ``llama3`` slows those that turn less than
+    ``low_freq_factor`` times within the original context, leaves those that turn more than
+    ``high_freq_factor`` times, and goes from one to the other in between (Llama 3.1).
+    """
+    if scaling is None:
+        return frequencies
+    slowed = frequencies / scaling.factor
+    if scaling.rope_type == "linear":
+        return slowed
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    assert low is not None
+    assert high is not None
+    assert scaling.original_max_position_embeddings is not None
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * slowed + kept * frequencies
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,11 +120,12 @@ class Attention(nn.Module):
         if self.gpt2:
             self.qkv_proj = nn.Linear(c.hidden_size, 3 * c.hidden_size)
         else:
-            self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-            self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-            self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+            q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+            self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.attention_bias)
+            self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.attention_bias)
+            self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.attention_bias)
         self.o_proj = nn.Linear(
-            c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.family == "gpt2"
+            c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias
         )
         if c.family == "qwen3":
             self.q_norm = Norm(c.head_dim, c.norm_eps, layer_norm=False)
@@ -141,9 +170,9 @@ class MLP(nn.Module):
         c = config
         self.gpt2 = c.family == "gpt2"
         if not self.gpt2:
-            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=self.gpt2)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=self.gpt2)
+            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gpt2:
@@ -230,7 +259,7 @@ class GPT(nn.Module):
         if self.config.family == "gpt2":
             x = x + self.embed_positions.weight[past:end]
         else:
-            cos, sin = self._rope_table(x)
+            cos, sin = self._rope_table(x, end)
             rope = (cos[past:end], sin[past:end])
         x = F.dropout(x, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):
@@ -247,14 +276,19 @@ class GPT(nn.Module):
             return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
         return F.linear(x, self.head_weight())
 
-    def _rope_table(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Made once per device; not a buffer, so that no checkpoint or meta device meets it."""
+    def _rope_table(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        """Made once per device; not a buffer, so that no checkpoint or meta device meets it.
+
+        At first for 4,096 positions at most: a context of 131,072 would take 134 MB.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         table, c = self._rope, self.config
-        if table is None or table[0].device != x.device or table[0].dtype != dtype:
+        fits = table is not None and len(table[0]) >= positions
+        if not fits or table is None or table[0].device != x.device or table[0].dtype != dtype:
+            rows = min(c.max_position_embeddings, max(4096, 1 << (positions - 1).bit_length()))
             with torch.inference_mode(False):  # sampling may come first; training uses it too
                 table = self._rope = rope_table(
-                    c.max_position_embeddings, c.head_dim, c.rope_theta, x.device, dtype
+                    rows, c.head_dim, c.rope_theta, x.device, dtype, c.rope_scaling
                 )
         return table
 

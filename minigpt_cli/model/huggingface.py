@@ -1,10 +1,13 @@
 """Configuration and names to and from transformers' GPT-2, Llama and Qwen3."""
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from minigpt_cli.model.config import ModelConfig
+from minigpt_cli.errors import UserError
+from minigpt_cli.model.config import ModelConfig, model_config
+from minigpt_cli.recipe import RopeScaling
 
 # Ours -> GPT-2's. Its linear layers are Conv1D: the same matrix, stored transposed.
 _GPT2 = {
@@ -58,8 +61,15 @@ def from_huggingface(
     return found
 
 
-def huggingface_config(config: ModelConfig, eos_token_id: int | None = None) -> dict[str, Any]:
-    """The ``config.json`` that transformers reads."""
+def huggingface_config(
+    config: ModelConfig, special_tokens: dict[str, Any] | None = None, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The ``config.json`` that transformers reads.
+
+    Args:
+        special_tokens: ``eos_token_id`` and what else there is of that kind.
+        dtype: what the weights beside it are stored in.
+    """
     c = config
     common: dict[str, Any] = {
         "architectures": [_CLASSES[c.family]],
@@ -67,9 +77,10 @@ def huggingface_config(config: ModelConfig, eos_token_id: int | None = None) -> 
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tie_word_embeddings,
         "initializer_range": c.initializer_range,
-        "bos_token_id": eos_token_id,
-        "eos_token_id": eos_token_id,
-        "dtype": "float32",
+        "dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **(special_tokens or {}),
     }
     if c.family == "gpt2":
         return common | {
@@ -84,6 +95,8 @@ def huggingface_config(config: ModelConfig, eos_token_id: int | None = None) -> 
             "embd_pdrop": c.dropout,
             "resid_pdrop": c.dropout,
         }
+    scaling = {} if c.rope_scaling is None else _without_none(asdict(c.rope_scaling))
+    rope = {"rope_type": "default", **scaling}
     return common | {
         "hidden_size": c.hidden_size,
         "num_hidden_layers": c.num_hidden_layers,
@@ -92,10 +105,104 @@ def huggingface_config(config: ModelConfig, eos_token_id: int | None = None) -> 
         "head_dim": c.head_dim,
         "intermediate_size": c.intermediate_size,
         "max_position_embeddings": c.max_position_embeddings,
+        # transformers 4 and most other readers know the first two, transformers 5 the third.
         "rope_theta": c.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "rope_scaling": scaling or None,
+        "rope_parameters": {**rope, "rope_theta": c.rope_theta},
         "rms_norm_eps": c.norm_eps,
         "hidden_act": "silu",
-        "attention_bias": False,
+        "attention_bias": c.attention_bias,
+        **({"mlp_bias": c.mlp_bias} if c.family == "llama" else {}),
         "attention_dropout": c.dropout,
     }
+
+
+# --- reading what others wrote -------------------------------------------------------------------
+
+# transformers leaves out of config.json what is as its own defaults.
+_GPT2_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+    "layer_norm_epsilon": "norm_eps",
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "vocab_size": 50257, "hidden_size": 768, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "intermediate_size": None, "max_position_embeddings": 1024,
+        "norm_eps": 1e-5, "tie_word_embeddings": True,
+    },
+    "llama": {
+        "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None,
+        "intermediate_size": 11008, "max_position_embeddings": 2048, "norm_eps": 1e-6,
+        "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    },
+    "qwen3": {
+        "vocab_size": 151936, "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128,
+        "intermediate_size": 22016, "max_position_embeddings": 32768, "norm_eps": 1e-6,
+        "tie_word_embeddings": False, "attention_bias": False,
+    },
+}  # fmt: skip
+# What else a config.json may say, and the values of it that our model computes. Absent is fine.
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+}
+_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def config_from_huggingface(settings: dict[str, Any], where: str) -> ModelConfig:
+    """The shape that a ``config.json`` describes; dropout, which is training's business, is 0.
+
+    Raises:
+        UserError: another family, or one of its variants that our model doesn't compute, all of
+            them named at once.
+    """
+    family = settings.get("model_type")
+    if family not in _DEFAULTS:
+        raise UserError(
+            f"{where}: model_type {family} is none of {', '.join(_DEFAULTS)}, which minigpt knows"
+        )
+    given = {_GPT2_NAMES.get(name, name): value for name, value in settings.items()}
+    if "rms_norm_eps" in given:
+        given["norm_eps"] = given["rms_norm_eps"]
+    shape = {name: given.get(name, default) for name, default in _DEFAULTS[family].items()}
+    problems = [
+        f"{name} {settings[name]!r}"
+        for name, computed in _COMPUTED.items()
+        if name in settings and settings[name] not in computed
+    ]
+    if family != "gpt2":
+        rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        theta = rope.get("rope_theta", settings.get("rope_theta"))
+        shape["rope_theta"] = 10_000.0 if theta is None else float(theta)
+        if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+            problems.append(f"rope_parameters {rope}")
+        elif kind != "default":
+            names = _SCALING if kind == "llama3" else _SCALING[:1]
+            scaling = {name: rope.get(name) for name in names}
+            shape["rope_scaling"] = RopeScaling(kind, **scaling)  # type: ignore[arg-type]
+    if problems:
+        raise UserError(f"{where}: minigpt has no {family} with {'; '.join(problems)}")
+    initializer_range = given.get("initializer_range", 0.02)
+    try:
+        return model_config(family=family, initializer_range=initializer_range, **shape)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('[model] ')}") from None
+    except TypeError as error:  # a null or a text where a number should be
+        raise UserError(f"{where}: not the configuration of a model: {error}") from None
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -30,8 +30,11 @@ def test_gpt2s_own_values_are_filled_in():
         "rope_theta": 10_000.0,
         "norm_eps": 1e-5,
         "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
         "initializer_range": 0.02,
         "dropout": 0.0,
+        "rope_scaling": None,
     }
 
 

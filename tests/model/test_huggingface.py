@@ -1,5 +1,6 @@
 """Our models against transformers' own: the same weights, the same logits and gradients."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,15 +8,18 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minigpt_cli.errors import UserError
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize
 from minigpt_cli.model.huggingface import (
+    config_from_huggingface,
     from_huggingface,
     huggingface_config,
     huggingface_name,
     is_transposed,
     to_huggingface,
 )
+from minigpt_cli.recipe import RopeScaling
 
 BASE = {
     "vocab_size": 83,
@@ -53,6 +57,19 @@ SHAPES = {
         "max_position_embeddings": 300,
         "num_hidden_layers": 1,
     },
+    "llama with biases, angles of llama 3": {
+        "family": "llama",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "num_key_value_heads": 2,
+        "rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 12),
+    },
+    "llama with linear scaling, tied": {
+        "family": "llama",
+        "tie_word_embeddings": True,
+        "rope_scaling": RopeScaling("linear", 2.5),
+    },
+    "qwen3 with biases": {"family": "qwen3", "attention_bias": True},
     "qwen3 wide heads, grouped": {
         "family": "qwen3",
         "head_dim": 32,
@@ -158,7 +175,8 @@ def test_what_is_saved_loads_with_from_pretrained(config, tmp_path):
     initialize(model, 3)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     save_file(to_huggingface(config, weights), tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(huggingface_config(config, eos_token_id=7)))
+    settings = huggingface_config(config, {"eos_token_id": 7, "bos_token_id": 7})
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -182,6 +200,59 @@ def test_the_configuration_carries_dropout_and_the_initial_std():
             "attention_dropout",
         )  # fmt: skip
         assert [getattr(theirs, name) for name in names] == [0.25] * len(names)
+
+
+def test_the_configuration_reads_back(config, tmp_path):
+    """Ours, and what transformers writes of it: only what differs from its own defaults."""
+    config = dataclasses.replace(config, dropout=0.0)
+    assert config_from_huggingface(huggingface_config(config), "config.json") == config
+    AutoConfig.for_model(**huggingface_config(config)).save_pretrained(tmp_path)
+    theirs = json.loads((tmp_path / "config.json").read_text())
+    assert config_from_huggingface(theirs, "config.json") == config
+
+
+def test_what_transformers_leaves_out_is_its_own_default(tmp_path):
+    for family in ("gpt2", "llama", "qwen3"):
+        theirs = AutoConfig.for_model(family)
+        config = config_from_huggingface({"model_type": family}, "config.json")
+        again = AutoConfig.for_model(**huggingface_config(config))
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "max_position_embeddings", "tie_word_embeddings"):  # fmt: skip
+            assert getattr(again, name) == getattr(theirs, name), (family, name)
+        if family == "gpt2":
+            assert config.intermediate_size == 4 * theirs.n_embd
+            assert config.norm_eps == theirs.layer_norm_epsilon
+        else:
+            for name in ("head_dim", "num_key_value_heads", "intermediate_size", "rms_norm_eps"):
+                assert getattr(again, name) == getattr(theirs, name), (family, name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type mistral is none of gpt2, llama, qwen3"),
+        ({}, "model_type None is none of"),
+        (
+            {"model_type": "gpt2", "activation_function": "relu", "scale_attn_weights": False},
+            "no gpt2 with activation_function 'relu'; scale_attn_weights False",
+        ),
+        (
+            {"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "no llama with rope_parameters {'rope_type': 'yarn'",
+        ),
+        ({"model_type": "llama", "rope_scaling": {"type": "llama3", "factor": 8.0}},
+         "rope_scaling of rope_type llama3 needs low_freq_factor"),
+        ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window True"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "not the configuration of a model"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "must be positive"),
+    ],
+)  # fmt: skip
+def test_what_is_not_computed_is_refused(settings, message):
+    with pytest.raises(UserError) as error:
+        config_from_huggingface(settings, "x/config.json")
+    assert str(error.value).startswith("x/config.json: ")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
