@@ -212,6 +212,11 @@ class Recipe:
         return -(-self.train.tokens // self.tokens_per_step)
 
     @property
+    def base(self) -> str | None:
+        """What the weights come from, if not from a seed."""
+        return self.lora.base if self.lora is not None else self.model.init_from
+
+    @property
     def data_path(self) -> str:
         assert self.data.path is not None  # parse() fills it in
         return self.data.path
@@ -609,8 +614,9 @@ def _contradictions(recipe: Recipe) -> list[str]:
         )
         need(0 <= source.val_fraction < 1, "[data.source] val_fraction must lie in [0, 1)")
         tokenizer = r.data.tokenizer or DataTokenizer()
+        brought = r.data.tokenizer is None and r.base is not None  # by what it starts from
         need(
-            (tokenizer.path is None) != (tokenizer.train_vocab is None),
+            brought or (tokenizer.path is None) != (tokenizer.train_vocab is None),
             "[data.tokenizer] give path or train_vocab",
         )
     return found

@@ -11,7 +11,7 @@ from typing import Any
 from minigpt_cli.errors import Damaged
 
 MANIFEST = "manifest.json"
-SMALL_FILES = ("state.json", "recipe.toml", "tokenizer.json")
+SMALL_FILES = ("state.json", "recipe.toml", "tokenizer.json", "huggingface.json")
 FORMAT = 2
 NAME = re.compile(r"step-(\d{8,})$")  # of a checkpoint's directory
 

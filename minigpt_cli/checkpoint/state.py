@@ -39,7 +39,12 @@ class RunState:
 def nonsense(directory: Path, step: int, files: Iterable[str]) -> list[str]:
     """Which of the small ``files`` can't be what minigpt writes, whoever vouches for them."""
     problems = []
-    for name, parse in (("recipe.toml", tomllib.loads), ("tokenizer.json", json.loads)):
+    parsers = {
+        "recipe.toml": tomllib.loads,
+        "tokenizer.json": json.loads,
+        "huggingface.json": json.loads,
+    }
+    for name, parse in parsers.items():
         try:
             if name in files:
                 parse((directory / name).read_text())

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,29 @@ def load_weights(directory: Path, recorded: dict[str, Any], model: nn.Module) ->
     weights = get_model_state_dict(model, options=_OPTIONS)
     read_tensors(directory, {WEIGHTS + name: t for name, t in weights.items()}, recorded)
     model.load_state_dict(weights)
+
+
+def whole_reader(
+    directory: Path, files: list[str], recorded: dict[str, Any]
+) -> Callable[[str], Tensor]:
+    """Reads one tensor of a verified checkpoint at a time, put together from all ranks' shards."""
+    places: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in recorded}
+    for file in files:
+        for name, (_, begin, _) in _shards_in(directory / file).items():
+            places[name].append((file, begin))
+
+    def read(name: str) -> Tensor:
+        entry = recorded[name]
+        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        for file, begin in places[name]:
+            with safe_open(directory / file, framework="pt") as opened:
+                part: Tensor = opened.get_tensor(name)
+            if part.numel():
+                region = tuple(slice(b, b + n) for b, n in zip(begin, part.shape, strict=True))
+                whole[region] = part
+        return whole
+
+    return read
 
 
 def misfits(directory: Path, files: list[str], recorded: dict[str, Any]) -> list[str]:

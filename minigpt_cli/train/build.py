@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from minigpt_cli.checkpoint.base import Companions
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.data import tokenizer as tokenizers_
@@ -27,7 +28,11 @@ from minigpt_cli.train.step import Trainer
 
 
 def build(
-    recipe: Recipe, directory: Path, world: World, resources: ExitStack
+    recipe: Recipe,
+    directory: Path,
+    world: World,
+    resources: ExitStack,
+    companions: Companions,
 ) -> tuple[Run, RunState]:
     """Everything but the weights; what must be closed at the end goes to ``resources``."""
     if recipe.data.verify:  # it may read for minutes, and the others wait for no collective
@@ -112,6 +117,7 @@ def build(
         metrics=None,
         saver=saver,
         tokenizer_json=dataset.tokenizer_file.read_bytes(),
+        companions=companions,
         flops_per_token=flops_per_token(config, length),
         peak_flops=_peak_flops(world),
         resources=resources,

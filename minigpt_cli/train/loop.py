@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.base import COMPANIONS
 from minigpt_cli.checkpoint.saver import Saved
 from minigpt_cli.checkpoint.state import STATE_FILE, RunState, state_bytes
 from minigpt_cli.checkpoint.tensors import tensors_of
@@ -170,7 +171,7 @@ def _log(
             display.say(f"warning: {warning}")
     _write_metrics(run, display, values)
     display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
-    if state.step == 1 and (
+    if (state.step == 1 and run.recipe.base is None) and (
         warning := guard.warn_about_first_loss(loss, run.trainer.model.config.vocab_size)
     ):
         display.say(f"warning: {warning}")
@@ -278,6 +279,7 @@ def _save(run: Run, state: RunState, display: TrainingDisplay) -> int | None:
             STATE_FILE: state_bytes(state),
             "recipe.toml": dump(run.recipe).encode(),
             "tokenizer.json": run.tokenizer_json,
+            **({COMPANIONS: run.companions.dump()} if run.recipe.base else {}),
         },
         state.val_loss if state.evaluated_step == state.step else None,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from minigpt_cli.checkpoint.base import Companions
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.data.batches import Batches
 from minigpt_cli.data.shards import TokenSplit
@@ -40,6 +41,7 @@ class Run:
     metrics: MetricsFile | None  # opened by rank 0 when all else is ready
     saver: Saver
     tokenizer_json: bytes
+    companions: Companions
     flops_per_token: int
     peak_flops: float | None
     resources: ExitStack  # the run directory's lock, open files, the reading thread

@@ -12,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt_cli import recipe as recipes
+from minigpt_cli.checkpoint import base as bases
 from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.base import Base, Companions
 from minigpt_cli.checkpoint.saver import check_room
 from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
 from minigpt_cli.data.manifest import write_atomically
+from minigpt_cli.data.tokenizer import fingerprint, load_tokenizer
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed import world as worlds
 from minigpt_cli.distributed.world import World
@@ -49,12 +52,43 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         UserError: the directory already holds a run's checkpoints, or the recipe can't be followed.
     """
     world = worlds.start(recipe.distributed.timeout_minutes)
+    base = _open_base(recipe, world)
+    if base is not None:
+        say(base.report)
+        recipe = bases.complete(recipe, base)
     with ExitStack() as resources:
         record = _claim(directory, world, resources, new=recipe)
-        run, state = build(recipe, directory, world, resources)
+        companions = Companions() if base is None else base.companions
+        run, state = build(recipe, directory, world, resources, companions)
         record.state = state
-        initialize(run.trainer.model, recipe.train.seed, parallel.assign)
+        if base is None:
+            initialize(run.trainer.model, recipe.train.seed, parallel.assign)
+        else:
+            _check_tokenizer(recipe, base, state)
+            bases.load_base(base, run.trainer.model, parallel.assign)
         return _ready(run, state, resources), state
+
+
+def _open_base(recipe: Recipe, world: World) -> Base | None:
+    """What the recipe's weights come from; rank 0 fetches it, where it isn't here."""
+    if (name := recipe.base) is None:
+        return None
+    world.from_first(lambda: str(bases.open_base(name).directory))
+    return bases.open_base(name)
+
+
+def _check_tokenizer(recipe: Recipe, base: Base, state: RunState) -> None:
+    """Refuse data that was made with another tokenizer than the base was trained with: the same
+    ids would mean other tokens.
+
+    Raises:
+        UserError: it was.
+    """
+    if fingerprint(load_tokenizer(base.tokenizer)) != state.dataset["tokenizer"]:
+        raise UserError(
+            f"{recipe.data_path} was made with another tokenizer than that of {base.name}: make it "
+            f'anew with [data.tokenizer] path = "{base.tokenizer}"'
+        )
 
 
 def _check_start(recipe: Recipe, directory: Path) -> None:
@@ -112,7 +146,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         recipe = recipes.load(source / RECIPE, overrides, name=directory.name)
         check_changes(old, recipe, allow_changes)
         record.state = state = read_state(checkpoint)
-        run, fresh = build(recipe, directory, world, resources)
+        run, fresh = build(recipe, directory, world, resources, bases.companions_in(checkpoint))
         check_dataset(recipe, state, fresh, allow_changes)
         load_tensors(
             checkpoint,

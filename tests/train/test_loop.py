@@ -106,9 +106,12 @@ def test_evaluations_and_the_best_checkpoint(tmp_path: Path, make_recipe: MakeRe
     assert [step for step, _ in store.list_steps(tmp_path)] == [4, 12]
 
 
-def test_early_stop_ends_the_run_for_good(tmp_path: Path, make_recipe: MakeRecipe):
+def test_early_stop_ends_the_run_for_good(
+    tmp_path: Path, make_recipe: MakeRecipe, license_dataset: Path
+):
     """At a learning rate that makes it worse, two evaluations without a new best are enough."""
     recipe = make_recipe(
+        f"data.path={license_dataset}",
         "train.steps=40", "optimizer.lr=3", "schedule.warmup_steps=0", "schedule.name=constant",
         "eval.patience=2", "eval.every_steps=2", "optimizer.clip_norm=0",
     )  # fmt: skip

@@ -1,0 +1,184 @@
+"""Weights to start from: a Hugging Face directory, a model on the Hub, or a run of minigpt's.
+
+Everything is compared before anything is assigned, and read one tensor at a time.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt_cli import recipe as recipes
+from minigpt_cli.checkpoint import pretrained, store
+from minigpt_cli.checkpoint.manifest import MANIFEST
+from minigpt_cli.checkpoint.tensors import WEIGHTS, whole_reader
+from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
+from minigpt_cli.errors import UserError
+from minigpt_cli.model.config import ModelConfig, config_from_recipe
+from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.huggingface import config_from_huggingface
+from minigpt_cli.recipe import DataTokenizer, Origin, Recipe
+
+COMPANIONS = "huggingface.json"  # in a checkpoint: the Companions of what it started from
+_COMPANION_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What stands beside a model's weights and says how to use it; carried from the base through
+    the checkpoints into an export."""
+
+    special_tokens: dict[str, Any] = field(default_factory=dict)  # of config.json: eos_token_id ...
+    files: dict[str, str] = field(default_factory=dict)  # name -> text
+
+    def dump(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A trained model's weights and what belongs to them."""
+
+    name: str  # as it was given
+    directory: Path  # of the files; of a run, the checkpoint
+    config: ModelConfig
+    tokenizer: Path
+    companions: Companions
+    read: Callable[[str], Tensor]  # our parameter's name -> all of it, as it is stored
+    report: str  # what was found, for a person
+    recipe: Recipe | None = None  # of a run
+
+
+def open_base(name: str | Path) -> Base:
+    """What ``name`` means: a run, a checkpoint, a Hugging Face directory or a Hub id.
+
+    Raises:
+        UserError: there is none of these, or a model that minigpt has no like of.
+        Damaged: a run without a valid checkpoint.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / pretrained.CONFIG).is_file():
+        return _of_run(path)
+    return _of_huggingface(str(name))
+
+
+def _of_huggingface(name: str) -> Base:
+    directory = pretrained.find(name)
+    settings = pretrained.read_json(directory / pretrained.CONFIG)
+    config = config_from_huggingface(settings, str(directory / pretrained.CONFIG))
+    weights = pretrained.weights_of(directory, config)
+    return Base(
+        name=name,
+        directory=directory,
+        config=config,
+        tokenizer=directory,
+        companions=_companions(directory, settings),
+        read=weights.read,
+        report=str(weights.report),
+    )
+
+
+def _companions(directory: Path, settings: dict[str, Any]) -> Companions:
+    try:
+        return Companions(
+            {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name) is not None},
+            {
+                name: (directory / name).read_text(encoding="utf-8")
+                for name in _COMPANION_FILES
+                if (directory / name).is_file()
+            },
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{directory}: the tokenizer's files can't be read: {error}") from None
+
+
+def _of_run(path: Path) -> Base:
+    run, checkpoint, manifest, passed_over = store.choose(path)
+    recipe = recipes.load(checkpoint / "recipe.toml", name=run.name)
+    if recipe.lora is not None:
+        raise UserError(
+            f"{path}: holds adapters, not a whole model: merge them first, with minigpt export"
+        )
+    tokenizer = checkpoint / "tokenizer.json"
+    files = [name for name in manifest.files if name.endswith(".safetensors")]
+    read = whole_reader(checkpoint, files, manifest.tensors)
+    return Base(
+        name=str(path),
+        directory=checkpoint,
+        config=config_from_recipe(recipe, vocabulary_size(load_tokenizer(tokenizer))),
+        tokenizer=tokenizer,
+        companions=companions_in(checkpoint),
+        read=lambda name: read(WEIGHTS + name),
+        report="; ".join([f"{checkpoint}: step {manifest.step}", *passed_over]),
+        recipe=recipe,
+    )
+
+
+def companions_in(checkpoint: Path) -> Companions:
+    """Those that a checkpoint carries; none where it began from random weights."""
+    file = checkpoint / COMPANIONS
+    return Companions(**pretrained.read_json(file)) if file.exists() else Companions()
+
+
+def fingerprint(base: Base) -> str:
+    """sha256 (hex) of its weights; reads all of a Hugging Face directory's."""
+    if base.recipe is not None:
+        files = [base.directory / MANIFEST]  # holds the sha256 of every file
+    else:
+        files = pretrained.weight_files(base.directory)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def load_base(base: Base, model: GPT, assign: Callable[[Tensor, Tensor], None]) -> None:
+    """Fill a model's own parameters, not those of adapters; see ``gpt.initialize`` for assign."""
+    with torch.device("meta"):
+        names = [name for name, _ in GPT(base.config).named_parameters()]
+    parameters = dict(model.named_parameters())
+    for name in names:
+        assign(parameters[name], base.read(name))
+
+
+def complete(recipe: Recipe, base: Base) -> Recipe:
+    """The recipe with ``[model]`` filled in from the base, and the tokenizer where it names none.
+
+    Raises:
+        UserError: it says otherwise than the base, all differences listed.
+    """
+    theirs = {f.name: getattr(base.config, f.name) for f in fields(base.config)}
+    del theirs["dropout"]  # training's business
+    ours = {name: getattr(recipe.model, name) for name in theirs}
+    conflicts = [
+        f"{name} = {ours[name]} (there: {theirs[name]})"
+        for name in theirs
+        if name != "initializer_range" and ours[name] not in (None, theirs[name])
+    ]
+    if conflicts:
+        raise UserError(
+            f"[model] says otherwise than {base.directory}: {', '.join(conflicts)}; leave out what "
+            "comes from there"
+        )
+    data = recipe.data
+    if data.source is not None and data.tokenizer is None:
+        data = replace(data, tokenizer=DataTokenizer(path=str(base.tokenizer)))
+    done = replace(recipe, model=replace(recipe.model, **theirs), data=data)
+    changed = [key for key, _, _ in recipes.differences(recipe, done)]
+    origin: dict[str, Origin] = {
+        **dict.fromkeys(recipes.settings(done), "default"),
+        **recipe.origin,
+    }
+    return replace(done, origin=origin | dict.fromkeys(changed, "base"))
