@@ -317,6 +317,23 @@ def sample(
 
 
 @app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A run directory, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="The Hugging Face directory to make.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option(help="What the weights are stored in.")
+    ] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Write a model as a Hugging Face directory, proven by reloading it with transformers."""
+    from minigpt_cli import commands
+
+    result = commands.export(model, out, dtype)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def verify(
     path: Annotated[Path, typer.Argument(help="A run, a checkpoint or a token dataset.")],
     as_json: Json = False,

@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 
+from minigpt_cli.checkpoint.base import open_base
+from minigpt_cli.checkpoint.card import model_card
+from minigpt_cli.checkpoint.export import export_model
 from minigpt_cli.checkpoint.load import TrainedModel, load_model, newest_run
+from minigpt_cli.checkpoint.state import read_state
 from minigpt_cli.data.shards import open_dataset
 from minigpt_cli.data.tokenizer import eos_id, fingerprint, token_byte_lengths
 from minigpt_cli.distributed.device import find_device
@@ -107,6 +111,23 @@ def sample_model(
         "completions": [completion.text for completion in completions],
         "finish_reasons": [completion.finish_reason for completion in completions],
         "checkpoint": str(trained.checkpoint),
+    }
+
+
+def export(path: Path, out: Path, dtype: str) -> dict[str, Any]:
+    """Write a Hugging Face directory from a run or a checkpoint."""
+    base = open_base(path)
+    say(base.report)
+    state = read_state(base.directory) if base.recipe is not None else None
+    name = base.recipe.name if base.recipe is not None else path.name
+    exported = export_model(base, out, dtype, card=model_card(base, name, base.recipe, state))
+    say(f"{exported.path}: {exported.parameters:,} parameters, {exported.proof}")
+    return {
+        "path": str(exported.path),
+        "files": exported.files,
+        "parameters": exported.parameters,
+        "proven": exported.proof.difference is not None,
+        "max_logit_difference": exported.proof.difference,
     }
 
 

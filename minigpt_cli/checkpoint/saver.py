@@ -194,7 +194,7 @@ class Saver:
         return self._saved(step, problem)
 
     def _saved(self, step: int, problem: str | None) -> Saved:
-        return Saved(step, store.checkpoints_dir(self._run) / f"step-{step:08d}", problem)
+        return Saved(step, store.checkpoint_path(self._run, step), problem)
 
 
 def check_room(run: Path, size: int, keep: CheckpointRecipe) -> str | None:

@@ -30,6 +30,10 @@ def checkpoints_dir(run: Path) -> Path:
     return run / "checkpoints"
 
 
+def checkpoint_path(run: Path, step: int) -> Path:
+    return checkpoints_dir(run) / f"step-{step:08d}"
+
+
 def list_steps(run: Path) -> list[tuple[int, Path]]:
     """(step, directory) of the committed checkpoints, oldest first; none of them verified."""
     try:
@@ -90,7 +94,7 @@ def finish(
     Raises:
         OSError: the disk is full, or a file is not there.
     """
-    temporary, final = _temporary(run, step), checkpoints_dir(run) / f"step-{step:08d}"
+    temporary, final = _temporary(run, step), checkpoint_path(run, step)
     replaced = final.with_name(f".replaced-{final.name}")
     for name, entry in files.items():  # of another rank, whose disk may be another
         if (size := (temporary / name).stat().st_size) != entry["bytes"]:

@@ -26,6 +26,15 @@ def memory(device: torch.device, local_size: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
 
 
+def available_memory() -> int | None:
+    """Bytes of main memory that programs may still take; None where the system doesn't tell."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            return next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
+    except (OSError, StopIteration):
+        return None
+
+
 def _keep_freed_memory() -> None:
     """Have the C library keep the memory of freed tensors for the next ones.
 

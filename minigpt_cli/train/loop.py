@@ -18,6 +18,7 @@ from minigpt_cli.evaluate.loss import evaluate, fixed_windows, window_batches
 from minigpt_cli.recipe import Recipe, dump
 from minigpt_cli.report.console import TrainingDisplay
 from minigpt_cli.train import guard, rollback
+from minigpt_cli.train.finish import write_final
 from minigpt_cli.train.run import Run
 from minigpt_cli.train.schedule import lr_at
 from minigpt_cli.train.step import train_step
@@ -129,6 +130,7 @@ def fit(run: Run, state: RunState) -> None:
             f"finished at step {state.step}: {state.tokens:,} tokens, {clock.total:.1f} s of "
             f"training in this process; {run.directory}"
         )
+        display.say(write_final(run, state))
 
 
 def _settle(run: Run, state: RunState, display: TrainingDisplay, clock: Clock) -> bool:

@@ -29,7 +29,7 @@ from minigpt_cli.model.gpt import initialize
 from minigpt_cli.recipe import Distributed, Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.report.console import say, warn
-from minigpt_cli.train import guard
+from minigpt_cli.train import finish, guard
 from minigpt_cli.train.build import build, warm_up
 from minigpt_cli.train.changes import (
     check_changes,
@@ -196,6 +196,7 @@ def _claim(
             _check_start(new, directory)  # again: another process may just have left
         record = resources.enter_context(recorded(directory))
         store.sweep(directory)
+        finish.sweep(directory)
         if new is not None:
             prepare_data(new)
         return True

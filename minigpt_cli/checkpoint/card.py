@@ -1,0 +1,88 @@
+"""The model card, README.md: what a model is, what it was trained on, and how."""
+
+import torch
+
+from minigpt_cli import __version__
+from minigpt_cli import recipe as recipes
+from minigpt_cli.checkpoint.base import Base
+from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.model.cost import parameter_count
+from minigpt_cli.recipe import Recipe
+
+
+def model_card(
+    base: Base, name: str, recipe: Recipe | None, state: RunState | None, adapter: str | None = None
+) -> str:
+    """The card of a trained model.
+
+    Args:
+        recipe, state: of the run that trained it; None where it came as it is.
+        adapter: what was merged into it, if anything was.
+    """
+    c = base.config
+    rows = [
+        ("Architecture", f"{c.family}, {c.num_hidden_layers} layers of width {c.hidden_size}"),
+        ("Parameters", f"{parameter_count(c):,}"),
+        ("Vocabulary", f"{c.vocab_size:,}"),
+        ("Context", f"{c.max_position_embeddings:,} tokens"),
+    ]
+    if recipe is not None and recipe.base is not None:
+        rows.append(("Started from", recipe.base))
+    if adapter is not None:
+        rows.append(("Merged adapter", adapter))
+    if recipe is not None and state is not None:
+        rows += [
+            ("Trained on", _data(recipe)),
+            ("Tokens", f"{state.tokens:,} in {state.step:,} steps"),
+            *_losses(state),
+        ]
+    rows.append(("Made with", f"minigpt {__version__}, torch {torch.__version__}"))
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    card = _CARD.format(name=name, table=table)
+    if recipe is not None:
+        card += f"\n## Recipe\n\n```toml\n{recipes.dump(recipe)}```\n"
+    return card
+
+
+def _data(recipe: Recipe) -> str:
+    source = recipe.data.source
+    if source is None:
+        return recipe.data_path
+    return " ".join([source.kind, *source.path])
+
+
+def _losses(state: RunState) -> list[tuple[str, str]]:
+    found = []
+    if state.val_loss is not None:
+        found.append(("Validation loss", f"{state.val_loss:.4f} at step {state.evaluated_step:,}"))
+    if state.best_val_loss is not None:
+        best = f"{state.best_val_loss:.4f} at step {state.best_step:,}"
+        found.append(("Lowest validation loss", best))
+    return found
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- minigpt
+---
+
+# {name}
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""

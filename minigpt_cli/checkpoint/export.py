@@ -1,0 +1,200 @@
+"""A Hugging Face directory from a trained model: written one tensor at a time, then proven by
+reloading it with transformers. Only what is proven gets its name.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt_cli.checkpoint.base import Base
+from minigpt_cli.checkpoint.pretrained import CONFIG, INDEX
+from minigpt_cli.checkpoint.prove import Proof, prove
+from minigpt_cli.data.manifest import sync_directory
+from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
+from minigpt_cli.errors import UserError
+from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.huggingface import huggingface_config, huggingface_name, is_transposed
+
+SHARD_BYTES = 5_000_000_000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Exported:
+    path: Path
+    files: list[str]
+    parameters: int
+    proof: Proof
+
+
+def export_model(
+    base: Base,
+    out: Path,
+    dtype: str = "fp32",
+    *,
+    card: str,
+    replace: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Exported:
+    """Write ``base`` as a directory that transformers reads.
+
+    Args:
+        dtype: of the weights: fp32, bf16 or fp16.
+        card: README.md.
+        replace: put it in the place of what ``out`` holds.
+        shard_bytes: a file of weights holds no more, unless one tensor does.
+
+    Raises:
+        UserError: ``out`` is there already, or can't be written to.
+        Mismatch: transformers computes something else from it; ``out`` is as it was.
+    """
+    with directory_in_place(out, replace) as folder:
+        parameters = _write_weights(base, folder, DTYPES[dtype], shard_bytes)
+        write_tokenizer(base, folder)
+        name = str(DTYPES[dtype]).removeprefix("torch.")
+        tokens = special_tokens(base)
+        _write_json(folder / CONFIG, huggingface_config(base.config, tokens, name))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        proof = prove(base, folder, DTYPES[dtype])
+        files = sorted(os.listdir(folder))
+    return Exported(out, files, parameters, proof)
+
+
+@contextlib.contextmanager
+def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
+    """A directory to write to, which gets the name ``out`` when the ``with`` block has succeeded.
+
+    Raises:
+        UserError: ``out`` is there already and not to be replaced, or can't be written to.
+    """
+    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; choose another directory, or delete it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out}: can't be written to: {error.strerror}") from None
+    try:
+        folder.chmod(0o755 & ~_umask())
+        yield folder
+        for file in folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        sync_directory(folder)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+            out.rename(old / out.name)
+            folder.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            folder.rename(out)
+        sync_directory(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def special_tokens(base: Base) -> dict[str, Any]:
+    """The ids that config.json names. A text of minigpt's begins and ends with the same token."""
+    end = eos_id(load_tokenizer(base.tokenizer))
+    return {"bos_token_id": end, "eos_token_id": end, **base.companions.special_tokens}
+
+
+def write_tokenizer(base: Base, folder: Path) -> None:
+    """The tokenizer's files, and what else came with the base."""
+    tokenizer = load_tokenizer(base.tokenizer)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    for name, text in base.companions.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if "tokenizer_config.json" not in base.companions.files:
+        end = tokenizer.id_to_token(eos_id(tokenizer))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": end,
+            "eos_token": end,
+            "pad_token": end,
+            "model_max_length": base.config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        }
+        _write_json(folder / "tokenizer_config.json", settings)
+    if "generation_config.json" not in base.companions.files:
+        tokens = special_tokens(base)
+        ends = tokens["eos_token_id"]
+        padding = {"pad_token_id": ends[0] if isinstance(ends, list) else ends}
+        _write_json(folder / "generation_config.json", padding | tokens)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_weights(base: Base, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
+    """Write the safetensors files, and their index where they are several; returns the number of
+    parameters."""
+    with torch.device("meta"):
+        wanted = dict(GPT(base.config).named_parameters())
+    files: list[dict[str, list[int]]] = [{}]  # of each file: our name -> shape as it is stored
+    size, width = 0, dtype.itemsize
+    for name, parameter in wanted.items():
+        if files[-1] and size + parameter.numel() * width > shard_bytes:
+            files.append({})
+            size = 0
+        shape = list(parameter.shape)
+        files[-1][name] = shape[::-1] if is_transposed(base.config, name) else shape
+        size += parameter.numel() * width
+    total = sum(parameter.numel() for parameter in wanted.values())
+    places: dict[str, str] = {}
+    for number, shapes in enumerate(files, 1):
+        several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
+        name = f"model{several}.safetensors"
+        stored = {huggingface_name(base.config, ours): shape for ours, shape in shapes.items()}
+        write_safetensors(folder / name, stored, dtype, _read(base, shapes, dtype))
+        places |= dict.fromkeys(stored, name)
+    if len(files) > 1:
+        metadata = {"total_parameters": total, "total_size": total * width}
+        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": places})
+    return total
+
+
+def _read(base: Base, names: Iterable[str], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The parameters in transformers' layout."""
+    for name in names:
+        tensor = base.read(name).to(dtype)
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds numbers too large for {dtype}: export it as bf16")
+        yield tensor.T if is_transposed(base.config, name) else tensor
+
+
+def write_safetensors(
+    file: Path, shapes: dict[str, list[int]], dtype: torch.dtype, tensors: Iterable[Tensor]
+) -> None:
+    """Write a safetensors file (8 bytes of length, a JSON header, the numbers) while the tensors
+    come; the library's own writer wants all of them in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _STORED[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert list(tensor.shape) == shape, (tensor.shape, shape)
+            tensor.contiguous().flatten().view(torch.uint8).numpy().tofile(stream)
