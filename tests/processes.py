@@ -30,7 +30,10 @@ _IMPORTED = [
     "minigpt_cli.distributed.launch", "minigpt_cli.train.loop", "minigpt_cli.train.prepare",
     "minigpt_cli.train.setup", "minigpt_cli.train.status", "numpy.ctypeslib", "numpy.ma",
     "pydantic.types", "pytest", "rich.status", "safetensors.torch", "tokenizers", "torch._dynamo",
-    "torch._inductor.standalone_compile", "torch._numpy", "torch.onnx", "typer._adapters",
+    "torch._inductor.standalone_compile", "torch._numpy", "torch.onnx",
+    "transformers.models.auto", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3",
+    "typer._adapters",
 ]  # fmt: skip
 
 _forks = multiprocessing.get_context("forkserver")

@@ -62,15 +62,13 @@ def test_without_a_compiler_it_says_so_and_trains_eagerly(tmp_path: Path, recipe
 
 def test_ranks_train_eagerly_where_one_of_them_has_no_compiler(tmp_path: Path, recipe_file: Path):
     port = free_port()
-    missing = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": os.path.dirname(sys.executable)}
-    ranks = [
-        fork(
-            tmp_path / f"{rank}.txt", "pretrain", recipe_file, "--out", tmp_path / "run", *COMPILED,
-            TORCHINDUCTOR_CACHE_DIR=str(tmp_path / f"cache-{rank}"),
-            **place(rank, 2, port) | (missing if rank else {}),
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
+    nowhere = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": os.path.dirname(sys.executable)}
+    ranks = []
+    for rank, missing in enumerate(({}, nowhere)):
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{rank}")}
+        variables = place(rank, 2, port) | cache | missing
+        arguments = ("pretrain", recipe_file, "--out", tmp_path / "run", *COMPILED)
+        ranks.append(fork(tmp_path / f"{rank}.txt", *arguments, **variables))
     assert [each.wait() for each in ranks] == [0, 0], ranks[0].said
     assert ranks[0].said.count("warning: torch.compile failed, training goes on without it") == 1
     pretrain(recipe_file, tmp_path / "eager", False)
