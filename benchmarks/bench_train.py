@@ -65,6 +65,7 @@ def main() -> None:
         seed=0,
         micro_batch_size=a.micro_batch or a.batch,
         clip_norm=1.0,
+        dropout=False,
     )
     warm_up(trainer, a.sequence_length)
     tokens = torch.randint(a.vocab, (a.batch, a.sequence_length + 1), device=device)

@@ -24,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run directory; default: runs/<recipe's name>.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a recipe's setting."),
@@ -38,6 +41,14 @@ Nnodes = Annotated[
 Endpoint = Annotated[
     str | None,
     typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet."),
+]
+Model = Annotated[
+    Path,
+    typer.Argument(help="A run, a checkpoint, a Hugging Face directory or Hub id, or an adapter."),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="For a base: a finetune-lora run, or a directory in PEFT's format."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 
@@ -103,9 +114,7 @@ def tokenize(
 @app.command()
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="A TOML recipe; see recipes/.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The run directory; default: runs/<recipe's name>.")
-    ] = None,
+    out: Out = None,
     overrides: Overrides = None,
     nproc: Nproc = None,
     nnodes: Nnodes = 1,
@@ -113,17 +122,45 @@ def pretrain(
     as_json: Json = False,
 ) -> int:
     """Train a model from a recipe, preparing its data first where it isn't there."""
-    from minigpt_cli import recipe as recipes
-
     if _is_to_launch(nproc, nnodes):
-        recipes.load(recipe, overrides)  # better said once here than by every process
+        _load(recipe, overrides)  # better said once here than by every process
         return _launch(nproc, nnodes, rdzv_endpoint)
     _join()
-    _pretrain(recipes.load(recipe, overrides), recipe, out, as_json)
+    _start(_load(recipe, overrides), recipe, out, as_json)
     return 0
 
 
-def _pretrain(loaded: Any, recipe_file: Path, out: Path | None, as_json: bool) -> None:
+@app.command("finetune-lora")
+def finetune_lora(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe with a section [lora].")],
+    out: Out = None,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    nnodes: Nnodes = 1,
+    rdzv_endpoint: Endpoint = None,
+    as_json: Json = False,
+) -> int:
+    """Train adapters on a frozen base; stops, resumes and saves as pretrain does."""
+    if _is_to_launch(nproc, nnodes):
+        _load(recipe, overrides, lora=True)
+        return _launch(nproc, nnodes, rdzv_endpoint)
+    _join()
+    _start(_load(recipe, overrides, lora=True), recipe, out, as_json)
+    return 0
+
+
+def _load(recipe: Path, overrides: list[str] | None, lora: bool = False) -> Any:
+    from minigpt_cli import recipe as recipes
+
+    loaded = recipes.load(recipe, overrides)
+    if loaded.lora is not None and not lora:
+        raise UserError(f"{recipe}: trains adapters, [lora]: run it with minigpt finetune-lora")
+    if loaded.lora is None and lora:
+        raise UserError(f"{recipe}: has no section [lora]; a whole model is trained by pretrain")
+    return loaded
+
+
+def _start(loaded: Any, recipe_file: Path, out: Path | None, as_json: bool) -> None:
     from minigpt_cli.train import setup
 
     directory = out or Path("runs") / loaded.name
@@ -167,7 +204,7 @@ def resume(
         loaded = recipes.load(or_start, overrides)
         world = worlds.start(loaded.distributed.timeout_minutes)
         if not world.from_first(lambda: store.is_checkpoint(run) or store.holds_a_checkpoint(run)):
-            _pretrain(loaded, or_start, run, as_json)
+            _start(loaded, or_start, run, as_json)
             return 0
     _fit(*setup.resume_run(run, overrides or [], allow_change or []), as_json)
     return 0
@@ -242,7 +279,8 @@ def _fit(run: Any, state: Any, as_json: bool) -> None:
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run directory, or one of its checkpoints.")],
+    model: Model,
+    adapter: Adapter = None,
     data: Annotated[
         Path | None, typer.Option(help="A token dataset; default: the one it was trained on.")
     ] = None,
@@ -254,7 +292,7 @@ def evaluate(
     """Loss, perplexity and bits per byte on all of a split or a text."""
     from minigpt_cli.commands import evaluate_model
 
-    result = evaluate_model(model, data, split, text, batch_size)
+    result = evaluate_model(model, adapter, data, split, text, batch_size)
     if as_json:
         _print_json(result)
     else:
@@ -268,7 +306,11 @@ def evaluate(
 def sample(
     model: Annotated[
         Path | None,
-        typer.Argument(help="A run directory or a checkpoint; default: the newest under runs/."),
+        typer.Argument(help="As for eval; default: the newest run under runs/."),
+    ] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="For a base, as for eval; of several, one after the other."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", min=1)] = 200,
@@ -303,6 +345,7 @@ def sample(
     )
     result = sample_model(
         model,
+        adapter or [],
         prompt,
         sampling,
         max_new_tokens=max_new_tokens,
@@ -318,17 +361,21 @@ def sample(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="A run directory, or one of its checkpoints.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="The Hugging Face directory to make.")],
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"], typer.Option(help="What the weights are stored in.")
     ] = "fp32",
+    adapter: Adapter = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="The adapter in PEFT's format, not merged.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model as a Hugging Face directory, proven by reloading it with transformers."""
     from minigpt_cli import commands
 
-    result = commands.export(model, out, dtype)
+    result = commands.export(model, out, dtype, adapter, adapter_only)
     if as_json:
         _print_json(result)
 

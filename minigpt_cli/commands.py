@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from minigpt_cli.checkpoint.base import open_base
+from minigpt_cli.checkpoint.adapter import LoadedAdapter, apply, merge, open_model
+from minigpt_cli.checkpoint.base import Base
 from minigpt_cli.checkpoint.card import model_card
-from minigpt_cli.checkpoint.export import export_model
+from minigpt_cli.checkpoint.export import export_adapter, export_model
 from minigpt_cli.checkpoint.load import TrainedModel, load_model, newest_run
-from minigpt_cli.checkpoint.state import read_state
 from minigpt_cli.data.shards import open_dataset
 from minigpt_cli.data.tokenizer import eos_id, fingerprint, token_byte_lengths
 from minigpt_cli.distributed.device import find_device
@@ -17,17 +17,26 @@ from minigpt_cli.errors import UserError
 from minigpt_cli.evaluate.loss import evaluate, stream_batches
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.generate.text import Piece, complete, stream_text
+from minigpt_cli.recipe import Precision
 from minigpt_cli.report.console import say, warn
 from minigpt_cli.train import precision
 
+LONGEST = 1024  # tokens of a window, where no recipe says how many
+
 
 def evaluate_model(
-    path: Path, data: Path | None, split: str, text: Path | None, batch_size: int
+    path: Path,
+    adapter: Path | None,
+    data: Path | None,
+    split: str,
+    text: Path | None,
+    batch_size: int,
 ) -> dict[str, Any]:
     """Loss over every token of a dataset's split, or of a text file."""
-    trained = _load(path)
+    trained = _load(path, [adapter] if adapter is not None else [])
     lengths = token_byte_lengths(trained.tokenizer)
-    length = trained.recipe.train.sequence_length
+    positions, recipe = trained.model.config.max_position_embeddings, trained.recipe
+    length = min(LONGEST, positions) if recipe is None else recipe.train.sequence_length
     if text is not None:
         if data is not None:
             raise UserError("give --data or --text, not both")
@@ -40,7 +49,9 @@ def evaluate_model(
         batches = stream_batches(lambda a, b: stream[a:b], tokens, length, batch_size)
         where = str(text)
     else:
-        folder = data or Path(trained.recipe.data_path)
+        if data is None and recipe is None:
+            raise UserError(f"{path}: what to evaluate on? give --data or --text")
+        folder = data if data is not None else Path(recipe.data_path if recipe else "")
         dataset = open_dataset(
             folder, tokenizer_fingerprint=fingerprint(trained.tokenizer), verify=True
         )
@@ -57,7 +68,7 @@ def evaluate_model(
     result = evaluate(
         trained.model,
         batches,
-        dtype=precision.computing_dtype(trained.recipe.precision, device),
+        dtype=precision.computing_dtype(recipe.precision if recipe else Precision(), device),
         token_bytes=lengths,
         bytes_per_token=bytes_per_token,
     )
@@ -67,12 +78,13 @@ def evaluate_model(
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
         "tokens": result.tokens,
-        "checkpoint": str(trained.checkpoint),
+        "checkpoint": str(trained.base.directory),
     }
 
 
 def sample_model(
     path: Path | None,
+    adapters: list[Path],
     prompt: str,
     options: SamplingOptions,
     *,
@@ -88,39 +100,59 @@ def sample_model(
         prompt.encode()
     except UnicodeEncodeError:
         raise UserError("--prompt is not valid UTF-8 text") from None
-    trained = _load(path or newest_run())
+    trained = _load(path or newest_run(), adapters)
     device = next(trained.model.parameters()).device
     if dtype == "bf16" or (dtype == "auto" and device.type == "cuda"):
         trained.model.to(torch.bfloat16)
-    pieces = stream_text(
-        trained.model,
-        trained.tokenizer,
-        trained.tokenizer.encode(prompt, add_special_tokens=False).ids,
-        options,
-        max_new_tokens=max_new_tokens,
-        num_samples=num_samples,
-        seed=seed,
-        eos_id=eos_id(trained.tokenizer),
-        stop=stop,
-    )
-    if stream:
-        pieces = _printed(list(range(num_samples)), prompt, iter(pieces))
-    completions = complete(pieces)
-    return {
-        "prompt": prompt,
-        "completions": [completion.text for completion in completions],
-        "finish_reasons": [completion.finish_reason for completion in completions],
-        "checkpoint": str(trained.checkpoint),
-    }
+    results = []
+    chosen: list[LoadedAdapter | None] = [*trained.adapters] or [None]
+    for adapter in chosen:
+        if adapter is not None and len(trained.adapters) > 1:
+            apply(trained.model, adapter)
+            trained.model.eval()
+            say(f"adapter {adapter.name}")
+        pieces = stream_text(
+            trained.model,
+            trained.tokenizer,
+            trained.tokenizer.encode(prompt, add_special_tokens=False).ids,
+            options,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            seed=seed,
+            eos_id=eos_id(trained.tokenizer),
+            stop=stop,
+        )
+        if stream:
+            pieces = _printed(list(range(num_samples)), prompt, iter(pieces))
+        completions = complete(pieces)
+        results.append(
+            {
+                "prompt": prompt,
+                "completions": [completion.text for completion in completions],
+                "finish_reasons": [completion.finish_reason for completion in completions],
+                "checkpoint": str(trained.base.directory),
+                **({"adapter": adapter.name} if adapter is not None else {}),
+            }
+        )
+    return results[0] if len(results) == 1 else {"prompt": prompt, "adapters": results}
 
 
-def export(path: Path, out: Path, dtype: str) -> dict[str, Any]:
-    """Write a Hugging Face directory from a run or a checkpoint."""
-    base = open_base(path)
-    say(base.report)
-    state = read_state(base.directory) if base.recipe is not None else None
-    name = base.recipe.name if base.recipe is not None else path.name
-    exported = export_model(base, out, dtype, card=model_card(base, name, base.recipe, state))
+def export(
+    path: Path, out: Path, dtype: str, adapter_path: Path | None, adapter_only: bool
+) -> dict[str, Any]:
+    """Write a Hugging Face directory: of a model, of one with an adapter merged into it, or of the
+    adapter alone, in PEFT's format."""
+    base, adapters = open_model(path, [adapter_path] if adapter_path is not None else [])
+    adapter = adapters[0] if adapters else None
+    _tell_of(base)
+    card = model_card(base, path.resolve().name, adapter)
+    if adapter_only:
+        if adapter is None:
+            raise UserError(f"{path}: is a whole model, so there is no adapter to export")
+        export_adapter(base, adapter, out, card=card)
+        say(f"{out}: an adapter of rank {adapter.shape.rank}, in PEFT's format")
+        return {"path": str(out), "files": sorted(file.name for file in out.iterdir())}
+    exported = export_model(merge(base, adapter) if adapter else base, out, dtype, card=card)
     say(f"{exported.path}: {exported.parameters:,} parameters, {exported.proof}")
     return {
         "path": str(exported.path),
@@ -155,12 +187,16 @@ def _printed(samples: list[int], prompt: str, pieces: Any) -> Any:
                 print(f"\n--- {current + 1} ---\n{prompt}", end="", flush=True)
 
 
-def _load(path: Path) -> TrainedModel:
-    trained = load_model(path, find_device())
-    for problem in trained.passed_over:
-        warn(problem)
-    say(f"{trained.checkpoint}, step {trained.step}")
+def _load(path: Path, adapters: list[Path]) -> TrainedModel:
+    trained = load_model(path, find_device(), adapters)
+    _tell_of(trained.base)
     return trained
+
+
+def _tell_of(base: Base) -> None:
+    for problem in base.passed_over:
+        warn(problem)
+    say(base.report)
 
 
 def _read_text(path: Path) -> str:

@@ -164,17 +164,32 @@ class Log:
     every_steps: int = 10
 
 
-@dataclass(frozen=True)
-class Lora:
-    """Adapters instead of the whole model (Hu et al. 2021), in PEFT's terms."""
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Low-rank adapters (Hu et al. 2021), in PEFT's terms."""
 
-    base: str  # a Hugging Face directory, a Hub id, or a run of minigpt's
     rank: int = 16
-    alpha: float = 32.0  # the adapters' part is multiplied by alpha / rank
+    alpha: float = 32.0  # what an adapter adds is multiplied by alpha / rank
     dropout: float = 0.0  # of what goes into an adapter
     target_modules: tuple[str, ...] = ("all-linear",)  # or names as q_proj, attn.c_proj
-    use_rslora: bool = False  # alpha / sqrt(rank) instead
-    use_dora: bool = False  # also train each row's length (Liu et al. 2024)
+    use_rslora: bool = False  # alpha / sqrt(rank) instead (Kalajdzievski 2023)
+    use_dora: bool = False  # also train the length of each row (Liu et al. 2024)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(Adapter):
+    """An adapter, and what it is trained on."""
+
+    base: str  # a Hugging Face directory, a Hub id, or a run of minigpt's
+
+    @property
+    def adapter(self) -> Adapter:
+        names = [f.name for f in dataclasses.fields(Adapter)]
+        return Adapter(**{name: getattr(self, name) for name in names})
 
 
 # "base": from the config.json of what the run started from.

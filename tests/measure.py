@@ -209,6 +209,7 @@ def _trainer(config: ModelConfig, workload: Workload, layout: parallel.Layout) -
         seed=0,
         micro_batch_size=workload.micro_batch_size,
         clip_norm=1.0,
+        dropout=False,
     )
 
 

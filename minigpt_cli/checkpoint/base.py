@@ -58,6 +58,7 @@ class Base:
     read: Callable[[str], Tensor]  # our parameter's name -> all of it, as it is stored
     report: str  # what was found, for a person
     recipe: Recipe | None = None  # of a run
+    passed_over: tuple[str, ...] = ()  # newer checkpoints that are damaged, and how
 
 
 def open_base(name: str | Path) -> Base:
@@ -120,8 +121,9 @@ def _of_run(path: Path) -> Base:
         tokenizer=tokenizer,
         companions=companions_in(checkpoint),
         read=lambda name: read(WEIGHTS + name),
-        report="; ".join([f"{checkpoint}: step {manifest.step}", *passed_over]),
+        report=f"{checkpoint}, step {manifest.step}",
         recipe=recipe,
+        passed_over=tuple(passed_over),
     )
 
 

@@ -4,44 +4,47 @@ import torch
 
 from minigpt_cli import __version__
 from minigpt_cli import recipe as recipes
+from minigpt_cli.checkpoint.adapter import LoadedAdapter
 from minigpt_cli.checkpoint.base import Base
-from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.recipe import Recipe
 
 
-def model_card(
-    base: Base, name: str, recipe: Recipe | None, state: RunState | None, adapter: str | None = None
-) -> str:
-    """The card of a trained model.
-
-    Args:
-        recipe, state: of the run that trained it; None where it came as it is.
-        adapter: what was merged into it, if anything was.
-    """
-    c = base.config
+def model_card(base: Base, name: str, adapter: LoadedAdapter | None = None) -> str:
+    """The card of a model, or of one into which an adapter was merged."""
+    c, recipe, checkpoint = base.config, base.recipe, base.directory
     rows = [
         ("Architecture", f"{c.family}, {c.num_hidden_layers} layers of width {c.hidden_size}"),
         ("Parameters", f"{parameter_count(c):,}"),
         ("Vocabulary", f"{c.vocab_size:,}"),
         ("Context", f"{c.max_position_embeddings:,} tokens"),
     ]
-    if recipe is not None and recipe.base is not None:
-        rows.append(("Started from", recipe.base))
     if adapter is not None:
-        rows.append(("Merged adapter", adapter))
-    if recipe is not None and state is not None:
+        shape = adapter.shape
         rows += [
-            ("Trained on", _data(recipe)),
-            ("Tokens", f"{state.tokens:,} in {state.step:,} steps"),
-            *_losses(state),
+            ("Base", base.name),
+            ("Adapter", f"rank {shape.rank}, alpha {shape.alpha:g}, from {adapter.name}"),
         ]
+        recipe, checkpoint = adapter.recipe, adapter.checkpoint or checkpoint
+    elif recipe is not None and recipe.base is not None:
+        rows.append(("Started from", recipe.base))
+    if recipe is not None:
+        rows += _training(recipe, read_state(checkpoint))
     rows.append(("Made with", f"minigpt {__version__}, torch {torch.__version__}"))
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     card = _CARD.format(name=name, table=table)
     if recipe is not None:
         card += f"\n## Recipe\n\n```toml\n{recipes.dump(recipe)}```\n"
     return card
+
+
+def _training(recipe: Recipe, state: RunState) -> list[tuple[str, str]]:
+    return [
+        ("Trained on", _data(recipe)),
+        ("Tokens", f"{state.tokens:,} in {state.step:,} steps"),
+        *_losses(state),
+    ]
 
 
 def _data(recipe: Recipe) -> str:

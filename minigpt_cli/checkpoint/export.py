@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigpt_cli.checkpoint.adapter import LoadedAdapter, write_adapter
 from minigpt_cli.checkpoint.base import Base
 from minigpt_cli.checkpoint.pretrained import CONFIG, INDEX
 from minigpt_cli.checkpoint.prove import Proof, prove
@@ -69,6 +70,18 @@ def export_model(
         proof = prove(base, folder, DTYPES[dtype])
         files = sorted(os.listdir(folder))
     return Exported(out, files, parameters, proof)
+
+
+def export_adapter(
+    base: Base, adapter: LoadedAdapter, out: Path, *, card: str, replace: bool = False
+) -> None:
+    """Write an adapter alone, in PEFT's format, with the tokenizer; see ``export_model``."""
+    final = base.directory.parent.parent / "final"  # of a run, what PEFT can read
+    name = str(final) if base.recipe is not None else base.name
+    with directory_in_place(out, replace) as folder:
+        write_adapter(adapter, base.config, name, folder)
+        write_tokenizer(base, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 @contextlib.contextmanager

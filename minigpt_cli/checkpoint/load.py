@@ -1,4 +1,4 @@
-"""A trained model from a run or a checkpoint, for everything but training."""
+"""A trained model on a device, for everything but training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.tensors import load_weights
-from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
+from minigpt_cli.checkpoint.adapter import LoadedAdapter, apply, open_model
+from minigpt_cli.checkpoint.base import Base, load_base
+from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.errors import UserError
-from minigpt_cli.model.config import config_from_recipe
-from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.gpt import GPT, copy
 from minigpt_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,28 +22,25 @@ if TYPE_CHECKING:
 class TrainedModel:
     model: GPT
     tokenizer: "Tokenizer"
-    recipe: Recipe
-    step: int
-    checkpoint: Path
-    passed_over: list[str]  # newer checkpoints that are damaged, and how
+    base: Base
+    adapters: list[LoadedAdapter]  # the first of them is beside the model's layers
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Of the run that trained it last."""
+        adapter = self.adapters[0] if self.adapters else None
+        return (adapter.recipe if adapter is not None else None) or self.base.recipe
 
 
-def load_model(path: Path, device: torch.device) -> TrainedModel:
-    """The model at ``path``, a run directory or one of its checkpoints, in evaluation mode.
-
-    Raises:
-        UserError: there is no model there.
-        Damaged: no checkpoint is valid.
-    """
-    run, checkpoint, manifest, passed_over = store.choose(path)
-    recipe = recipes.load(checkpoint / "recipe.toml", name=run.name)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
-    fp64 = recipe.precision.dtype == "fp64"
-    model = GPT(config_from_recipe(recipe, vocabulary_size(tokenizer)))
-    model.to(device, torch.float64 if fp64 else torch.float32)
-    load_weights(checkpoint, manifest.tensors, model)
+def load_model(path: Path, device: torch.device, adapters: list[Path]) -> TrainedModel:
+    """A model in evaluation mode, with the first of its adapters; see ``open_model``."""
+    base, opened = open_model(path, adapters)
+    fp64 = base.recipe is not None and base.recipe.precision.dtype == "fp64"
+    model = GPT(base.config).to(device, torch.float64 if fp64 else torch.float32)
+    load_base(base, model, copy)
+    apply(model, opened[0] if opened else None)
     model.eval()
-    return TrainedModel(model, tokenizer, recipe, manifest.step, checkpoint, passed_over)
+    return TrainedModel(model, load_tokenizer(base.tokenizer), base, opened)
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:

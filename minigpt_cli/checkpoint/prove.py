@@ -71,9 +71,17 @@ def prove(base: Base, folder: Path, dtype: torch.dtype) -> Proof:
     inputs = torch.tensor([ids[: min(_TOKENS, base.config.max_position_embeddings)]])
     ours = _our_logits(base, inputs, dtype)
     gc.collect()
-    with _quiet(transformers):
-        _compare_tokenizers(transformers, folder, ids, tokenizer.decode(ids))
-        theirs = _their_logits(transformers, folder, inputs)
+    try:
+        with _quiet(transformers):
+            _compare_tokenizers(transformers, folder, ids, tokenizer.decode(ids))
+            theirs = _their_logits(transformers, folder, inputs)
+    except Mismatch:
+        raise
+    except Exception as error:  # of any kind: it is all of transformers that runs here
+        reason = str(error).strip().partition("\n")[0]
+        raise Mismatch(
+            f"transformers can't load the export: {reason}; nothing was written"
+        ) from error
     difference = (ours - theirs).abs().max().item()
     limit = TOLERANCE * max(1.0, ours.abs().max().item())
     if not difference <= limit:

@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 
 from minigpt_cli.errors import Stopped, UserError
 
-_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+# Frozen weights are not a run's own: they stay in the base.
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 WEIGHTS, OPTIMIZER = "weights.", "optimizer."  # prefixes of the tensors' names
 
@@ -194,7 +195,7 @@ def load_tensors(
             "optimizer don't have: it belongs to another recipe"
         )
     read_tensors(directory, wanted, recorded, group)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=False)  # which names there must be was compared above
     set_optimizer_state_dict(model, optimizers, moments, options=_OPTIONS)
 
 

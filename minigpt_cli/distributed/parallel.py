@@ -24,6 +24,7 @@ from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import UserError
 
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
+BYTES_PER_FROZEN = 4
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ class Layout:
         return squares.sqrt()
 
 
-def choose_layout(world: World, strategy: str, shard_size: int | None, parameters: int) -> Layout:
+def choose_layout(world: World, strategy: str, shard_size: int | None, state_bytes: int) -> Layout:
     """The layout that a recipe's ``[distributed]`` means on these ranks.
 
     ``auto`` replicates a model whose training state takes up to 40% of a rank's memory, and shards
     a larger one. In a single process nothing is spread.
+
+    Args:
+        state_bytes: of the whole training state.
 
     Raises:
         UserError: ``shard_size`` doesn't divide the ranks.
@@ -62,7 +66,7 @@ def choose_layout(world: World, strategy: str, shard_size: int | None, parameter
     if world.size == 1:
         return Layout("single", world)
     if strategy == "auto":
-        fits = BYTES_PER_PARAMETER * parameters <= 0.4 * memory(world.device, world.local_size)
+        fits = state_bytes <= 0.4 * memory(world.device, world.local_size)
         strategy = "fsdp" if any(world.largest(not fits)) else "ddp"  # also for the smallest
     if strategy == "ddp":
         return Layout("ddp", world)

@@ -64,8 +64,10 @@ def parameter_count(config: ModelConfig) -> int:
     return config.num_hidden_layers * sum(map(math.prod, block)) + sum(map(math.prod, outside))
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+def flops_per_token(config: ModelConfig, sequence_length: int, adapters: int | None = None) -> int:
     """FLOPs of forward and backward for one token: 6N + 12 L H T (Chowdhery et al. 2022, App. B).
+
+    Where only so many parameters of ``adapters`` are trained, frozen weights get no gradient: 4N.
 
     N leaves out the embeddings that are only looked up. H is the width of attention. Recomputed
     activations and the causal mask's savings don't count, so MFU compares across tools.
@@ -75,7 +77,9 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
     if not c.tie_word_embeddings:
         looked_up += c.vocab_size * c.hidden_size
     width = c.num_attention_heads * c.head_dim
-    return 6 * (parameter_count(c) - looked_up) + 12 * c.num_hidden_layers * width * sequence_length
+    used = parameter_count(c) - looked_up
+    matrices = 6 * used if adapters is None else 4 * used + 6 * adapters
+    return matrices + 12 * c.num_hidden_layers * width * sequence_length
 
 
 def peak_flops(device_name: str) -> float | None:

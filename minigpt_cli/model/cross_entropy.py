@@ -25,11 +25,11 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        wants_grad = any(ctx.needs_input_grad[:2])
+        wants_grad, wants_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
         losses = hidden.new_empty(targets.shape, dtype=dtype)
-        if wants_grad:
-            grad_hidden = torch.empty_like(hidden)
-            grad_weight = torch.zeros_like(weight, dtype=dtype)
+        grad_hidden = torch.empty_like(hidden) if wants_grad else None
+        # None where the projection is frozen.
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             rows, kept = hidden[part], (targets[part] != IGNORE)[:, None]
@@ -41,12 +41,13 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             loss = likeliest - probabilities.amax(-1, keepdim=True).log()
             losses[part] = loss.where(kept, 0.0).squeeze(1)
             del logits  # these are the largest tensors of a step, so none outlives its use
-            if wants_grad:
+            if grad_hidden is not None:
                 probabilities.scatter_add_(1, index, loss.new_full((1, 1), -1.0).expand_as(loss))
                 grad = probabilities.to(hidden.dtype)  # of the logits: softmax - one_hot
                 del probabilities
                 grad_hidden[part] = (grad @ weight).where(kept, 0.0)
-                grad_weight += grad.T @ rows.where(kept, 0.0)
+                if grad_weight is not None:
+                    grad_weight += grad.T @ rows.where(kept, 0.0)
                 del grad
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -54,14 +55,16 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         (scale,) = grads
         scaled = torch.empty_like(grad_hidden)
         for start in range(0, len(scaled), ctx.chunk_tokens):
             part = slice(start, start + ctx.chunk_tokens)
             scaled[part] = grad_hidden[part].to(scale.dtype) * scale  # rounded once, at the end
-        return scaled, (grad_weight * scale).to(ctx.weight_dtype), None, None
+        if grad_weight is not None:
+            grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return scaled, grad_weight, None, None
 
 
 def projected_cross_entropy(

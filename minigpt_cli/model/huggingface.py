@@ -76,7 +76,8 @@ def huggingface_config(
         "model_type": c.family,
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tie_word_embeddings,
-        "initializer_range": c.initializer_range,
+        # transformers refuses more; a trained model's means nothing to it.
+        "initializer_range": min(c.initializer_range, 1.0),
         "dtype": dtype,
         "bos_token_id": None,
         "eos_token_id": None,

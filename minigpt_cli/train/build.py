@@ -15,6 +15,7 @@ from minigpt_cli.distributed import device as devices
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import UserError
+from minigpt_cli.model import lora
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.model.gpt import GPT
@@ -57,11 +58,18 @@ def build(
             f"one window of train.sequence_length {length} + 1: more text, or shorter sequences"
         )
     wanted = recipe.distributed
-    layout = parallel.choose_layout(
-        world, wanted.strategy, wanted.shard_size, parameter_count(config)
-    )
     with torch.device("meta"):  # a model too large for one rank is never whole
         model = GPT(config).to(precision.weights_dtype(dtype))
+    if recipe.lora is not None:
+        lora.attach(model, recipe.lora)
+        round_frozen(model, dtype)
+    whole, trained = count(model)
+    layout = parallel.choose_layout(
+        world,
+        wanted.strategy,
+        wanted.shard_size,
+        parallel.BYTES_PER_PARAMETER * trained + parallel.BYTES_PER_FROZEN * (whole - trained),
+    )
     model.checkpoint_activations = recipe.train.activation_checkpointing
     if recipe.precision.compile:
         compile_blocks(model)
@@ -79,6 +87,7 @@ def build(
         seed=recipe.train.seed,
         micro_batch_size=micro_batch_size,
         clip_norm=recipe.optimizer.clip_norm,
+        dropout=bool(config.dropout or (recipe.lora is not None and recipe.lora.dropout)),
     )
     tokenizer = tokenizers_.load_tokenizer(dataset.tokenizer_file)
     val = dataset.splits["val"]
@@ -118,12 +127,32 @@ def build(
         saver=saver,
         tokenizer_json=dataset.tokenizer_file.read_bytes(),
         companions=companions,
-        flops_per_token=flops_per_token(config, length),
+        flops_per_token=flops_per_token(config, length, trained if recipe.lora else None),
         peak_flops=_peak_flops(world),
         resources=resources,
     )
-    say(_summary(run, train.windows(length)))
+    say(_summary(run, train.windows(length), trained))
     return run, RunState(dataset=fingerprints(dataset))
+
+
+def round_frozen(model: GPT, dtype: torch.dtype) -> None:
+    """Keep the blocks' frozen matrices in the dtype that they are computed in.
+
+    Autocast would round them at every use, to the same numbers; embeddings and norms it leaves.
+    """
+    if dtype in (torch.bfloat16, torch.float16):
+        for module in model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                for name in ("weight", "bias"):
+                    if (p := getattr(module, name)) is not None:
+                        rounded = torch.nn.Parameter(p.to(dtype), requires_grad=False)
+                        setattr(module, name, rounded)
+
+
+def count(model: GPT) -> tuple[int, int]:
+    """Parameters, and those of them that are trained."""
+    counts = [(p.numel(), p.numel() * p.requires_grad) for p in model.parameters()]
+    return sum(whole for whole, _ in counts), sum(trained for _, trained in counts)
 
 
 def _micro_batch_size(recipe: Recipe, world: World) -> int:
@@ -201,14 +230,22 @@ def warm_up(trainer: Trainer, sequence_length: int) -> None:
         step()
 
 
-def _summary(run: Run, windows: int) -> str:
+def _summary(run: Run, windows: int, trained: int) -> str:
     recipe, model = run.recipe, run.trainer.model
     size, micro = run.world.size, run.trainer.micro_batch_size
     accumulation = recipe.train.global_batch_size // (size * micro)
     ranks = f"{size} ranks ({run.trainer.layout.strategy}) x " if size > 1 else ""
     epochs = recipe.total_steps * recipe.train.global_batch_size / windows
+    whole = parameter_count(model.config)
+    share = (
+        ""
+        if recipe.lora is None
+        else (
+            f" and {trained:,} of adapters, which are trained ({trained / (whole + trained):.2%})"
+        )
+    )
     return (
-        f"{recipe.model.family}, {parameter_count(model.config):,} parameters, vocabulary "
+        f"{recipe.model.family}, {whole:,} parameters{share}, vocabulary "
         f"{model.config.vocab_size:,}; {devices.device_name(run.world.device)}, "
         f"{str(run.trainer.dtype).removeprefix('torch.')}\n"
         f"{recipe.total_steps:,} steps of {recipe.train.global_batch_size} x "

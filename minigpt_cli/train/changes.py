@@ -44,7 +44,12 @@ def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
 def check_dataset(
     recipe: Recipe, state: RunState, fresh: RunState, allow_changes: list[str]
 ) -> None:
-    """Refuse another dataset than the one trained on."""
+    """Refuse another dataset than the one trained on, and adapters' another base."""
+    if fresh.dataset.get("base") != state.dataset.get("base"):
+        raise UserError(
+            f"{recipe.base}: is not the model that this run's adapters were trained on, whatever "
+            "its name; give that one with --set lora.base=..."
+        )
     for what, before in state.dataset.items():
         if fresh.dataset[what] != before and "data" not in allow_changes:
             raise UserError(

@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.base import open_base
+from minigpt_cli.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
+from minigpt_cli.checkpoint.adapter import open_model
 from minigpt_cli.checkpoint.card import model_card
-from minigpt_cli.checkpoint.export import export_model
+from minigpt_cli.checkpoint.export import export_adapter, export_model
 from minigpt_cli.checkpoint.manifest import MANIFEST
 from minigpt_cli.checkpoint.pretrained import CONFIG
 from minigpt_cli.checkpoint.state import RunState
@@ -23,7 +24,7 @@ def write_final(run: Run, state: RunState) -> str:
     """
     checkpoint = store.checkpoint_path(run.directory, state.step)
     final = run.directory / FINAL
-    return run.world.from_first(lambda: _export(run, state, checkpoint, final))
+    return run.world.from_first(lambda: _export(run, checkpoint, final))
 
 
 def sweep(directory: Path) -> None:
@@ -32,13 +33,17 @@ def sweep(directory: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _export(run: Run, state: RunState, checkpoint: Path, final: Path) -> str:
-    if _modified(final / CONFIG) > _modified(checkpoint / MANIFEST):
+def _export(run: Run, checkpoint: Path, final: Path) -> str:
+    done = max(_modified(final / CONFIG), _modified(final / ADAPTER_CONFIG))
+    if done > _modified(checkpoint / MANIFEST):
         return f"{final} is there"
-    base = open_base(checkpoint)
-    card = model_card(base, run.recipe.name, run.recipe, state)
-    exported = export_model(base, final, card=card, replace=True)
-    return f"exported {final}, {exported.proof}"
+    base, adapters = open_model(checkpoint, [])
+    if not adapters:
+        card = model_card(base, run.recipe.name)
+        return f"exported {final}, {export_model(base, final, card=card, replace=True).proof}"
+    card = model_card(base, run.recipe.name, adapters[0])
+    export_adapter(base, adapters[0], final, card=card, replace=True)
+    return f"exported {final}, an adapter in PEFT's format"
 
 
 def _modified(file: Path) -> float:

@@ -24,6 +24,7 @@ from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed import world as worlds
 from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import UserError
+from minigpt_cli.model import lora
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.gpt import initialize
 from minigpt_cli.recipe import Distributed, Recipe
@@ -65,7 +66,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
             initialize(run.trainer.model, recipe.train.seed, parallel.assign)
         else:
             _check_tokenizer(recipe, base, state)
-            bases.load_base(base, run.trainer.model, parallel.assign)
+            _load_base(recipe, base, run, state)
         return _ready(run, state, resources), state
 
 
@@ -75,6 +76,14 @@ def _open_base(recipe: Recipe, world: World) -> Base | None:
         return None
     world.from_first(lambda: str(bases.open_base(name).directory))
     return bases.open_base(name)
+
+
+def _load_base(recipe: Recipe, base: Base, run: Run, state: RunState) -> None:
+    """The base's weights, and beside them adapters that change nothing yet."""
+    bases.load_base(base, run.trainer.model, parallel.assign)
+    if recipe.lora is not None:
+        lora.initialize(run.trainer.model, recipe.train.seed, base.read, parallel.assign)
+        state.dataset["base"] = run.world.from_first(lambda: bases.fingerprint(base))
 
 
 def _check_tokenizer(recipe: Recipe, base: Base, state: RunState) -> None:
@@ -146,7 +155,10 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         recipe = recipes.load(source / RECIPE, overrides, name=directory.name)
         check_changes(old, recipe, allow_changes)
         record.state = state = read_state(checkpoint)
+        base = _open_base(recipe, world) if recipe.lora is not None else None
         run, fresh = build(recipe, directory, world, resources, bases.companions_in(checkpoint))
+        if base is not None:
+            _load_base(recipe, base, run, fresh)
         check_dataset(recipe, state, fresh, allow_changes)
         load_tensors(
             checkpoint,

@@ -27,6 +27,7 @@ class Trainer:
     seed: int
     micro_batch_size: int
     clip_norm: float
+    dropout: bool  # whether the forward pass draws random numbers
 
 
 def train_step(
@@ -54,7 +55,7 @@ def train_step(
         zip(inputs.split(t.micro_batch_size), targets.split(t.micro_batch_size), strict=True)
     )
     for index, (x, y) in enumerate(micro_batches):
-        if t.model.config.dropout:
+        if t.dropout:
             place = world.rank * len(micro_batches) + index  # in the global batch
             torch.manual_seed(dropout_seed(t.seed, step, place))
         with gradient_sync(t.forward, last=index == len(micro_batches) - 1):

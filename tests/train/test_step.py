@@ -50,6 +50,7 @@ def trainer(
         seed=5,
         micro_batch_size=micro,
         clip_norm=clip,
+        dropout=bool(model.config.dropout),
     )
 
 
