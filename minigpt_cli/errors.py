@@ -59,6 +59,12 @@ def describe(error: BaseException) -> str:
     return f"internal error: {type(error).__name__}: {error} (--debug shows where)"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of some library says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def tell(message: str) -> None:
     """Print one line on standard error, in one piece: several processes may write there."""
     with contextlib.suppress(OSError):  # the terminal may be gone

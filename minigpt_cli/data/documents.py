@@ -65,7 +65,7 @@ def documents(
 
 def _text_file(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
     """One document: the whole file, never in memory as a whole."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         _skip(stream, here.offset)
         buffer = bytearray()
         done = False
@@ -114,7 +114,7 @@ def _python_file(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
 
 def _json_lines(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
     """One document per line."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         _skip(stream, here.offset)
         while line := stream.readline(MAX_LINE):
             after = here._replace(offset=here.offset + len(line), line=here.line + 1, inside=0)
@@ -168,7 +168,8 @@ def _text_of(line: bytes, field: str) -> tuple[bytes, str | None]:
         return b"", f"not valid JSON ({error})"
 
 
-def _opened(file: Path) -> BinaryIO:
+def opened(file: Path) -> BinaryIO:
+    """Open a file to read its bytes, those of .gz and .zst unpacked."""
     if file.suffix == ".gz":
         import gzip
 

@@ -103,8 +103,8 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path} has format {record['format']}, newer than the {FORMAT} that this minigpt "
                 "reads: update minigpt"
             )
-        checksum = record.pop("checksum")
-        if checksum != _checksum(record):
+        recorded = record.pop("checksum")
+        if recorded != checksum(record):
             raise damaged(file, "its content doesn't match its checksum")
         splits = {
             name: Split(tuple(Shard(**shard) for shard in split.pop("shards")), **split)
@@ -118,7 +118,7 @@ def read_manifest(path: Path) -> Manifest:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Make ``path`` a dataset. The shards must be on disk already."""
     record = asdict(manifest)
-    write_atomically(path / MANIFEST, _json(record | {"checksum": _checksum(record)}))
+    write_atomically(path / MANIFEST, as_json(record | {"checksum": checksum(record)}))
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -147,7 +147,9 @@ def sync_directory(path: Path) -> None:
 def problems(path: Path, manifest: Manifest, verify: bool) -> list[tuple[str, str]]:
     """Return (file, what is wrong with it) for every file that isn't as recorded."""
     found = []
-    problem = _tokenizer_problem(path / TOKENIZER, manifest)
+    problem = tokenizer_problem(
+        path / TOKENIZER, manifest.tokenizer_sha256, manifest.tokenizer_fingerprint
+    )
     if problem:
         found.append((TOKENIZER, problem))
     for split in manifest.splits.values():
@@ -158,13 +160,16 @@ def problems(path: Path, manifest: Manifest, verify: bool) -> list[tuple[str, st
     return found
 
 
-def _tokenizer_problem(file: Path, manifest: Manifest) -> str | None:
+def tokenizer_problem(file: Path, sha256: str, meaning: str) -> str | None:
+    """Return what is wrong with a dataset's tokenizer.json, None when it has this sha256, or else
+    this fingerprint.
+    """
     from minigpt_cli.data.tokenizer import fingerprint, load_tokenizer
 
     try:
-        if hashlib.sha256(file.read_bytes()).hexdigest() == manifest.tokenizer_sha256:
+        if hashlib.sha256(file.read_bytes()).hexdigest() == sha256:
             return None
-        if fingerprint(load_tokenizer(file)) == manifest.tokenizer_fingerprint:
+        if fingerprint(load_tokenizer(file)) == meaning:
             return None  # written anew by some other tool, but the same tokenizer
     except OSError as error:
         return error.strerror or str(error)
@@ -207,9 +212,9 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _checksum(record: dict[str, Any]) -> str:
+def checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _json(record: dict[str, Any]) -> bytes:
+def as_json(record: dict[str, Any]) -> bytes:
     return (json.dumps(record, indent=1) + "\n").encode()

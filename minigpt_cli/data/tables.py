@@ -1,13 +1,13 @@
 """Documents from tables: Parquet files and Hugging Face datasets, one document per row."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from minigpt_cli.data.pieces import Bad, Piece, Pieces, Position, split_text
 from minigpt_cli.data.sources import Source, local_folder
-from minigpt_cli.errors import UserError
+from minigpt_cli.errors import UserError, first_line
 
 _ROWS = 256
 
@@ -31,36 +31,44 @@ def parquet(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
             batches = table.iter_batches(_ROWS, row_groups=groups, columns=[field])
             return (yield from _rows(batches, row, str(file), field, bad, here))
     except pa.ArrowException as error:
-        raise UserError(f"{file} is not a Parquet file that can be read: {_line(error)}") from None
+        raise UserError(
+            f"{file} is not a Parquet file that can be read: {first_line(error)}"
+        ) from None
 
 
 def huggingface(source: Source, bad: Bad, here: Position) -> Iterator[Piece]:
-    folder = local_folder(source)
     name = source.path[0]
-    if folder is not None:
-        saved = _saved_split(folder, source.split)
-        if saved is not None:
-            yield from _rows(_arrow_batches(saved, source.field), 0, name, source.field, bad, here)
-            return
+    row, batches = dataset_batches(source, here.offset)
+    yield from _rows(_selected(batches, source.field, name), row, name, source.field, bad, here)
+
+
+def dataset_batches(source: Source, skip: int = 0) -> tuple[int, Iterator[Any]]:
+    """Return (a row's number, record batches of all columns from that row on).
+
+    The row is at most ``skip``: those before it need not be read again.
+    """
+    folder = local_folder(source)
+    saved = None if folder is None else _saved_split(folder, source.split)
+    if saved is not None:
+        return 0, _saved_batches(saved)
+    return skip, _streamed_batches(source, skip)
+
+
+def _streamed_batches(source: Source, skip: int) -> Iterator[Any]:
     from datasets import load_dataset
 
+    folder, name = local_folder(source), source.path[0]
     try:
         data = load_dataset(
             str(folder or name), name=source.config, split=source.split, streaming=True
         )
-        batches = (
-            batch
-            for table in data.skip(here.offset).with_format("arrow").iter(_ROWS)
-            for batch in _checked(table, source.field, name).to_batches()
-        )
-        yield from _rows(batches, here.offset, name, source.field, bad, here)
-    except UserError:
-        raise
+        for table in data.skip(skip).with_format("arrow").iter(_ROWS):
+            yield from table.to_batches()
     # `datasets` passes on whatever its file system, builder or parser raised
     except Exception as error:
         where = f"the Hugging Face dataset {name} (split {source.split})"
         hint = "" if folder else "; there is no such local directory either"
-        raise UserError(f"{where} can't be read: {_line(error)}{hint}") from None
+        raise UserError(f"{where} can't be read: {first_line(error)}{hint}") from None
 
 
 def _saved_split(folder: Path, split: str) -> Path | None:
@@ -75,7 +83,7 @@ def _saved_split(folder: Path, split: str) -> Path | None:
     return folder if (folder / "state.json").is_file() else None
 
 
-def _arrow_batches(folder: Path, field: str) -> Iterator[Any]:
+def _saved_batches(folder: Path) -> Iterator[Any]:
     """Yield the record batches of a saved dataset, by plain reads: a memory map would count as our
     memory.
     """
@@ -85,18 +93,17 @@ def _arrow_batches(folder: Path, field: str) -> Iterator[Any]:
         files = json.loads((folder / "state.json").read_text())["_data_files"]
         for name in (entry["filename"] for entry in files):
             with pa.OSFile(str(folder / name)) as file, pa.ipc.open_stream(file) as batches:
-                _check_field(batches.schema, field, str(folder / name))
-                for batch in batches:
-                    yield batch.select([field])
+                yield from batches
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"{folder} is not a saved dataset that can be read: {_line(error)}"
+            f"{folder} is not a saved dataset that can be read: {first_line(error)}"
         ) from None
 
 
-def _checked(table: Any, field: str, where: str) -> Any:
-    _check_field(table.schema, field, where)
-    return table.select([field])
+def _selected(batches: Iterable[Any], field: str, where: str) -> Iterator[Any]:
+    for batch in batches:
+        _check_field(batch.schema, field, where)
+        yield batch.select([field])
 
 
 def _check_field(schema: Any, field: str, where: str) -> None:
@@ -130,8 +137,3 @@ def _rows(
             here = after
         row = here.offset
     return here.bad
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

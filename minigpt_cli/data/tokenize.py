@@ -148,7 +148,7 @@ def _resumed(
     journal = read_journal(out)
     if journal is None:
         return None
-    changed = _differences(journal.settings, settings)
+    changed = differences(journal.settings, settings)
     modified = _modified(source)
     if not changed and journal.source_modified != modified:
         changed = ["the source's files were written since"]
@@ -236,7 +236,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> Manifest:
     then = dict(manifest.settings)
     if settings["tokenizer"] == manifest.tokenizer_fingerprint:
         then["tokenizer"] = settings["tokenizer"]  # the very tokenizer that was trained here
-    changed = _differences(then, settings)
+    changed = differences(then, settings)
     if changed:
         raise UserError(
             f"{out} holds a dataset with other settings ({'; '.join(changed)}): "
@@ -297,7 +297,7 @@ def _modified(source: Source) -> int | None:
     return max(file.stat().st_mtime_ns for file in source_files(source))
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return, in words, which settings of a run differ from those of another."""
     words = []
     for name in sorted(then.keys() | now.keys()):

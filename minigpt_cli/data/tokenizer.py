@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -101,7 +101,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise
     except Exception as error:  # tokenizers raises bare Exception for everything it can't parse
         raise UserError(
-            f"{file} is not a tokenizer that can be read: {_first_line(error)}"
+            f"{file} is not a tokenizer that can be read: {first_line(error)}"
         ) from None
     return _text_only(tokenizer)
 
@@ -205,8 +205,3 @@ def _without_defaults(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_defaults(item) for item in value]
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
