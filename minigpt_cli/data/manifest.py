@@ -80,7 +80,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
-        record = json.loads(file.read_bytes())
+        record = unsealed(file, FORMAT)
     except (FileNotFoundError, NotADirectoryError):
         if (path / JOURNAL).exists():
             hint = "its tokenization is unfinished: run the same `minigpt tokenize` again"
@@ -93,19 +93,7 @@ def read_manifest(path: Path) -> Manifest:
                 "--set data.path=DIR, or --data DIR of eval"
             )
         raise UserError(f"{path} is not a token dataset: {hint}") from None
-    except OSError as error:
-        raise UserError(f"{file} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise damaged(file, f"not valid JSON ({error})") from None
     try:
-        if record["format"] > FORMAT:
-            raise UserError(
-                f"{path} has format {record['format']}, newer than the {FORMAT} that this minigpt "
-                "reads: update minigpt"
-            )
-        recorded = record.pop("checksum")
-        if recorded != checksum(record):
-            raise damaged(file, "its content doesn't match its checksum")
         splits = {
             name: Split(tuple(Shard(**shard) for shard in split.pop("shards")), **split)
             for name, split in ((name, record["splits"].pop(name)) for name in SPLITS)
@@ -117,8 +105,40 @@ def read_manifest(path: Path) -> Manifest:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Make ``path`` a dataset. The shards must be on disk already."""
-    record = asdict(manifest)
-    write_atomically(path / MANIFEST, as_json(record | {"checksum": checksum(record)}))
+    write_atomically(path / MANIFEST, sealed(asdict(manifest)))
+
+
+def sealed(record: dict[str, Any]) -> bytes:
+    """Return a manifest as JSON that tells, by a checksum, whether it was changed."""
+    return (json.dumps(record | {"checksum": _checksum(record)}, indent=1) + "\n").encode()
+
+
+def unsealed(file: Path, newest: int, again: str = "tokenize again") -> dict[str, Any]:
+    """Return the record that was `sealed` into ``file``.
+
+    Raises ``FileNotFoundError`` or ``NotADirectoryError`` when there is no file, ``UserError`` for
+    a format beyond ``newest``, ``Damaged`` (see `damaged`) when it isn't as it was written.
+    """
+    try:
+        record = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror}") from None
+    except ValueError as error:
+        raise damaged(file, f"not valid JSON ({error})", again) from None
+    try:
+        if record["format"] > newest:
+            raise UserError(
+                f"{file.parent} has format {record['format']}, newer than the {newest} that this "
+                "minigpt reads: update minigpt"
+            )
+        if record.pop("checksum") != _checksum(record):
+            raise damaged(file, "its content doesn't match its checksum", again)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise damaged(file, f"an entry is missing or of the wrong type ({error})", again) from None
+    assert isinstance(record, dict)
+    return record
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -201,9 +221,10 @@ def shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | N
     return None
 
 
-def damaged(file: Path, problem: str) -> Damaged:
+def damaged(file: Path, problem: str, again: str = "tokenize again") -> Damaged:
+    """The error of a file that isn't as recorded; ``again`` says how a dataset is made anew."""
     return Damaged(
-        f"{file}: {problem}; restore it from a copy, or delete {file.parent} and tokenize again"
+        f"{file}: {problem}; restore it from a copy, or delete {file.parent} and {again}"
     )
 
 
@@ -212,9 +233,5 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def checksum(record: dict[str, Any]) -> str:
+def _checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def as_json(record: dict[str, Any]) -> bytes:
-    return (json.dumps(record, indent=1) + "\n").encode()

@@ -1,0 +1,137 @@
+"""Packing: unpacked by brute force, every example is there once, as it was."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from minigpt_cli.data.instructions import ExampleSplit
+from minigpt_cli.data.packing import PackedSplit, pack
+from minigpt_cli.errors import Damaged
+
+EOS = 7
+VOCAB = 500
+
+
+def split_of(lengths: list[int] | NDArray[np.int64], seed: int = 0) -> ExampleSplit:
+    """Random examples of these lengths, of which each has something to train on."""
+    random = np.random.default_rng(seed)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    trained = random.random(offsets[-1]) < 0.5
+    trained[offsets[:-1]] = False
+    trained[offsets[1:] - 1] = True
+    tokens = random.integers(0, VOCAB, offsets[-1]).astype(np.uint16)
+    return ExampleSplit(Path("data"), "train", VOCAB, EOS, tokens, trained, offsets)
+
+
+def unpacked(packed: PackedSplit, length: int) -> list[tuple[list[int], list[int]]]:
+    """(inputs, targets) of every segment in every row; checks the padding on the way."""
+    found = []
+    for row in range(packed.windows):
+        inputs, targets, segments = (each[0] for each in packed.gather(np.array([row])))
+        assert inputs.dtype == targets.dtype == segments.dtype == np.int64
+        assert inputs.shape == targets.shape == segments.shape == (length,)
+        members = len(packed.texts(row))
+        padding = segments == members
+        assert (inputs[padding] == EOS).all()
+        assert (targets[padding] == -100).all()
+        assert (np.diff(segments) >= 0).all()  # each in one piece, one after the other
+        assert set(segments[~padding]) == set(range(members))
+        for segment in range(members):
+            here = segments == segment
+            found.append((inputs[here].tolist(), targets[here].tolist()))
+        assert (targets != -100).any()
+    return found
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), max_size=60),
+    length=st.integers(1, 45),
+    seed=st.integers(0, 3),
+)
+def test_every_example_that_fits_is_in_one_row_as_it_is(
+    lengths: list[int], length: int, seed: int
+) -> None:
+    split = split_of(lengths)
+    packed = pack(split, length, seed)
+    expected = []
+    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
+        tokens = split.tokens[start:end].tolist()
+        if len(tokens) - 1 <= length:
+            targets = [
+                token if trained else -100
+                for token, trained in zip(tokens, split.trained[start:end], strict=True)
+            ]
+            expected.append((tokens[:-1], targets[1:]))
+    assert sorted(unpacked(packed, length)) == sorted(expected)
+    assert packed.examples == len(expected)
+    assert packed.left_out == len(lengths) - len(expected)
+    positions = sum(len(inputs) for inputs, _ in expected)
+    assert packed.fill == (positions / (packed.windows * length) if expected else 0)
+
+
+def test_rows_are_gathered_in_the_order_that_is_asked_for() -> None:
+    packed = pack(split_of([9, 8, 7, 6, 5, 9]), 10, 0)
+    assert packed.windows > 3
+    alone = [packed.gather(np.array([row])) for row in (2, 0, 2)]
+    together = packed.gather(np.array([2, 0, 2]))
+    for i in range(3):
+        assert np.array_equal(np.concatenate([each[i] for each in alone]), together[i])
+    assert packed.gather(np.array([], dtype=np.int64))[0].shape == (0, 10)
+    with pytest.raises(AssertionError):
+        packed.gather(np.array([packed.windows]))
+
+
+def test_texts_name_the_examples_of_a_row() -> None:
+    split = split_of([5, 30, 3, 6])
+    packed = pack(split, 12, 0)
+    seen = [entry for row in range(packed.windows) for entry in packed.texts(row)]
+    assert sorted(number for number, _ in seen) == [0, 2, 3]
+    for number, tokens in seen:
+        assert tokens == split.tokens[split.offsets[number] : split.offsets[number + 1]].tolist()
+    inputs, _, segments = packed.gather(np.array([0]))
+    first = packed.texts(0)[0][1]
+    assert inputs[0][segments[0] == 0].tolist() == first[:-1]
+
+
+def test_packing_depends_on_lengths_and_seed_alone() -> None:
+    lengths = np.random.default_rng(1).integers(2, 60, 500)
+    packed = [
+        pack(split_of(lengths, tokens), 64, seed) for tokens, seed in ((0, 5), (1, 5), (0, 6))
+    ]
+    rows = [[[n for n, _ in each.texts(row)] for row in range(each.windows)] for each in packed]
+    assert rows[0] == rows[1]
+    assert rows[0] != rows[2]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda random, n: random.integers(2, 1026, n),
+        lambda random, n: random.lognormal(5, 1, n).astype(int).clip(2, 1025),
+        lambda random, n: np.full(n, 129),
+    ],
+)
+def test_random_lengths_leave_little_padding(draw: object) -> None:
+    lengths = draw(np.random.default_rng(3), 20_000)  # type: ignore[operator]
+    assert pack(split_of(lengths), 1024, 0).fill > 0.98
+
+
+def test_nothing_that_fits_makes_no_row() -> None:
+    packed = pack(split_of([12, 13]), 10, 0)
+    assert (packed.windows, packed.examples, packed.left_out, packed.fill) == (0, 0, 2, 0.0)
+
+
+def test_a_token_outside_of_the_vocabulary_is_located() -> None:
+    split = split_of([4, 5, 6])
+    split.tokens[6] = VOCAB
+    packed = pack(split, 5, 0)
+    bad = next(row for row in range(3) if packed._members(row) == [1])
+    message = r"data/train-tokens\.npy: token 500 at offset 6 is outside"
+    for read in (packed.texts, lambda row: packed.gather(np.array([row]))):
+        with pytest.raises(Damaged, match=message):
+            read(bad)
+    assert packed.texts((bad + 1) % 3)
