@@ -8,7 +8,7 @@ import json
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from minigpt_cli.errors import UserError, first_line
 
@@ -171,7 +171,7 @@ def _compiled(template: str) -> "Template":
     class Generation(Extension):
         """``{% generation %}`` marks what transformers' assistant mask covers: no text here."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno

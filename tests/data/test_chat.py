@@ -33,7 +33,7 @@ LLAMA3 = (
     "{%- endif %}\n"
 )
 MISTRAL = """{{ bos_token }}{% for message in messages %}
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+  {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}
 {% endif %}
 {% if message['role'] == 'user' %}
