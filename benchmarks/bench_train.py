@@ -9,6 +9,7 @@ import time
 
 import torch
 
+from minigpt_cli.data.batches import Batch
 from minigpt_cli.distributed import device as devices
 from minigpt_cli.distributed.parallel import Layout
 from minigpt_cli.distributed.world import World
@@ -72,7 +73,7 @@ def main() -> None:
     times = []
     for step in range(a.steps + 5):
         began = time.perf_counter()
-        loss, _ = train_step(trainer, tokens[:, :-1], tokens[:, 1:], step, 1.0)
+        loss, _ = train_step(trainer, Batch(tokens[:, :-1], tokens[:, 1:], None), step, 1.0)
         loss.item()
         times.append(time.perf_counter() - began)
     median = sorted(times[5:])[a.steps // 2]

@@ -387,11 +387,14 @@ def verify(
 ) -> None:
     """Check every file against the size and sha256 that were recorded when it was written."""
     from minigpt_cli.checkpoint import store
+    from minigpt_cli.data.instructions import is_instructions, verify_instructions
     from minigpt_cli.data.manifest import MANIFEST
     from minigpt_cli.data.shards import verify_dataset
 
     if (path / MANIFEST).exists():
         checked, damaged = 1, verify_dataset(path)
+    elif is_instructions(path):
+        checked, damaged = 1, verify_instructions(path)
     else:
         run, checkpoint = store.locate(path)
         checkpoints = [checkpoint] if checkpoint else [p for _, p in store.list_steps(run)]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minigpt_cli.checkpoint.adapter import LoadedAdapter, apply, merge, open_model
@@ -10,11 +11,14 @@ from minigpt_cli.checkpoint.base import Base
 from minigpt_cli.checkpoint.card import model_card
 from minigpt_cli.checkpoint.export import export_adapter, export_model
 from minigpt_cli.checkpoint.load import TrainedModel, load_model, newest_run
-from minigpt_cli.data.shards import open_dataset
+from minigpt_cli.data.instructions import is_instructions, open_instructions
+from minigpt_cli.data.manifest import SPLITS
+from minigpt_cli.data.packing import pack
+from minigpt_cli.data.shards import check_tokenizer, open_dataset
 from minigpt_cli.data.tokenizer import eos_id, fingerprint, token_byte_lengths
 from minigpt_cli.distributed.device import find_device
 from minigpt_cli.errors import UserError
-from minigpt_cli.evaluate.loss import evaluate, stream_batches
+from minigpt_cli.evaluate.loss import evaluate, stream_batches, window_batches
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.generate.text import Piece, complete, stream_text
 from minigpt_cli.recipe import Precision
@@ -52,16 +56,25 @@ def evaluate_model(
         if data is None and recipe is None:
             raise UserError(f"{path}: what to evaluate on? give --data or --text")
         folder = data if data is not None else Path(recipe.data_path if recipe else "")
-        dataset = open_dataset(
-            folder, tokenizer_fingerprint=fingerprint(trained.tokenizer), verify=True
-        )
-        chosen = dataset.splits.get(split)
-        if chosen is None:
-            raise UserError(f"{folder}: has no split {split}, but {', '.join(dataset.splits)}")
-        text_bytes = dataset.manifest.splits[split].bytes
-        tokens, bytes_per_token = chosen.tokens, text_bytes / max(1, chosen.tokens)
-        batches = stream_batches(chosen.slice, tokens, length, batch_size)
+        if split not in SPLITS:
+            raise UserError(f"{folder}: has no split {split}, but {', '.join(SPLITS)}")
+        tokenizer = fingerprint(trained.tokenizer)
         where = f"{folder}, {split}"
+        if is_instructions(folder):
+            examples = open_instructions(folder, verify=True)
+            check_tokenizer(folder, examples.manifest.tokenizer_fingerprint, tokenizer)
+            rows = pack(examples.splits[split], length, seed=0)
+            counts = examples.manifest.splits[split]
+            tokens, text_bytes = counts.trained_tokens, counts.trained_bytes
+            batches = window_batches(rows, np.arange(rows.windows), batch_size)
+            if rows.left_out:
+                warn(f"{where}: {rows.left_out:,} examples are longer than {length} tokens")
+        else:
+            dataset = open_dataset(folder, tokenizer_fingerprint=tokenizer, verify=True)
+            chosen = dataset.splits[split]
+            tokens, text_bytes = chosen.tokens, dataset.manifest.splits[split].bytes
+            batches = stream_batches(chosen.slice, tokens, length, batch_size)
+        bytes_per_token = text_bytes / max(1, tokens)
     if tokens < 2:
         raise UserError(f"{where}: holds no text to evaluate on")
     device = next(trained.model.parameters()).device

@@ -31,6 +31,9 @@ class DataSource:
     split: str = "train"  # huggingface only
     config: str | None = None  # huggingface only: the dataset's configuration
     val_fraction: float = 0.05
+    # instructions: records with prompt and completion, or messages; the loss is on the answers
+    format: Literal["text", "instructions"] = "text"
+    chat_template: str | None = None  # a file, or chatml; default: the tokenizer's own
 
 
 @dataclass(frozen=True)
@@ -628,6 +631,21 @@ def _contradictions(recipe: Recipe) -> list[str]:
             f"[data.source] kind {source.kind} needs a path",
         )
         need(0 <= source.val_fraction < 1, "[data.source] val_fraction must lie in [0, 1)")
+        if source.format == "instructions":
+            need(
+                source.kind in ("jsonl", "parquet", "huggingface"),
+                f"[data.source] format instructions needs records: kind jsonl, parquet or "
+                f"huggingface, not {source.kind}",
+            )
+            need(
+                r.data.tokenizer is None or r.data.tokenizer.train_vocab is None,
+                "[data.tokenizer] format instructions needs a tokenizer that is there: give path",
+            )
+        else:
+            need(
+                source.chat_template is None,
+                "[data.source] chat_template is for format instructions",
+            )
         tokenizer = r.data.tokenizer or DataTokenizer()
         brought = r.data.tokenizer is None and r.base is not None  # by what it starts from
         need(

@@ -27,6 +27,7 @@ from torch.profiler import profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minigpt_cli.data.batches import Batch
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model import attention, cross_entropy, norm
@@ -225,7 +226,7 @@ def _train(trainer: Trainer, workload: Workload) -> Held:
     warm_up(trainer, workload.sequence_length)
     ids = _ids(workload).repeat(workload.accumulation, 1)
     for step in range(2):
-        train_step(trainer, ids, ids, step, 1.0)
+        train_step(trainer, Batch(ids, ids, None), step, 1.0)
     _backward(trainer, workload)
     return _held(trainer)
 

@@ -42,6 +42,15 @@ class Companions:
     special_tokens: dict[str, Any] = field(default_factory=dict)  # of config.json: eos_token_id ...
     files: dict[str, str] = field(default_factory=dict)  # name -> text
 
+    def __bool__(self) -> bool:
+        return bool(self.special_tokens or self.files)
+
+    def with_template(self, chat_template: str | None) -> "Companions":
+        """Also the template that conversations were rendered with."""
+        if chat_template is None:
+            return self
+        return replace(self, files=self.files | {"chat_template.jinja": chat_template})
+
     def dump(self) -> bytes:
         return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
 

@@ -1,12 +1,48 @@
-"""Windows of the training split -> inputs and targets on the device, one step ahead."""
+"""Rows of a split -> inputs and targets on the device, one step ahead."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minigpt_cli.data.order import sample_ids
+from minigpt_cli.data.packing import PackedSplit
 from minigpt_cli.data.shards import TokenSplit
+
+Gathered = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A split of a token dataset, cut into rows of ``sequence_length`` predicted tokens."""
+
+    split: TokenSplit
+    sequence_length: int
+
+    @property
+    def windows(self) -> int:
+        """The number of rows."""
+        return self.split.windows(self.sequence_length)
+
+    def gather(self, ids: NDArray[np.int64]) -> Gathered:
+        """Inputs and targets, each int64 [n, sequence_length], of the rows with these numbers."""
+        tokens = self.split.gather(ids, self.sequence_length)
+        return tokens[:, :-1], tokens[:, 1:], None
+
+
+Rows = Windows | PackedSplit
+
+
+class Batch(NamedTuple):
+    """This process's share of one optimizer step: each (sequences, T) int64 on the device."""
+
+    inputs: Tensor
+    targets: Tensor  # -100 counts for nothing
+    segments: Tensor | None  # the examples of each row by number, which don't see one another
 
 
 class Batches:
@@ -16,39 +52,32 @@ class Batches:
     """
 
     def __init__(
-        self,
-        split: TokenSplit,
-        *,
-        seed: int,
-        global_batch_size: int,
-        sequence_length: int,
-        share: slice,
-        device: torch.device,
+        self, rows: Rows, *, seed: int, global_batch_size: int, share: slice, device: torch.device
     ):
-        """Batches of ``split``'s windows; ``share`` is the part of the global batch that this
-        process trains on."""
-        self.split = split
+        """Batches of ``rows``; ``share`` is the part of the global batch that this process trains
+        on."""
+        self.rows = rows
         self._seed = seed
         self._global_batch_size = global_batch_size
-        self._sequence_length = sequence_length
         self._share = share
         self._device = device
-        self._windows = split.windows(sequence_length)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future[Tensor]] | None = None
+        self._ahead: tuple[int, Future[list[Tensor]]] | None = None
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """(inputs, targets) of one optimizer step, each (sequences, sequence_length) int64."""
+    def __call__(self, step: int) -> Batch:
+        """What one optimizer step trains on."""
         ahead, self._ahead = self._ahead, None
-        tokens = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
+        read = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
         self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
-        tokens = tokens.to(self._device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
+        inputs, targets, *segments = (each.to(self._device, non_blocking=True) for each in read)
+        return Batch(inputs, targets, segments[0] if segments else None)
 
-    def _read(self, step: int) -> Tensor:
-        ids = sample_ids(self._seed, step, self._global_batch_size, self._windows)
-        tokens = torch.from_numpy(self.split.gather(ids[self._share], self._sequence_length))
-        return tokens.pin_memory() if self._device.type == "cuda" else tokens
+    def _read(self, step: int) -> list[Tensor]:
+        ids = sample_ids(self._seed, step, self._global_batch_size, self.rows.windows)
+        gathered = self.rows.gather(ids[self._share])
+        tensors = [torch.from_numpy(each) for each in gathered if each is not None]
+        on_gpu = self._device.type == "cuda"
+        return [each.pin_memory() for each in tensors] if on_gpu else tensors
 
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)

@@ -140,11 +140,8 @@ def open_dataset(
     """
     path = Path(path)
     manifest = read_manifest(path)
-    if tokenizer_fingerprint not in (None, manifest.tokenizer_fingerprint):
-        raise UserError(
-            f"{path} was made with another tokenizer ({manifest.tokenizer_fingerprint[:12]}, not "
-            f"{tokenizer_fingerprint[:12]}); tokenize the text anew with it, to another --out"
-        )
+    if tokenizer_fingerprint is not None:
+        check_tokenizer(path, manifest.tokenizer_fingerprint, tokenizer_fingerprint)
     for file, problem in problems(path, manifest, verify):
         raise damaged(path / file, problem)
     splits = {}
@@ -152,6 +149,15 @@ def open_dataset(
         starts = np.cumsum([0] + [shard.tokens for shard in split.shards], dtype=np.int64)
         splits[name] = TokenSplit(path, split.shards, manifest.dtype, manifest.vocab_size, starts)
     return TokenDataset(path, manifest, splits)
+
+
+def check_tokenizer(path: Path, made_with: str, wanted: str) -> None:
+    """Raises ``UserError`` when a dataset was made with another tokenizer than is wanted."""
+    if made_with != wanted:
+        raise UserError(
+            f"{path} was made with another tokenizer ({made_with[:12]}, not {wanted[:12]}); make "
+            "it anew with this one, in another place"
+        )
 
 
 def verify_dataset(path: str | Path) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.data.batches import Gathered, Rows
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model.cross_entropy import IGNORE
 from minigpt_cli.model.gpt import GPT
@@ -39,30 +39,22 @@ def fixed_windows(available: int, wanted: int) -> NDArray[np.int64]:
 
 
 def window_batches(
-    split: TokenSplit,
-    ids: NDArray[np.int64],
-    sequence_length: int,
-    batch: int,
-    rank: int = 0,
-    ranks: int = 1,
-) -> Iterator[NDArray[np.int64]]:
-    """(up to batch, sequence_length + 1) tokens of those of the windows ``ids`` that are this
-    rank's.
+    rows: Rows, ids: NDArray[np.int64], batch: int, rank: int = 0, ranks: int = 1
+) -> Iterator[Gathered]:
+    """Up to ``batch`` rows at a time of those of ``ids`` that are this rank's.
 
     Every rank gets the same number of batches, since sharded models run in step; one that has no
     windows left gets a row that counts for nothing.
     """
     for start in range(0, len(ids), batch * ranks):
         own = ids[start + rank * batch : min(start + (rank + 1) * batch, len(ids))]
-        if len(own):
-            yield split.gather(own, sequence_length)
-        else:
-            yield np.full((1, sequence_length + 1), IGNORE, dtype=np.int64)
+        inputs, targets, segments = rows.gather(own if len(own) else ids[:1])
+        yield inputs, targets if len(own) else np.full_like(targets, IGNORE), segments
 
 
 def stream_batches(
     read: Callable[[int, int], NDArray[np.integer]], tokens: int, sequence_length: int, batch: int
-) -> Iterator[NDArray[np.int64]]:
+) -> Iterator[Gathered]:
     """Every token of a stream as a target once, but the first; the last batch holds the tail.
 
     Args:
@@ -75,15 +67,17 @@ def stream_batches(
         start = first * sequence_length
         flat = np.asarray(read(start, start + rows * sequence_length + 1), dtype=np.int64)
         starts = np.arange(rows)[:, None] * sequence_length
-        yield flat[starts + np.arange(sequence_length + 1)]
+        windows = flat[starts + np.arange(sequence_length + 1)]
+        yield windows[:, :-1], windows[:, 1:], None
     if whole * sequence_length < tokens - 1:
-        yield np.asarray(read(whole * sequence_length, tokens), dtype=np.int64)[None]
+        tail = np.asarray(read(whole * sequence_length, tokens), dtype=np.int64)[None]
+        yield tail[:, :-1], tail[:, 1:], None
 
 
 @torch.no_grad()
 def evaluate(
     model: GPT,
-    batches: Iterable[NDArray[np.int64]],
+    batches: Iterable[Gathered],
     *,
     dtype: torch.dtype,
     token_bytes: NDArray[np.int32] | None,
@@ -94,8 +88,7 @@ def evaluate(
     """Loss over batches of windows, without dropout; the model's mode is put back.
 
     Args:
-        batches: (n, T + 1) tokens each; the first T are inputs, the last T targets; ``IGNORE``
-            counts for nothing.
+        batches: inputs, targets (``IGNORE`` counts for nothing) and segments, each (n, T).
         dtype: what matrix products are computed in.
         token_bytes: (V,) UTF-8 bytes that each token stands for; where a tokenizer has no such
             table, ``bytes_per_token`` counts instead.
@@ -111,16 +104,18 @@ def evaluate(
         for batch in batches:
             if stop():
                 return None
-            ids = torch.from_numpy(batch).to(device)
+            inputs, targets, *segments = (
+                torch.from_numpy(each).to(device) for each in batch if each is not None
+            )
             half = dtype in (torch.bfloat16, torch.float16)
             with torch.autocast(device.type, dtype if half else None, enabled=half):
-                total += model(ids[:, :-1].clamp(min=0), ids[:, 1:])
-            targets = batch[:, 1:][batch[:, 1:] != IGNORE]
-            tokens += targets.size
+                total += model(inputs, targets, *segments)
+            counted = batch[1][batch[1] != IGNORE]
+            tokens += counted.size
             text_bytes += (
-                targets.size * bytes_per_token
+                counted.size * bytes_per_token
                 if token_bytes is None
-                else int(token_bytes[targets].sum(dtype=np.int64))
+                else int(token_bytes[counted].sum(dtype=np.int64))
             )
     finally:
         model.train(training)

@@ -12,18 +12,25 @@ _CPU_MATMUL_TOKENS = 2048
 _BLOCK = 128  # queries at a time: they need no keys beyond their own block
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, where a token sees itself and those before it.
 
     Args:
         q: (B, A, T, D).
         k, v: (B, K, T, D), K dividing A: each serves A/K neighbouring query heads.
         dropout: probability of leaving a weight out.
+        mask: (B, 1, T, T) bool, true where a token may look, if it sees fewer than all before it.
 
     Returns:
         (B, A, T, D).
     """
     tokens = q.shape[2]
+    if mask is not None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
+        )
     if q.device.type == "cpu" and not dropout and tokens <= _CPU_MATMUL_TOKENS:
         return _by_matmul(q, k, v)
     return F.scaled_dot_product_attention(

@@ -104,8 +104,21 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
     return (1 - kept) * slowed + kept * frequencies
 
 
+def positions_in(segments: Tensor) -> Tensor:
+    """The place of each token in its segment, (B, T) int64: 0, 1, 2 ... and anew in the next."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+    return places - places.where(begins, 0).cummax(dim=1).values
+
+
+def mask_of(segments: Tensor) -> Tensor:
+    """Whether a token (row) sees another (column), (B, 1, T, T): of its segment, not later."""
+    same = segments[:, :, None] == segments[:, None, :]
+    return same.tril()[:, None]
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (B, T, heads, D) by the angles of its positions; cos and sin are (T, 1, D)."""
+    """Turn (B, T, heads, D) by the angles of its positions; cos and sin are (T or B, T; 1, D)."""
     real, imaginary = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
 
@@ -133,7 +146,11 @@ class Attention(nn.Module):
         self.qk_norm = c.family == "qwen3"
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None,
+        mask: Tensor | None,
     ) -> Tensor:
         batch, tokens, _ = x.shape
         if self.gpt2:
@@ -150,7 +167,7 @@ class Attention(nn.Module):
         # q: (B, A, T, D); k, v: (B, K, T, D)
 
         if cache is None:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
+            y = causal_attention(q, k, v, self.dropout if self.training else 0.0, mask)
         else:
             keys, values, past = cache
             end = past + tokens
@@ -194,11 +211,15 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         # Cast once: autocast would cast anew for each of the projections that follow.
         dtype = computing_dtype(x)
-        attended = self.self_attn(self.input_layernorm(x).to(dtype), rope, cache)
+        attended = self.self_attn(self.input_layernorm(x).to(dtype), rope, cache, mask)
         x = x + F.dropout(attended, self.dropout, self.training)
         out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
         return x + F.dropout(out, self.dropout, self.training)
@@ -234,6 +255,7 @@ class GPT(nn.Module):
         self,
         input_ids: Tensor,
         targets: Tensor | None = None,
+        segments: Tensor | None = None,
         *,
         cache: KVCache | None = None,
         last_only: bool = False,
@@ -243,6 +265,8 @@ class GPT(nn.Module):
         Args:
             input_ids: (B, T) int64.
             targets: (B, T) int64, the token after each input; -100 counts for nothing.
+            segments: (B, T) int64, which example of its row each token belongs to: it sees no
+                other, and its positions begin anew with it. Not with a cache.
             cache: keys and values of the tokens before these; extended in place.
             last_only: logits of the last position alone.
 
@@ -255,18 +279,22 @@ class GPT(nn.Module):
             f"{end} positions in a model of {self.config.max_position_embeddings}"
         )
         x = self.embed_tokens(input_ids)  # (B, T, H)
-        rope = None
+        rope = mask = None
+        positions: slice | Tensor = slice(past, end)
+        if segments is not None:
+            assert cache is None
+            positions, mask = positions_in(segments), mask_of(segments)
         if self.config.family == "gpt2":
-            x = x + self.embed_positions.weight[past:end]
+            x = x + self.embed_positions.weight[positions]
         else:
             cos, sin = self._rope_table(x, end)
-            rope = (cos[past:end], sin[past:end])
+            rope = (cos[positions], sin[positions])
         x = F.dropout(x, self.config.dropout, self.training)
         for index, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, rope, use_reentrant=False)
+                x = checkpoint(layer, x, rope, None, mask, use_reentrant=False)
             else:
-                x = layer(x, rope, cache.layer(index) if cache is not None else None)
+                x = layer(x, rope, cache.layer(index) if cache is not None else None, mask)
         if cache is not None:
             cache.length = end
         if last_only:

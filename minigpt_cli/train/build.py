@@ -10,7 +10,6 @@ from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.data import tokenizer as tokenizers_
 from minigpt_cli.data.batches import Batches
-from minigpt_cli.data.shards import open_dataset
 from minigpt_cli.distributed import device as devices
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World
@@ -22,7 +21,7 @@ from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.console import say, warn
 from minigpt_cli.train import guard, optimizer, precision
-from minigpt_cli.train.changes import fingerprints
+from minigpt_cli.train.data import open_data
 from minigpt_cli.train.run import Run, Validation
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import Trainer
@@ -37,8 +36,8 @@ def build(
 ) -> tuple[Run, RunState]:
     """Everything but the weights; what must be closed at the end goes to ``resources``."""
     if recipe.data.verify:  # it may read for minutes, and the others wait for no collective
-        world.from_first(lambda: bool(open_dataset(recipe.data_path, verify=True).splits))
-    dataset = open_dataset(recipe.data_path)
+        world.from_first(lambda: bool(open_data(recipe, verify=True)))
+    data = open_data(recipe)
     device = world.device
     dtype = precision.computing_dtype(recipe.precision, device)
     if len(dtypes := set(world.gather(str(dtype).removeprefix("torch.")))) > 1:
@@ -46,17 +45,10 @@ def build(
             f"[precision] dtype {recipe.precision.dtype} means {' and '.join(sorted(dtypes))} on "
             "these ranks' devices: set it to what all of them can"
         )
-    config = config_from_recipe(recipe, dataset.manifest.vocab_size)
+    config = config_from_recipe(recipe, data.vocab_size)
     micro_batch_size = _micro_batch_size(recipe, world)
     if recipe.train.deterministic:
         devices.use_deterministic_kernels(device, recipe.precision.compile)
-    train = dataset.splits["train"]
-    length = recipe.train.sequence_length
-    if not train.windows(length):
-        raise UserError(
-            f"{recipe.data_path}: the training split holds {train.tokens:,} tokens, too few for "
-            f"one window of train.sequence_length {length} + 1: more text, or shorter sequences"
-        )
     wanted = recipe.distributed
     with torch.device("meta"):  # a model too large for one rank is never whole
         model = GPT(config).to(precision.weights_dtype(dtype))
@@ -89,15 +81,11 @@ def build(
         clip_norm=recipe.optimizer.clip_norm,
         dropout=bool(config.dropout or (recipe.lora is not None and recipe.lora.dropout)),
     )
-    tokenizer = tokenizers_.load_tokenizer(dataset.tokenizer_file)
-    val = dataset.splits["val"]
-    if not val.windows(length):
-        warn(f"{recipe.data_path}: no validation window of {length} tokens; nothing is evaluated")
+    tokenizer = tokenizers_.load_tokenizer(data.tokenizer_file)
     batches = Batches(
-        train,
+        data.train,
         seed=recipe.train.seed,
         global_batch_size=recipe.train.global_batch_size,
-        sequence_length=length,
         share=_share(recipe, world),
         device=device,
     )
@@ -110,11 +98,9 @@ def build(
         trainer=trainer,
         batches=batches,
         validation=Validation(
-            val,
-            tokenizers_.token_byte_lengths(tokenizer),
-            dataset.manifest.splits["val"].bytes / val.tokens,
+            data.val, tokenizers_.token_byte_lengths(tokenizer), data.bytes_per_token
         )
-        if val.windows(length)
+        if data.val is not None
         else None,
         prompts=Prompts(
             recipe.eval.prompts,
@@ -125,14 +111,16 @@ def build(
         ),
         metrics=None,
         saver=saver,
-        tokenizer_json=dataset.tokenizer_file.read_bytes(),
-        companions=companions,
-        flops_per_token=flops_per_token(config, length, trained if recipe.lora else None),
+        tokenizer_json=data.tokenizer_file.read_bytes(),
+        companions=companions.with_template(data.chat_template),
+        flops_per_token=flops_per_token(
+            config, recipe.train.sequence_length, trained if recipe.lora else None
+        ),
         peak_flops=_peak_flops(world),
         resources=resources,
     )
-    say(_summary(run, train.windows(length), trained))
-    return run, RunState(dataset=fingerprints(dataset))
+    say(_summary(run, data.train.windows, trained))
+    return run, RunState(dataset=data.fingerprints)
 
 
 def round_frozen(model: GPT, dtype: torch.dtype) -> None:

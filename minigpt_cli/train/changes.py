@@ -9,7 +9,6 @@ import torch
 import minigpt_cli
 from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.data.shards import TokenDataset
 from minigpt_cli.distributed import device as devices
 from minigpt_cli.errors import UserError
 from minigpt_cli.recipe import Recipe
@@ -57,14 +56,6 @@ def check_dataset(
                 "on; give that one with --set data.path=..., or add --allow-change data"
             )
     state.dataset = fresh.dataset
-
-
-def fingerprints(dataset: TokenDataset) -> dict[str, Any]:
-    """What must be the same when a run goes on."""
-    return {
-        "tokenizer": dataset.manifest.tokenizer_fingerprint,
-        "content": dataset.manifest.fingerprint,
-    }
 
 
 def environment(run: Run) -> dict[str, Any]:

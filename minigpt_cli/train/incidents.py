@@ -6,9 +6,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.data.batches import Rows
 from minigpt_cli.data.manifest import write_atomically
 from minigpt_cli.data.order import sample_ids
-from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.data.packing import PackedSplit
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.guard import BadStep, Seen
 from minigpt_cli.train.run import Run
@@ -55,29 +56,33 @@ def write(run: Run, kind: str, step: int, data_offset: int, content: dict[str, A
 
 
 def windows_of(
-    split: TokenSplit,
-    tokenizer: "Tokenizer",
-    *,
-    seed: int,
-    position: int,
-    global_batch_size: int,
-    sequence_length: int,
+    rows: Rows, tokenizer: "Tokenizer", *, seed: int, position: int, global_batch_size: int
 ) -> list[dict[str, Any]]:
     """The windows of one batch, in its order: number, shard's file, offset of the first token in
-    it, and the beginning of the text. A window may reach into the next shard.
+    it, and the beginning of the text. A window may reach into the next shard. Of packed examples,
+    the number and the beginning of each.
 
     Args:
         position: the batch's place in the order of the data, in steps.
     """
-    ids = sample_ids(seed, position, global_batch_size, split.windows(sequence_length))
-    found = []
-    for start in (ids * sequence_length).tolist():
-        shard, offset = split.locate(start)
-        tokens = split.slice(start, start + min(sequence_length + 1, TEXT))
-        text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)[:TEXT]
-        found.append(
-            {"window": start // sequence_length, "shard": shard, "offset": offset, "text": text}
-        )
+    ids = sample_ids(seed, position, global_batch_size, rows.windows).tolist()
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens[:TEXT], skip_special_tokens=False)[:TEXT]
+
+    if isinstance(rows, PackedSplit):
+        return [
+            {
+                "window": row,
+                "examples": [{"example": n, "text": text(t)} for n, t in rows.texts(row)],
+            }
+            for row in ids
+        ]
+    found, length = [], rows.sequence_length
+    for row in ids:
+        shard, offset = rows.split.locate(row * length)
+        tokens = rows.split.slice(row * length, (row + 1) * length + 1).tolist()
+        found.append({"window": row, "shard": shard, "offset": offset, "text": text(tokens)})
     return found
 
 
@@ -97,12 +102,11 @@ def _describe(run: Run, state: RunState, bad: BadStep) -> dict[str, Any]:
         "data_position": position,
         "window_tokens": recipe.train.sequence_length + 1,
         "windows": windows_of(
-            run.batches.split,
+            run.batches.rows,
             run.prompts.tokenizer,
             seed=recipe.train.seed,
             position=position,
             global_batch_size=recipe.train.global_batch_size,
-            sequence_length=recipe.train.sequence_length,
         ),
     }
 

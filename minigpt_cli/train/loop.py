@@ -80,9 +80,9 @@ def fit(run: Run, state: RunState) -> None:
         (signum,) = run.world.largest(stop.signum or 0)  # whichever rank it came to
         while not is_finished(recipe, state) and not signum:
             clock.start()
-            inputs, targets = run.batches(state.step + state.data_offset)
+            batch = run.batches(state.step + state.data_offset)
             lr = lr_at(recipe.schedule, peak, total, state.step + 1)
-            loss, grad_norm = train_step(run.trainer, inputs, targets, state.step, lr / peak)
+            loss, grad_norm = train_step(run.trainer, batch, state.step, lr / peak)
             state.step += 1
             state.tokens += recipe.tokens_per_step
             lap_steps += 1
@@ -189,13 +189,10 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
     """Evaluate and complete the prompts; True if this is the lowest loss so far."""
     assert run.validation is not None
     recipe, v = run.recipe, run.validation
-    length = recipe.train.sequence_length
-    ids = fixed_windows(v.split.windows(length), recipe.eval.windows)
+    ids = fixed_windows(v.rows.windows, recipe.eval.windows)
     result = evaluate(
         run.trainer.model,
-        window_batches(
-            v.split, ids, length, run.trainer.micro_batch_size, run.world.rank, run.world.size
-        ),
+        window_batches(v.rows, ids, run.trainer.micro_batch_size, run.world.rank, run.world.size),
         dtype=run.trainer.dtype,
         token_bytes=v.token_bytes,
         bytes_per_token=v.bytes_per_token,
@@ -281,7 +278,7 @@ def _save(run: Run, state: RunState, display: TrainingDisplay) -> int | None:
             STATE_FILE: state_bytes(state),
             "recipe.toml": dump(run.recipe).encode(),
             "tokenizer.json": run.tokenizer_json,
-            **({COMPANIONS: run.companions.dump()} if run.recipe.base else {}),
+            **({COMPANIONS: run.companions.dump()} if run.companions else {}),
         },
         state.val_loss if state.evaluated_step == state.step else None,
     )

@@ -1,18 +1,27 @@
 """The token dataset that a recipe, or ``minigpt tokenize``, asks for; with progress."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from minigpt_cli.checkpoint.base import Companions
+from minigpt_cli.data import chat
+from minigpt_cli.data.instructions import is_instructions
+from minigpt_cli.data.make_instructions import make_instructions
 from minigpt_cli.data.manifest import MANIFEST, Manifest
 from minigpt_cli.data.sources import Source, listing
 from minigpt_cli.data.tokenize import tokenize
+from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 from minigpt_cli.errors import UserError
-from minigpt_cli.recipe import Recipe
+from minigpt_cli.recipe import DataSource, Recipe
 from minigpt_cli.report.console import TokenizingDisplay, say, warn
 
 
-def prepare_data(recipe: Recipe) -> None:
-    """Make the token dataset that the recipe describes, unless it is there.
+def prepare_data(recipe: Recipe, companions: Companions | None = None) -> None:
+    """Make the dataset that the recipe describes, unless it is there.
+
+    Args:
+        companions: of the base, which may bring a chat template.
 
     Raises:
         UserError: it can't be made, or was made with other settings.
@@ -23,12 +32,15 @@ def prepare_data(recipe: Recipe) -> None:
     assert tokenizer is not None
     path = Path(recipe.data_path)
     wanted = Source(source.kind, source.path, source.field, source.split, source.config)
-    if (path / MANIFEST).exists():
+    if (path / MANIFEST).exists() or is_instructions(path):
         try:
             listing(wanted)
         except UserError:  # made elsewhere and brought here, as onto a cluster
             say(f"{path}: the text it was made from is not here; using it as it is")
             return
+    if source.format == "instructions":
+        _make_instructions(wanted, path, source, str(tokenizer.path), companions or Companions())
+        return
     make_dataset(
         wanted,
         path,
@@ -36,6 +48,50 @@ def prepare_data(recipe: Recipe) -> None:
         train_vocab=tokenizer.train_vocab,
         val_fraction=source.val_fraction,
     )
+
+
+def _make_instructions(
+    wanted: Source, path: Path, source: DataSource, tokenizer: str, companions: Companions
+) -> None:
+    template, variables = _templates(Path(tokenizer), companions)
+    if source.chat_template == "chatml":
+        template = chat.CHATML
+    elif source.chat_template is not None:
+        try:
+            template = Path(source.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"[data.source] chat_template {source.chat_template} can't be read: {error}; "
+                "give a file, or chatml"
+            ) from None
+    manifest = make_instructions(
+        wanted,
+        path,
+        tokenizer_path=tokenizer,
+        chat_template=template,
+        variables=variables,
+        val_fraction=source.val_fraction,
+        warn=warn,
+    )
+    for name, split in manifest.splits.items():
+        say(
+            f"{path} {name}: {split.examples:,} examples, {split.tokens:,} tokens, "
+            f"{split.trained_tokens:,} of them trained"
+        )
+    if manifest.malformed:
+        warn(f"{path}: {manifest.malformed:,} malformed records were skipped")
+
+
+def _templates(tokenizer: Path, companions: Companions) -> tuple[str | None, dict[str, str]]:
+    """The tokenizer's chat template, and the special tokens that it may name."""
+    end = load_tokenizer(tokenizer)
+    names = {"eos_token": str(end.id_to_token(eos_id(end)))}
+    if (tokenizer / "tokenizer_config.json").is_file():
+        return chat.tokenizer_template(tokenizer), names | chat.special_tokens(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:  # a run's, which its checkpoint carries as text
+        for name, text in companions.files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return chat.tokenizer_template(Path(folder)), names | chat.special_tokens(Path(folder))
 
 
 def make_dataset(

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from minigpt_cli.checkpoint.base import Companions
 from minigpt_cli.checkpoint.saver import Saver
-from minigpt_cli.data.batches import Batches
-from minigpt_cli.data.shards import TokenSplit
+from minigpt_cli.data.batches import Batches, Rows
 from minigpt_cli.distributed.world import World
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.metrics import MetricsFile
@@ -22,7 +21,7 @@ from minigpt_cli.train.step import Trainer
 class Validation:
     """The fixed windows that a run is evaluated on."""
 
-    split: TokenSplit
+    rows: Rows
     token_bytes: NDArray[np.int32] | None
     bytes_per_token: float
 

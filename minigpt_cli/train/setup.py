@@ -58,8 +58,8 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         say(base.report)
         recipe = bases.complete(recipe, base)
     with ExitStack() as resources:
-        record = _claim(directory, world, resources, new=recipe)
         companions = Companions() if base is None else base.companions
+        record = _claim(directory, world, resources, recipe, companions)
         run, state = build(recipe, directory, world, resources, companions)
         record.state = state
         if base is None:
@@ -187,7 +187,11 @@ def _timeout_minutes(directory: Path, overrides: list[str]) -> float:
 
 
 def _claim(
-    directory: Path, world: World, resources: ExitStack, new: Recipe | None = None
+    directory: Path,
+    world: World,
+    resources: ExitStack,
+    new: Recipe | None = None,
+    companions: Companions | None = None,
 ) -> Record:
     """Rank 0 locks the run directory for as long as the resources are open, cleans it up, and makes
     a new run's data; the others wait.
@@ -210,7 +214,7 @@ def _claim(
         store.sweep(directory)
         finish.sweep(directory)
         if new is not None:
-            prepare_data(new)
+            prepare_data(new, companions)
         return True
 
     world.from_first(claim)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from minigpt_cli.data.batches import Batch
 from minigpt_cli.distributed.parallel import Layout, clear_gradients, gradient_sync, local
 from minigpt_cli.model.cross_entropy import IGNORE
 from minigpt_cli.model.gpt import GPT
@@ -30,17 +31,14 @@ class Trainer:
     dropout: bool  # whether the forward pass draws random numbers
 
 
-def train_step(
-    trainer: Trainer, inputs: Tensor, targets: Tensor, step: int, lr_share: float
-) -> tuple[Tensor, Tensor]:
+def train_step(trainer: Trainer, batch: Batch, step: int, lr_share: float) -> tuple[Tensor, Tensor]:
     """One update from this batch.
 
     The loss is the sum of token losses over the number of valid targets in the whole batch, so it
     doesn't matter how the batch is cut into ranks and micro-batches.
 
     Args:
-        inputs, targets: this rank's share of the batch, (sequences, T) int64 on the device; targets
-            of -100 count for nothing.
+        batch: this rank's share of it, on the device.
         step: updates made before this one.
         lr_share: the schedule's value, as a share of the peak learning rate.
 
@@ -49,18 +47,18 @@ def train_step(
         on every rank.
     """
     t, world = trainer, trainer.layout.world
-    valid = world.sum_((targets != IGNORE).sum())
-    loss = torch.zeros((), device=inputs.device, dtype=precision.weights_dtype(t.dtype))
-    micro_batches = list(
-        zip(inputs.split(t.micro_batch_size), targets.split(t.micro_batch_size), strict=True)
-    )
-    for index, (x, y) in enumerate(micro_batches):
+    device = batch.inputs.device
+    valid = world.sum_((batch.targets != IGNORE).sum())
+    loss = torch.zeros((), device=device, dtype=precision.weights_dtype(t.dtype))
+    parts = [p.split(t.micro_batch_size) for p in batch if p is not None]
+    micro_batches = list(zip(*parts, strict=True))
+    for index, (x, y, *segments) in enumerate(micro_batches):
         if t.dropout:
             place = world.rank * len(micro_batches) + index  # in the global batch
             torch.manual_seed(dropout_seed(t.seed, step, place))
         with gradient_sync(t.forward, last=index == len(micro_batches) - 1):
-            with precision.autocast(t.dtype, inputs.device):
-                part = t.forward(x, y) / valid
+            with precision.autocast(t.dtype, device):
+                part = t.forward(x, y, *segments) / valid
             t.scaler.scale(part).backward()
         loss += part.detach()
     share, loss = loss, world.sum_(loss.clone())

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from minigpt_cli import recipe as recipes
 from minigpt_cli.cli import _join, _leave, _report
-from minigpt_cli.data.batches import Batches
+from minigpt_cli.data.batches import Batch, Batches
 from minigpt_cli.distributed import parallel
 from minigpt_cli.errors import UserError
 from minigpt_cli.train import setup
@@ -28,13 +28,15 @@ class Recorder:
 
     def __init__(self, batches: Batches):
         self.batches = batches
-        self.split = batches.split
-        self.rows: dict[int, list[str]] = {}
+        self.rows = batches.rows
+        self.trained_on: dict[int, list[str]] = {}
 
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = self.batches(step)
-        self.rows[step] = [hashlib.md5(row.numpy().tobytes()).hexdigest() for row in inputs]
-        return inputs, targets
+    def __call__(self, step: int) -> Batch:
+        batch = self.batches(step)
+        self.trained_on[step] = [
+            hashlib.md5(row.numpy().tobytes()).hexdigest() for row in batch.inputs
+        ]
+        return batch
 
 
 def weights_digest(run: Run) -> str:
@@ -80,7 +82,7 @@ def train(job: dict[str, Any]) -> None:
     if "ruined_token" in job:
         ruin(run, job["ruined_token"])
     fit(replace(run, batches=recorder), state)
-    facts["rows"] = recorder.rows
+    facts["rows"] = recorder.trained_on
     facts["parameters"] = sum(p.numel() for p in run.trainer.model.parameters())
     facts["empty"] = sum(
         not p.numel() for p in parallel.local(list(run.trainer.model.parameters()))

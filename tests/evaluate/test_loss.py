@@ -28,11 +28,12 @@ def model() -> GPT:
 def test_a_stream_gives_every_token_as_a_target_once(tokens: int, length: int, batch: int):
     stream = np.arange(tokens)
     batches = list(stream_batches(lambda a, b: stream[a:b], tokens, length, batch))
-    targets = np.concatenate([each[:, 1:].ravel() for each in batches] or [np.array([])])
-    assert targets.tolist() == list(range(1, tokens))
-    for each in batches:
-        assert (each[:, 1:] == each[:, :-1] + 1).all()
-        assert each.shape[1] <= length + 1
+    all_targets = np.concatenate([each[1].ravel() for each in batches] or [np.array([])])
+    assert all_targets.tolist() == list(range(1, tokens))
+    for inputs, targets, segments in batches:
+        assert (targets == inputs + 1).all()
+        assert inputs.shape[1] <= length
+        assert segments is None
 
 
 @given(available=st.integers(0, 1000), wanted=st.integers(1, 100))
@@ -98,7 +99,8 @@ def test_dropout_is_off_the_mode_is_put_back_and_no_random_number_is_drawn(model
 
 def test_it_can_be_given_up(model: GPT):
     asked = iter([False, True])
-    batches = (np.zeros((1, 9), dtype=np.int64) for _ in range(5))
+    zeros = np.zeros((1, 8), dtype=np.int64)
+    batches = ((zeros, zeros, None) for _ in range(5))
     result = evaluate(
         model, batches, dtype=torch.float64, token_bytes=LENGTHS, bytes_per_token=1.0,
         stop=lambda: next(asked),

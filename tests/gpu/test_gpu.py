@@ -57,12 +57,12 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, make_recipe: MakeRecipe,
         recipe = make_recipe(f"precision.dtype={dtype}", f"optimizer.name={name}", *watching)
         run, _ = setup.start_run(recipe, tmp_path / f"{dtype}-{sigma}")
         for step in range(2):
-            train_step(run.trainer, *run.batches(step), step, 1.0)
-        inputs, targets = run.batches(2)
+            train_step(run.trainer, run.batches(step), step, 1.0)
+        batch = run.batches(2)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            train_step(run.trainer, inputs, targets, 2, 1.0)
+            train_step(run.trainer, batch, 2, 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
             run.resources.close()

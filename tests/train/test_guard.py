@@ -92,18 +92,18 @@ def test_a_spike_changes_nothing(name: str):
     )
     for step in range(7):
         for t in (one, other):
-            train_step(t, *batch(step), step, 0.02)
+            train_step(t, batch(step), step, 0.02)
     before = everything(one)
     weight = one.model.layers[0].mlp.up_proj.weight
     hook = weight.register_hook(lambda grad: grad * 1e6)  # finite, and far too high
-    train_step(one, *batch(7), 7, 0.02)
+    train_step(one, batch(7), 7, 0.02)
     hook.remove()
     (spike,) = guard.look(one.guard).steps
     assert spike.is_finite
     assert (spike.step, spike.grad_norm > 1e3) == (8, True)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(one), strict=True))
     for t in (one, other):  # and the next step is as if nothing had been
-        train_step(t, *batch(8), 8, 0.02)
+        train_step(t, batch(8), 8, 0.02)
     assert guard.look(one.guard).bad == 1
     assert guard.look(other.guard).bad == 0
     after = everything(one)

@@ -61,7 +61,7 @@ def test_a_run_is_a_plain_loop_of_torchs_own_adamw(tmp_path: Path, make_recipe: 
     recipe = make_recipe("train.steps=6", "precision.dtype=fp64", "eval.every_steps=100")
     run, state = setup.start_run(recipe, tmp_path)
     model = copy.deepcopy(run.trainer.model)
-    batches = [[part.clone() for part in run.batches(step)] for step in range(6)]
+    batches = [[part.clone() for part in run.batches(step)[:2]] for step in range(6)]
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     adamw = torch.optim.AdamW(

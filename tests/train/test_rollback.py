@@ -13,6 +13,7 @@ import torch
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.data.batches import Batch
 from minigpt_cli.data.order import sample_ids
 from minigpt_cli.errors import Diverged, Stopped
 from minigpt_cli.recipe import Recipe
@@ -46,7 +47,7 @@ def by_hand(recipe: Recipe, data: Path, start: tuple[Run, RunState], position: i
         ids = sample_ids(SEED, position + step - state.step, BATCH, windows)
         rows = torch.from_numpy(tokens[ids[:, None] * LENGTH + np.arange(LENGTH + 1)])
         share = lr_at(recipe.schedule, 1.0, 40, step + 1)
-        train_step(run.trainer, rows[:, :-1], rows[:, 1:], step, share)
+        train_step(run.trainer, Batch(rows[:, :-1], rows[:, 1:], None), step, share)
     run.resources.close()
     return run
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minigpt_cli.data.batches import Batch
 from minigpt_cli.distributed.parallel import Layout
 from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import Diverged
@@ -54,9 +55,9 @@ def trainer(
     )
 
 
-def batch(seed: int = 0, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+def batch(seed: int = 0, device: torch.device = CPU) -> Batch:
     tokens = torch.randint(VOCAB, (8, 17), generator=torch.Generator().manual_seed(seed))
-    return tokens[:, :-1].to(device), tokens[:, 1:].to(device)
+    return Batch(tokens[:, :-1].to(device), tokens[:, 1:].to(device), None)
 
 
 def everything(t: Trainer) -> list[Tensor]:
@@ -78,14 +79,14 @@ def adamw_by_hand(before: Tensor, grad: Tensor, lr: float, decay: float) -> Tens
 def test_a_step_is_clipped_adamw():
     t = trainer(clip=0.3)
     reference = copy.deepcopy(t.model)
-    inputs, targets = batch()
+    inputs, targets, _ = batch()
     logits = reference(inputs)
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     mean.backward()
     norm = math.sqrt(sum((p.grad**2).sum().item() for p in reference.parameters()))
     assert norm > 0.3  # else clipping is not tested
 
-    loss, grad_norm = train_step(t, inputs, targets, step=0, lr_share=0.5)
+    loss, grad_norm = train_step(t, Batch(inputs, targets, None), step=0, lr_share=0.5)
     assert loss.item() == pytest.approx(mean.item(), rel=1e-12)
     assert grad_norm.item() == pytest.approx(norm, rel=1e-12)
     for (name, p), q in zip(t.model.named_parameters(), reference.parameters(), strict=True):
@@ -98,12 +99,12 @@ def test_a_step_is_clipped_adamw():
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_accumulation_equals_the_whole_batch(micro: int):
     whole, parts = trainer(), trainer(micro=micro)
-    inputs, targets = batch()
+    inputs, targets, _ = batch()
     targets = targets.clone()
     targets[:3, 4:] = -100  # micro-batches with unequal numbers of valid targets
     for step in range(3):
-        a = train_step(whole, inputs, targets, step, 1.0)
-        b = train_step(parts, inputs, targets, step, 1.0)
+        a = train_step(whole, Batch(inputs, targets, None), step, 1.0)
+        b = train_step(parts, Batch(inputs, targets, None), step, 1.0)
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
     for p, q in zip(everything(whole), everything(parts), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
@@ -135,11 +136,11 @@ def test_decay_is_for_matrices_only_and_muon_takes_the_hidden_ones():
 def test_a_bad_step_changes_nothing_and_ends_the_run(name: str, after: int, poison: float):
     t = trainer(torch.float32, name=name)
     for step in range(after):
-        train_step(t, *batch(step), step, 1.0)
+        train_step(t, batch(step), step, 1.0)
     before = everything(t)
     weight = t.model.layers[0].mlp.up_proj.weight
     hook = weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), poison))
-    loss, norm = train_step(t, *batch(9), after, 1.0)
+    loss, norm = train_step(t, batch(9), after, 1.0)
     hook.remove()
     assert loss.isfinite()
     assert not norm.isfinite()
@@ -149,10 +150,10 @@ def test_a_bad_step_changes_nothing_and_ends_the_run(name: str, after: int, pois
     with pytest.raises(Diverged, match=f"not finite at step {after + 1};.*keep this"):
         guard.check(t.guard, "keep this")
 
-    train_step(t, *batch(after), after, 1.0)  # and the next good one is as if nothing had been
+    train_step(t, batch(after), after, 1.0)  # and the next good one is as if nothing had been
     other = trainer(torch.float32, name=name)
     for step in range(after + 1):
-        train_step(other, *batch(step), step, 1.0)
+        train_step(other, batch(step), step, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(everything(t), everything(other), strict=True))
 
 
@@ -162,7 +163,7 @@ def test_an_fp16_overflow_only_skips_and_halves_the_scale(name: str):
     t = replace(trainer(torch.float16, name=name), scaler=overflowing)
     before = everything(t)
     scales = []
-    while not train_step(t, *batch(), 0, 1.0)[1].isfinite():
+    while not train_step(t, batch(), 0, 1.0)[1].isfinite():
         assert all(torch.equal(a, b) for a, b in zip(before, everything(t), strict=False))
         scales.append(t.scaler.get_scale())
     assert scales[:3] == [2.0**39, 2.0**38, 2.0**37]
@@ -173,7 +174,7 @@ def test_an_fp16_overflow_only_skips_and_halves_the_scale(name: str):
 
 def test_fp16_gradients_are_unscaled_before_clipping():
     half, full = trainer(torch.float16), trainer(torch.float32)
-    (loss, norm), (loss32, norm32) = (train_step(t, *batch(), 0, 1.0) for t in (half, full))
+    (loss, norm), (loss32, norm32) = (train_step(t, batch(), 0, 1.0) for t in (half, full))
     assert loss.item() == pytest.approx(loss32.item(), rel=1e-3)
     assert norm.item() == pytest.approx(norm32.item(), rel=1e-2)
 
@@ -182,7 +183,7 @@ def test_a_loss_that_is_not_finite_ends_an_fp16_run_too():
     t = trainer(torch.float16)
     with torch.no_grad():
         t.model.norm.weight.fill_(math.nan)
-    train_step(t, *batch(), 0, 1.0)
+    train_step(t, batch(), 0, 1.0)
     with pytest.raises(Diverged):
         guard.check(t.guard, "")
 
@@ -190,10 +191,10 @@ def test_a_loss_that_is_not_finite_ends_an_fp16_run_too():
 def test_dropout_depends_on_step_and_place_only():
     one, other = trainer(dropout=0.5, micro=4), trainer(dropout=0.5, micro=4)
     torch.manual_seed(1)
-    a, _ = train_step(one, *batch(), 7, 1.0)
+    a, _ = train_step(one, batch(), 7, 1.0)
     torch.manual_seed(2)
-    b, _ = train_step(other, *batch(), 7, 1.0)
-    c, _ = train_step(trainer(dropout=0.5, micro=4), *batch(), 8, 1.0)
+    b, _ = train_step(other, batch(), 7, 1.0)
+    c, _ = train_step(trainer(dropout=0.5, micro=4), batch(), 8, 1.0)
     assert a == b
     assert a != c
     assert len({dropout_seed(1, step, index) for step in range(9) for index in range(9)}) == 81
@@ -213,10 +214,10 @@ def test_no_step_waits_for_the_device():
     for name, dtype in itertools.product(("adamw", "muon"), (torch.bfloat16, torch.float16)):
         watching = guard.new_guard(CPU, GuardSettings(spike_sigma=1e-3, spike_window=8))
         for t in (trainer(dtype, name=name), replace(trainer(dtype, name=name), guard=watching)):
-            train_step(t, *batch(), 0, 1.0)
+            train_step(t, batch(), 0, 1.0)
             with NoReading():
                 for step in range(1, 12):  # and none that is called off, or after a rollback is due
-                    train_step(t, *batch(), step, 1.0)
+                    train_step(t, batch(), step, 1.0)
         assert guard.look(watching).rollback_at
 
 
@@ -232,7 +233,7 @@ def test_fp16_overflows_without_an_end_are_a_divergence():
     t.model.norm.weight.register_hook(lambda grad: grad * math.nan)
     for step in range(guard.SKIPS_IN_A_ROW):
         guard.check(t.guard, "")
-        train_step(t, *batch(), step, 1.0)
+        train_step(t, batch(), step, 1.0)
     with pytest.raises(Diverged):
         guard.check(t.guard, "")
 
