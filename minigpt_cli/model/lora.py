@@ -28,7 +28,7 @@ class LoraLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, adapter: Adapter):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.training = linear.weight, linear.bias, linear.training
         self.scale, self.dropout = adapter.scale, adapter.dropout
         new = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
         device = linear.weight.device
@@ -119,7 +119,11 @@ def detach(model: GPT) -> None:
         if isinstance(module, LoraLinear):
             parent, _, leaf = name.rpartition(".")
             linear = nn.Linear(module.in_features, module.out_features, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
+            linear.weight, linear.bias, linear.training = (
+                module.weight,
+                module.bias,
+                module.training,
+            )
             setattr(model.get_submodule(parent), leaf, linear)
 
 

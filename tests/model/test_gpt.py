@@ -295,3 +295,36 @@ def test_checkpointing_activations_changes_no_bit(family, dropout):
 def test_sizes_that_do_not_fit_are_the_users_error():
     with pytest.raises(UserError, match="multiple"):
         small_config("llama", num_attention_heads=5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_examples_in_one_row_are_as_if_alone(family: str, recompute: bool):
+    """Losses and gradients, against each example in a row of its own."""
+    config = model_config(
+        family=family, vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4 if family == "gpt2" else 2, max_position_embeddings=24,
+    )  # fmt: skip
+    packed, alone = GPT(config).double().train(), GPT(config).double().train()
+    initialize(packed, 1)
+    alone.load_state_dict(packed.state_dict())
+    packed.checkpoint_activations = recompute
+    lengths = ((3, 11, 1, 5), (20,))  # and padding
+    inputs = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(1))
+    segments = torch.zeros_like(inputs)
+    expected = torch.zeros((), dtype=torch.float64)
+    for row, each in enumerate(lengths):
+        at = 0
+        for number, length in enumerate(each):
+            part = slice(at, at + length)
+            segments[row, part] = number
+            expected = expected + alone(inputs[None, row, part], targets[None, row, part])
+            at += length
+        segments[row, at:], targets[row, at:] = len(each), -100
+    loss = packed(inputs, targets, segments)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    loss.backward()
+    expected.backward()
+    for (name, p), q in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12, msg=name)
