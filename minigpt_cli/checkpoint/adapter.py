@@ -70,13 +70,14 @@ def open_model(path: Path, adapters: list[Path]) -> tuple[Base, list[LoadedAdapt
         Damaged: no checkpoint is valid.
     """
     name = _base_name(path)
-    if name is None:
-        base = open_base(path)
-        return base, [open_adapter(each, base.config) for each in adapters]
-    if adapters:
+    if name is not None and adapters:
         raise UserError(f"{path}: is an adapter itself: name its base, and this one with --adapter")
-    base = open_base(name)
-    return base, [open_adapter(path, base.config)]
+    base = open_base(path if name is None else name)
+    opened = [open_adapter(each, base.config) for each in (adapters if name is None else [path])]
+    if len(opened) == 1 and (checkpoint := opened[0].checkpoint) is not None:
+        # It was trained with, among them, perhaps another chat template.
+        base = replace(base, companions=companions_in(checkpoint))
+    return base, opened
 
 
 def _base_name(path: Path) -> str | None:
@@ -217,8 +218,7 @@ def merge(base: Base, adapter: LoadedAdapter) -> Base:
             a.tensors.get(f"{module}.lora_magnitude_vector"),
         )
 
-    companions = companions_in(a.checkpoint) if a.checkpoint is not None else base.companions
-    return replace(base, read=read, companions=companions)
+    return replace(base, read=read)
 
 
 def write_adapter(adapter: LoadedAdapter, config: ModelConfig, base: str, folder: Path) -> None:

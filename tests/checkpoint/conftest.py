@@ -8,10 +8,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
-from tests.processes import ROOT
-
 SIZE = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48}
 ROPE = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 24}  # fmt: skip
@@ -58,21 +54,12 @@ def random_model(shape: str, vocab_size: int = 320) -> Any:
     return model.float().eval()
 
 
-@pytest.fixture(scope="session")
-def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token dataset with a tokenizer of 320 entries."""
-    out = tmp_path_factory.mktemp("text") / "data"
-    tokenize(Source("files", (str(ROOT / "LICENSE"),)), out, train_vocab=320, val_fraction=0.2,
-             workers=1)  # fmt: skip
-    return out
-
-
 @pytest.fixture(scope="session", params=SHAPES)
 def theirs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text_data: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, license_dataset: Path
 ) -> tuple[Any, Path]:
     """(model, directory) of each shape, as transformers saves it, with a tokenizer."""
-    return saved_model(request.param, tmp_path_factory.mktemp(request.param), text_data)
+    return saved_model(request.param, tmp_path_factory.mktemp(request.param), license_dataset)
 
 
 def saved_model(shape: str, folder: Path, data: Path, **how: Any) -> tuple[Any, Path]:

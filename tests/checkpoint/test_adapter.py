@@ -54,8 +54,8 @@ def peft_adapter(directory: Path, out: Path, kind: Adapter, targets: Any = "all-
 
 @kinds
 @shapes
-def test_pefts_adapters_load(tmp_path: Path, text_data: Path, shape: str, kind: Adapter):
-    _, directory = saved_model(shape, tmp_path / "base", text_data)
+def test_pefts_adapters_load(tmp_path: Path, license_dataset: Path, shape: str, kind: Adapter):
+    _, directory = saved_model(shape, tmp_path / "base", license_dataset)
     theirs = peft_adapter(directory, tmp_path / "adapter", kind)
     for path, adapters in ((directory, [tmp_path / "adapter"]), (tmp_path / "adapter", [])):
         ours = load_model(path, CPU, adapters)
@@ -70,9 +70,9 @@ def test_pefts_adapters_load(tmp_path: Path, text_data: Path, shape: str, kind: 
 @kinds
 @shapes
 def test_ours_load_in_peft_alone_and_merged(
-    tmp_path: Path, text_data: Path, shape: str, kind: Adapter
+    tmp_path: Path, license_dataset: Path, shape: str, kind: Adapter
 ):
-    _, directory = saved_model(shape, tmp_path / "base", text_data)
+    _, directory = saved_model(shape, tmp_path / "base", license_dataset)
     base = open_base(directory)
     model = GPT(base.config)
     lora.attach(model, kind)
@@ -106,10 +106,10 @@ def test_ours_load_in_peft_alone_and_merged(
     ],
 )
 def test_the_same_layers_are_named(
-    tmp_path: Path, text_data: Path, shape: str, targets: Any, written: list[str]
+    tmp_path: Path, license_dataset: Path, shape: str, targets: Any, written: list[str]
 ):
     """Also from a pattern, which only PEFT understands: the tensors tell."""
-    _, directory = saved_model(shape, tmp_path / "base", text_data)
+    _, directory = saved_model(shape, tmp_path / "base", license_dataset)
     peft_adapter(directory, tmp_path / "theirs", KINDS["plain"], targets)
     base, (adapter,) = open_model(tmp_path / "theirs", [])
     export_adapter(base, adapter, tmp_path / "ours", card="")
@@ -183,17 +183,17 @@ def test_what_is_no_adapter_for_this_base_is_refused(
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory, text_data: Path) -> tuple[Path, Path]:
+def llama(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("llama")
-    _, directory = saved_model("llama", folder / "base", text_data)
+    _, directory = saved_model("llama", folder / "base", license_dataset)
     peft_adapter(directory, folder / "adapter", KINDS["plain"])
     return directory, folder / "adapter"
 
 
 def test_an_adapter_of_another_model_is_refused(
-    llama: tuple[Path, Path], tmp_path: Path, text_data: Path
+    llama: tuple[Path, Path], tmp_path: Path, license_dataset: Path
 ):
-    _, other = saved_model("qwen3", tmp_path / "other", text_data)
+    _, other = saved_model("qwen3", tmp_path / "other", license_dataset)
     with pytest.raises(UserError, match=r"is \[.*\], and should be"):
         open_adapter(llama[1], open_base(other).config)
     with pytest.raises(UserError, match="is an adapter itself"):

@@ -54,8 +54,8 @@ def test_greedy_generation_is_transformers(theirs: tuple[Any, Path]):
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "qwen3-tied-biases"])
-def test_shards_and_half_precision(tmp_path: Path, text_data: Path, shape: str):
-    model, directory = saved_model(shape, tmp_path, text_data, max_shard_size="40KB")
+def test_shards_and_half_precision(tmp_path: Path, license_dataset: Path, shape: str):
+    model, directory = saved_model(shape, tmp_path, license_dataset, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_same_model(ours_from(directory), model)
     model.bfloat16().save_pretrained(directory / "half")
@@ -65,9 +65,11 @@ def test_shards_and_half_precision(tmp_path: Path, text_data: Path, shape: str):
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama-biases-tied"])
-def test_names_without_the_prefix_and_old_buffers(tmp_path: Path, text_data: Path, shape: str):
+def test_names_without_the_prefix_and_old_buffers(
+    tmp_path: Path, license_dataset: Path, shape: str
+):
     """As AutoModel saves it, without a head; GPT-2's first checkpoints hold masks, too."""
-    model, directory = saved_model(shape, tmp_path, text_data)
+    model, directory = saved_model(shape, tmp_path, license_dataset)
     AutoModel.from_pretrained(directory).save_pretrained(directory / "bare")
     file = directory / "bare/model.safetensors"
     tensors = load_file(file)
@@ -92,9 +94,9 @@ def damaged(directory: Path, to: Path, change: Any) -> Path:
 
 
 def test_what_is_missing_unexpected_or_mismatched_is_listed_and_nothing_loaded(
-    tmp_path: Path, text_data: Path
+    tmp_path: Path, license_dataset: Path
 ):
-    _, directory = saved_model("llama", tmp_path / "llama", text_data)
+    _, directory = saved_model("llama", tmp_path / "llama", license_dataset)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -113,15 +115,15 @@ def test_what_is_missing_unexpected_or_mismatched_is_listed_and_nothing_loaded(
     assert "nothing was loaded" in text
 
 
-def test_heads_for_other_tasks_are_left_aside(tmp_path: Path, text_data: Path):
-    model, directory = saved_model("llama", tmp_path / "llama", text_data)
+def test_heads_for_other_tasks_are_left_aside(tmp_path: Path, license_dataset: Path):
+    model, directory = saved_model("llama", tmp_path / "llama", license_dataset)
     place = damaged(directory, tmp_path / "more", lambda t: t.update(score=torch.ones(3)))
     assert_same_model(ours_from(place), model)
     assert "1 ignored: score" in open_base(place).report
 
 
-def test_a_head_that_is_tied_must_be_the_embeddings(tmp_path: Path, text_data: Path):
-    model, directory = saved_model("qwen3-tied-biases", tmp_path / "qwen", text_data)
+def test_a_head_that_is_tied_must_be_the_embeddings(tmp_path: Path, license_dataset: Path):
+    model, directory = saved_model("qwen3-tied-biases", tmp_path / "qwen", license_dataset)
     same = damaged(
         directory, tmp_path / "same",
         lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),

@@ -50,9 +50,9 @@ def test_in_and_out_and_in_again(theirs: tuple[Any, Path], tmp_path: Path):
 @pytest.mark.parametrize("shape", ["gpt2", "qwen3"])
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.half)])
 def test_half_precision_and_several_files(
-    tmp_path: Path, text_data: Path, shape: str, dtype: str, torch_dtype: torch.dtype
+    tmp_path: Path, license_dataset: Path, shape: str, dtype: str, torch_dtype: torch.dtype
 ):
-    model, directory = saved_model(shape, tmp_path / "in", text_data)
+    model, directory = saved_model(shape, tmp_path / "in", license_dataset)
     done = export_model(open_base(directory), tmp_path / "out", dtype, card="", shard_bytes=20_000)
     files = [name for name in done.files if name.endswith(".safetensors")]
     assert len(files) > 3
@@ -70,10 +70,10 @@ def test_half_precision_and_several_files(
 
 
 def test_what_transformers_reads_otherwise_is_no_export(
-    tmp_path: Path, text_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Each of these loads without an error, and computes something else."""
-    _, directory = saved_model("llama", tmp_path / "in", text_data)
+    _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     base = open_base(directory)
     place = tmp_path / "place"
     right = export.huggingface_config
@@ -107,8 +107,8 @@ def test_what_transformers_reads_otherwise_is_no_export(
 export_tokenizer = export.write_tokenizer
 
 
-def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, text_data: Path):
-    _, directory = saved_model("gpt2", tmp_path / "in", text_data)
+def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_dataset: Path):
+    _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     base = open_base(directory)
     out = export_model(base, tmp_path / "out", card="first").path
     with pytest.raises(UserError, match="is there already"):
@@ -131,11 +131,13 @@ def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, text_data: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_one_tensor_at_a_time(tmp_path: Path, text_data: Path, monkeypatch: pytest.MonkeyPatch):
+def test_one_tensor_at_a_time(
+    tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
+):
     """While the files are written, no more than one of the tensors that were read is alive."""
     import weakref
 
-    _, directory = saved_model("llama", tmp_path / "in", text_data)
+    _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     base = open_base(directory)
     alive: list[weakref.ref[torch.Tensor]] = []
 
@@ -189,9 +191,9 @@ def test_a_run_ends_with_a_directory_for_transformers(
 
 
 def test_without_transformers_it_says_that_nothing_was_proven(
-    tmp_path: Path, text_data: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    _, directory = saved_model("gpt2", tmp_path / "in", text_data)
+    _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     done = export_model(open_base(directory), tmp_path / "out", card="")
     assert str(done.proof) == "not proven: transformers is not installed"
@@ -200,10 +202,10 @@ def test_without_transformers_it_says_that_nothing_was_proven(
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama-biases-tied", "llama-3-angles", "qwen3"])
 def test_a_run_goes_on_from_what_was_trained_elsewhere(
-    shape: str, tmp_path: Path, recipe_file: Path, text_data: Path
+    shape: str, tmp_path: Path, recipe_file: Path, license_dataset: Path
 ):
     """The recipe names no shape, the data no tokenizer; what came with the model goes out again."""
-    model, directory = saved_model(shape, tmp_path / "in", text_data)
+    model, directory = saved_model(shape, tmp_path / "in", license_dataset)
     text = recipe_file.read_text()
     begin, end = text.index("[model]"), text.index("[train]")
     source = f'[data.source]\nkind = "files"\npath = "{Path(__file__).parent}/*.py"\n'
@@ -229,9 +231,9 @@ def test_a_run_goes_on_from_what_was_trained_elsewhere(
 
 
 def test_a_recipe_that_says_otherwise_is_refused(
-    tmp_path: Path, text_data: Path, recipe_file: Path
+    tmp_path: Path, license_dataset: Path, recipe_file: Path
 ):
-    _, directory = saved_model("llama", tmp_path / "in", text_data)
+    _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     done = minigpt("pretrain", recipe_file, "--out", tmp_path / "run",
                    "--set", f"model.init_from={directory}")  # fmt: skip
     assert done.returncode == 2
@@ -240,9 +242,11 @@ def test_a_recipe_that_says_otherwise_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_of_another_tokenizer_is_refused(tmp_path: Path, text_data: Path, recipe_file: Path):
+def test_data_of_another_tokenizer_is_refused(
+    tmp_path: Path, license_dataset: Path, recipe_file: Path
+):
     """The same ids would mean other tokens."""
-    _, directory = saved_model("llama", tmp_path / "in", text_data)
+    _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     settings = json.loads((directory / "config.json").read_text())
     text = recipe_file.read_text()
     begin, end = text.index("[model]"), text.index("[train]")

@@ -1,0 +1,341 @@
+"""finetune-lora as users run it: stopped and gone on with, on several ranks, on conversations."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minigpt_cli import recipe as recipes
+from minigpt_cli.checkpoint.load import load_model
+from minigpt_cli.report import metrics
+from minigpt_cli.train import setup
+from minigpt_cli.train.step import train_step
+from tests.checkpoint.conftest import saved_model
+from tests.faults.scene import steps_logged, steps_saved
+from tests.processes import fork, minigpt, until
+from tests.train.test_resume import curve
+
+RECIPE = """
+[data]
+path = "{data}"
+{source}
+[lora]
+base = "{base}"
+rank = 4
+alpha = 8
+{lora}
+[train]
+steps = 12
+global_batch_size = 8
+micro_batch_size = 4
+sequence_length = 32
+[optimizer]
+lr = 1e-2
+weight_decay = 0.0
+[precision]
+dtype = "fp32"
+[checkpoint]
+every_steps = 2
+keep_last = 100
+[eval]
+every_steps = 6
+[log]
+every_steps = 1
+"""
+CHATS = [
+    {"messages": [{"role": "user", "content": f"What is {n} plus {n}?"},
+                  {"role": "assistant", "content": f"It is {2 * n}."}]}
+    for n in range(30)
+] + [{"prompt": "What is a licence? ", "completion": "It " + "grants rights " * 60}]  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path, license_dataset: Path) -> Path:
+    return saved_model("llama", tmp_path / "base", license_dataset)[1]
+
+
+def recipe(folder: Path, base: Path, data: Path, source: str = "", lora: str = "") -> Path:
+    file = folder / "lora.toml"
+    file.write_text(RECIPE.format(data=data, base=base, source=source, lora=lora))
+    return file
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final/adapter_model.safetensors")
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+    a, b = adapter_of(one), adapter_of(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert any(tensor.any() for name, tensor in a.items() if "lora_B" in name)
+
+
+def finished(*arguments: object) -> str:
+    done = minigpt(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_the_adapters_are_the_same(
+    tmp_path: Path,
+    base: Path,
+    license_dataset: Path,
+    ranks: int,
+):
+    """Bit for bit, with dropout; and only adapters are saved."""
+    file = recipe(tmp_path, base, license_dataset, lora="dropout = 0.1\nuse_dora = true")
+    nproc = ("--nproc", 2, "--set", "distributed.strategy=fsdp") if ranks == 2 else ()
+    said = finished("finetune-lora", file, "--out", tmp_path / "straight", *nproc)
+    assert "63,216 parameters and 6,016 of adapters, which are trained (8.69%)" in said
+    run = tmp_path / "killed"
+    for _ in range(2):
+        process = fork(tmp_path / "log.txt", "resume", run, "--or-start", file, *nproc)
+        before = steps_logged(run)
+        until(lambda: steps_logged(run) >= before + 3, process)  # noqa: B023
+        process.kill_all()
+        process.wait()
+    assert steps_saved(run)
+    finished("resume", run, *nproc)
+    assert_same_adapter(tmp_path / "straight", run)
+    assert curve(tmp_path / "straight") == curve(run)
+    saved = sum(f.stat().st_size for f in (run / "checkpoints/step-00000012").glob("*.safetens*"))
+    assert 3 * 4 * 6016 < saved < 150_000  # adapters and moments, names and places; not the base
+
+
+def test_peft_loads_what_a_run_leaves(tmp_path: Path, base: Path, license_dataset: Path):
+    file = recipe(tmp_path, base, license_dataset)
+    run = tmp_path / "run"
+    finished("finetune-lora", file, "--out", run)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), run / "final"
+    ).eval()
+    ids = torch.arange(40)[None]
+    ours = load_model(run, torch.device("cpu"), [])
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+    finished("export", run, tmp_path / "merged", "--dtype", "bf16")
+    finished("export", run, tmp_path / "adapter", "--adapter-only")
+    a, b = adapter_of(run), load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    losses = []
+    for model in ((run,), (base, "--adapter", run), (base, "--adapter", run / "final"),
+                  (tmp_path / "merged",), (base,)):  # fmt: skip
+        done = minigpt("eval", *model, "--data", license_dataset, "--json")
+        losses.append(json.loads(done.stdout)["loss"])
+    assert losses[0] == losses[1]
+    # Windows as long as the context, where no recipe says how long.
+    assert losses[2] == pytest.approx(losses[3], rel=1e-2)
+    assert losses[2] < losses[4] - 0.1
+    prompt = ("--prompt", "The ", "--greedy", "--max-new-tokens", 8, "--json")
+    several = minigpt("sample", base, "--adapter", run, "--adapter", run / "final", *prompt)
+    one = json.loads(minigpt("sample", run, *prompt).stdout)["completions"]
+    found = json.loads(several.stdout)["adapters"]
+    assert [each["completions"] for each in found] == [one, one]
+    assert [each["adapter"] for each in found] == [str(run), str(run / "final")]
+
+
+def test_ranks_and_one_process_agree(tmp_path: Path, base: Path, license_dataset: Path):
+    file = recipe(tmp_path, base, license_dataset, lora="use_dora = true")
+    finished("finetune-lora", file, "--out", tmp_path / "one")
+    for strategy in ("ddp", "fsdp"):
+        run, setting = tmp_path / strategy, f"distributed.strategy={strategy}"
+        finished("finetune-lora", file, "--out", run, "--nproc", 2, "--set", setting, "--set",
+                 "train.micro_batch_size=2")  # fmt: skip
+        for mine, other in zip(curve(run), curve(tmp_path / "one"), strict=True):
+            assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
+    finished("resume", tmp_path / "fsdp", "--set", "train.steps=14")  # and on with one
+
+
+def test_gradients_and_moments_are_of_adapters_only(
+    tmp_path: Path,
+    base: Path,
+    license_dataset: Path,
+):
+    file = recipe(tmp_path, base, license_dataset)
+    run, _ = setup.start_run(recipes.load(file, ["precision.dtype=bf16"]), tmp_path / "run")
+    try:
+        train_step(run.trainer, run.batches(0), 0, 1.0)
+        model = run.trainer.model
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert {name for name in trained if "lora_" in name} == trained
+        state = run.trainer.optimizers[0].state
+        moments = sum(m.numel() for s in state.values() for m in s.values() if m.ndim)
+        assert moments == 2 * sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        assert dtypes["layers.0.mlp.up_proj.weight"] == torch.bfloat16
+        assert dtypes["layers.0.mlp.up_proj.lora_A"] == torch.float32
+        assert dtypes["embed_tokens.weight"] == dtypes["norm.weight"] == torch.float32
+    finally:
+        run.resources.close()
+
+
+def test_a_base_kept_in_bf16_computes_what_autocast_would(
+    tmp_path: Path,
+    base: Path,
+    license_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from minigpt_cli.train import build
+
+    file = recipe(tmp_path, base, license_dataset)
+    losses = []
+    for name in ("rounded", "whole"):
+        if name == "whole":
+            monkeypatch.setattr(build, "round_frozen", lambda *_: None)
+        loaded = recipes.load(file, ["precision.dtype=bf16"])
+        run, _ = setup.start_run(loaded, tmp_path / name)
+        losses.append([train_step(run.trainer, run.batches(s), s, 1.0)[0].item() for s in range(3)])
+        run.resources.close()
+    assert losses[0] == losses[1]
+
+
+def test_another_base_is_refused_and_a_moved_one_is_not(
+    tmp_path: Path,
+    base: Path,
+    license_dataset: Path,
+):
+    run = tmp_path / "run"
+    finished("finetune-lora", recipe(tmp_path, base, license_dataset), "--out", run)
+    shutil.move(base, tmp_path / "moved")
+    refused = minigpt("resume", run, "--set", "train.steps=13")
+    assert refused.returncode == 2
+    assert f"{base}: no such directory" in refused.stderr
+    moved = f"lora.base={tmp_path}/moved"
+    said = finished("resume", run, "--set", "train.steps=13", "--set", moved)
+    assert "resuming" in said
+    other = saved_model("llama", tmp_path / "other", license_dataset)[0]
+    with torch.no_grad():
+        other.model.norm.weight.add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    refused = minigpt("resume", run, "--set", f"lora.base={tmp_path}/other")
+    assert refused.returncode == 2
+    assert "is not the model that this run's adapters were trained on" in refused.stderr
+    refused = minigpt("resume", run, "--set", moved, "--set", "lora.rank=8")
+    assert "lora.rank can't change within a run" in refused.stderr
+
+
+def test_each_command_takes_its_own_recipes(
+    tmp_path: Path,
+    base: Path,
+    license_dataset: Path,
+    recipe_file: Path,
+):
+    file = recipe(tmp_path, base, license_dataset)
+    assert "run it with minigpt finetune-lora" in minigpt("pretrain", file).stderr
+    assert "has no section [lora]" in minigpt("finetune-lora", recipe_file).stderr
+    done = minigpt("finetune-lora", file, "--set", "lora.target_modules=['q_proj', 'wq']",
+                   "--out", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 2
+    assert "no layer is called wq; of a llama they are q_proj, k_proj, v_proj" in done.stderr
+
+
+# --- conversations -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> str:
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    return (
+        f'[data.source]\nkind = "jsonl"\npath = "{file}"\nformat = "instructions"\n'
+        'val_fraction = 0.2\nchat_template = "chatml"\n'
+    )
+
+
+def their_loss(model: Any, tokenizer: Any, chat: list[dict[str, str]]) -> tuple[float, int]:
+    """Sum of the losses of an answer's tokens and their number, one conversation at a time."""
+    prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"]
+           for text in (prompt, whole.removeprefix(prompt))]  # fmt: skip
+    labels = torch.tensor([[-100] * len(ids[0]) + ids[1]])
+    logits = model(torch.tensor([ids[0] + ids[1]])).logits
+    loss = F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
+    return loss.item(), len(ids[1])
+
+
+def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path, base: Path, chats: str):
+    """Packed into rows, against transformers' on one conversation at a time."""
+    file = recipe(tmp_path, base, tmp_path / "chats", chats)
+    run = tmp_path / "run"
+    length = ("--set", "train.sequence_length=96")
+    said = finished("finetune-lora", file, "--out", run, *length)
+    assert "train: 1 of 25 examples are longer than train.sequence_length 96" in said
+    assert "24 examples in" in said
+    shutil.copytree(base, tmp_path / "with-template")
+    shutil.copy(run / "final/chat_template.jinja", tmp_path / "with-template")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "with-template")
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    tuned = PeftModel.from_pretrained(plain, run / "final").eval()
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for chat in CHATS[:-1]:
+            loss, count = their_loss(tuned, tokenizer, chat["messages"])
+            total, tokens = total + loss, tokens + count
+    found, counted = 0.0, 0
+    for split in ("train", "val"):
+        done = minigpt("eval", run, "--split", split, "--json")
+        result = json.loads(done.stdout)
+        found += result["loss"] * result["tokens"]
+        counted += result["tokens"]
+    assert counted == tokens
+    assert found == pytest.approx(total, rel=1e-4)
+    first, *_, last = [line["loss"] for line in metrics.read(run) if "loss" in line]
+    assert last < first - 0.3
+
+
+def test_a_tokenizer_s_own_template_and_training_the_whole_model(
+    tmp_path: Path, base: Path, chats: str
+):
+    """pretrain does it from init_from; what isn't a conversation has no template."""
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant> {% endif %}"
+    )
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = recipe(tmp_path, base, tmp_path / "own", chats).read_text()
+    begin, end = text.index("[lora]"), text.index("[train]")
+    text = text.replace('chat_template = "chatml"\n', "")
+    begin, end = text.index("[lora]"), text.index("[train]")
+    file = tmp_path / "whole.toml"
+    file.write_text(text[:begin] + f'[model]\ninit_from = "{base}"\n' + text[end:])
+    run = tmp_path / "run"
+    finished("pretrain", file, "--out", run, "--set", "train.sequence_length=64",
+             "--set", "optimizer.lr=1e-3", "--set", "train.steps=60")  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    assert tokenizer.chat_template == settings["chat_template"]
+    prompt = tokenizer.apply_chat_template(
+        CHATS[3]["messages"][:1], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt == "user> What is 3 plus 3?<|endoftext|>assistant> "
+    losses = [line["loss"] for line in metrics.read(run) if "loss" in line]
+    assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("data.source.chat_template=nowhere.jinja",), "chat_template nowhere.jinja can't be read"),
+        (("train.sequence_length=4",), "examples fits train.sequence_length 4"),
+        (("data.source.kind=files",), "format instructions needs records"),
+    ],
+)
+def test_what_is_wrong_with_conversations_is_one_line(
+    tmp_path: Path, base: Path, chats: str, changes: tuple[str, ...], message: str
+):
+    file = recipe(tmp_path, base, tmp_path / "chats", chats)
+    settings = [word for change in changes for word in ("--set", change)]
+    done = minigpt("finetune-lora", file, "--out", tmp_path / "run", *settings)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("minigpt: ")
