@@ -77,7 +77,8 @@ def rope_table(
     The two halves of a head are the real and imaginary parts, as in transformers.
     """
     exponents = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
-    frequencies = _scaled(theta**-exponents, scaling)
+    # In transformers' order: at position 100,000 the last bit is the third digit of an angle.
+    frequencies = _scaled(1.0 / theta**exponents, scaling)
     angles = torch.outer(torch.arange(positions, device=device).to(dtype), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos()[:, None], angles.sin()[:, None]
@@ -92,16 +93,15 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
     """
     if scaling is None:
         return frequencies
-    slowed = frequencies / scaling.factor
     if scaling.rope_type == "linear":
-        return slowed
+        return frequencies / scaling.factor
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     assert low is not None
     assert high is not None
     assert scaling.original_max_position_embeddings is not None
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * slowed + kept * frequencies
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 def positions_in(segments: Tensor) -> Tensor:

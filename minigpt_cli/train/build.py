@@ -21,7 +21,7 @@ from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.console import say, warn
 from minigpt_cli.train import guard, optimizer, precision
-from minigpt_cli.train.data import open_data
+from minigpt_cli.train.data import open_data, verify_data
 from minigpt_cli.train.run import Run, Validation
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import Trainer
@@ -36,7 +36,7 @@ def build(
 ) -> tuple[Run, RunState]:
     """Everything but the weights; what must be closed at the end goes to ``resources``."""
     if recipe.data.verify:  # it may read for minutes, and the others wait for no collective
-        world.from_first(lambda: bool(open_data(recipe, verify=True)))
+        world.from_first(lambda: verify_data(recipe))
     data = open_data(recipe)
     device = world.device
     dtype = precision.computing_dtype(recipe.precision, device)

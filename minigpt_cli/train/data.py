@@ -26,7 +26,17 @@ class TrainingData:
     fingerprints: dict[str, Any]  # of what must be the same when a run goes on
 
 
-def open_data(recipe: Recipe, verify: bool = False) -> TrainingData:
+def verify_data(recipe: Recipe) -> bool:
+    """Compare every byte of a recipe's data with what was written, which may take minutes.
+
+    Raises:
+        Damaged: it isn't that.
+    """
+    path = Path(recipe.data_path)
+    return bool((open_instructions if is_instructions(path) else open_dataset)(path, verify=True))
+
+
+def open_data(recipe: Recipe) -> TrainingData:
     """The data of a recipe, which has been made.
 
     Raises:
@@ -35,8 +45,8 @@ def open_data(recipe: Recipe, verify: bool = False) -> TrainingData:
     """
     path, length = Path(recipe.data_path), recipe.train.sequence_length
     if is_instructions(path):
-        return _instructions(path, length, recipe.train.seed, verify)
-    dataset = open_dataset(path, verify=verify)
+        return _instructions(path, length, recipe.train.seed)
+    dataset = open_dataset(path)
     manifest = dataset.manifest
     train, val = (Windows(dataset.splits[name], length) for name in ("train", "val"))
     if not train.windows:
@@ -60,8 +70,8 @@ def open_data(recipe: Recipe, verify: bool = False) -> TrainingData:
     )
 
 
-def _instructions(path: Path, length: int, seed: int, verify: bool) -> TrainingData:
-    dataset = open_instructions(path, verify=verify)
+def _instructions(path: Path, length: int, seed: int) -> TrainingData:
+    dataset = open_instructions(path)
     manifest = dataset.manifest
     train, val = (pack(dataset.splits[name], length, seed) for name in ("train", "val"))
     if not train.windows:

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minigpt_cli.errors import UserError
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize, rope_table
 from minigpt_cli.model.huggingface import (
     config_from_huggingface,
     from_huggingface,
@@ -261,3 +262,22 @@ def test_theta_is_written_for_old_and_new_readers(family):
     settings = huggingface_config(model_config(family=family, rope_theta=500.0, **BASE))
     assert settings["rope_theta"] == 500.0
     assert settings["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)],
+    ids=["default", "linear", "llama3"],
+)
+def test_angles_are_transformers_to_the_bit(scaling):
+    """Llama 3.1's, up to its last position, where a frequency's rounding would show."""
+    config = model_config(
+        **{**BASE, "hidden_size": 512, "max_position_embeddings": 131_072}, family="llama",
+        rope_theta=5e5, rope_scaling=scaling,
+    )  # fmt: skip
+    settings = AutoConfig.for_model(**huggingface_config(config))
+    positions = torch.cat([torch.arange(5000), torch.arange(126_072, 131_072)])
+    cos, sin = LlamaRotaryEmbedding(settings)(torch.zeros(1), positions[None])
+    ours = rope_table(131_072, 128, 5e5, torch.device("cpu"), torch.float32, scaling)
+    for mine, theirs in zip(ours, (cos, sin), strict=True):
+        assert torch.equal(mine[positions, 0], theirs[0])
