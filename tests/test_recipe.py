@@ -127,9 +127,11 @@ def test_tokens_are_rounded_up_to_whole_steps():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_loads_and_says_how_to_launch_it(path: Path):
-    recipes.load(path)
+    recipe = recipes.load(path)
+    command = "pretrain" if recipe.lora is None else "finetune-lora"
     header = [line for line in path.read_text().splitlines()[:12] if line.startswith("#")]
-    assert any(f"minigpt pretrain recipes/{path.name}" in line for line in header)
+    assert any(f"minigpt {command} recipes/{path.name}" in line for line in header)
+    assert any("Measured on" in line for line in header)
     assert tomllib.loads(path.read_text())
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from minigpt_cli.checkpoint.prove import TEXT
 from minigpt_cli.data.tokenizer import (
     EOS,
     eos_id,
@@ -144,6 +146,38 @@ def test_gpt2_gives_the_ids_of_transformers(path: Path) -> None:
     assert eos_id(tokenizer) == 50256
     for text in (MULTILINGUAL, *MULTILINGUAL.splitlines(), " ", "\n\n", "👍🏽" * 9, "x" * 999):
         assert encode(tokenizer, text) == oracle(text)["input_ids"]
+
+
+@needs_gpt2
+def test_gpt2_gives_the_ids_of_its_own_encoder() -> None:
+    """Against the algorithm of OpenAI's encoder.py and of tiktoken, written out: pieces by a
+    pattern, bytes as characters, then the merge of the lowest rank again and again."""
+    vocab = json.loads((GPT2 / "vocab.json").read_text())
+    lines = (GPT2 / "merges.txt").read_text().splitlines()[1:]
+    ranks = {tuple(line.split()): rank for rank, line in enumerate(lines)}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + number) for number, byte in enumerate(others)}
+    pattern = regex.compile(
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    )
+
+    def oracle(text: str) -> list[int]:
+        ids = []
+        for piece in pattern.findall(text):
+            word = [letters[byte] for byte in piece.encode()]
+            while pairs := [p for p in zip(word, word[1:], strict=False) if p in ranks]:
+                first = min(pairs, key=ranks.__getitem__)
+                at = list(zip(word, word[1:], strict=False)).index(first)
+                word[at : at + 2] = ["".join(first)]
+            ids += [vocab[part] for part in word]
+        return ids
+
+    tokenizer = load_tokenizer(GPT2)
+    assert encode(tokenizer, "Hello world") == [15496, 995]  # as tiktoken's documentation has it
+    for text in (MULTILINGUAL, TEXT, "👍🏽👩‍👩‍👧 naïve 東京 \r\n\t x", "don't  we'll   12345 ¿qué?"):
+        assert encode(tokenizer, text) == oracle(text)
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
