@@ -28,6 +28,8 @@ def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
         )
         muon.param_groups[0]["peak_lr"] = muon_lr
         optimizers.append(muon)
+        if not trainable:  # adapters are matrices, all of them
+            return optimizers
     decay = 0.0 if optimizers else recipe.weight_decay
     groups = [
         {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": decay},

@@ -178,6 +178,27 @@ def test_gradients_and_moments_are_of_adapters_only(
         run.resources.close()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("optimizer.name=muon", "optimizer.muon_lr=1e-2"),
+        ("precision.dtype=fp16", "lora.use_dora=true"),
+        ("precision.dtype=bf16", "train.activation_checkpointing=true", "lora.dropout=0.2"),
+        ("precision.dtype=fp64",),
+    ],
+    ids=["muon", "fp16-dora", "recompute", "fp64"],
+)
+def test_it_learns_in_every_setting(
+    tmp_path: Path, base: Path, license_dataset: Path, settings: tuple[str, ...]
+):
+    file = recipe(tmp_path, base, license_dataset)
+    words = [word for setting in settings for word in ("--set", setting)]
+    finished("finetune-lora", file, "--out", tmp_path / "run", *words)
+    losses = [line["val_loss"] for line in metrics.read(tmp_path / "run") if "val_loss" in line]
+    untrained = json.loads(minigpt("eval", base, "--data", license_dataset, "--json").stdout)
+    assert losses[-1] < untrained["loss"] - 0.1
+
+
 def test_a_base_kept_in_bf16_computes_what_autocast_would(
     tmp_path: Path,
     base: Path,
