@@ -313,6 +313,9 @@ def sample(
         typer.Option(help="For a base, as for eval; of several, one after the other."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message; the model's template is used.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", min=1)] = 200,
     num_samples: Annotated[int, typer.Option(help="Completions, made as one batch.", min=1)] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
@@ -347,6 +350,7 @@ def sample(
         model,
         adapter or [],
         prompt,
+        chat,
         sampling,
         max_new_tokens=max_new_tokens,
         num_samples=num_samples,

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from minigpt_cli.checkpoint.adapter import LoadedAdapter, apply, merge, open_model
-from minigpt_cli.checkpoint.base import Base
+from minigpt_cli.checkpoint.base import Base, chat_template, ends
 from minigpt_cli.checkpoint.card import model_card
 from minigpt_cli.checkpoint.export import export_adapter, export_model
 from minigpt_cli.checkpoint.load import TrainedModel, load_model, newest_run
+from minigpt_cli.data.chat import render
 from minigpt_cli.data.instructions import is_instructions, open_instructions
 from minigpt_cli.data.manifest import SPLITS
 from minigpt_cli.data.packing import pack
@@ -99,6 +100,7 @@ def sample_model(
     path: Path | None,
     adapters: list[Path],
     prompt: str,
+    chat: bool,
     options: SamplingOptions,
     *,
     max_new_tokens: int,
@@ -117,6 +119,7 @@ def sample_model(
     device = next(trained.model.parameters()).device
     if dtype == "bf16" or (dtype == "auto" and device.type == "cuda"):
         trained.model.to(torch.bfloat16)
+    prompt_ids = (_chat_ids if chat else _text_ids)(trained, prompt)
     results = []
     chosen: list[LoadedAdapter | None] = [*trained.adapters] or [None]
     for adapter in chosen:
@@ -127,16 +130,17 @@ def sample_model(
         pieces = stream_text(
             trained.model,
             trained.tokenizer,
-            trained.tokenizer.encode(prompt, add_special_tokens=False).ids,
+            prompt_ids,
             options,
             max_new_tokens=max_new_tokens,
             num_samples=num_samples,
             seed=seed,
             eos_id=eos_id(trained.tokenizer),
+            end_ids=ends(trained.base),
             stop=stop,
         )
         if stream:
-            pieces = _printed(list(range(num_samples)), prompt, iter(pieces))
+            pieces = _printed(list(range(num_samples)), "" if chat else prompt, iter(pieces))
         completions = complete(pieces)
         results.append(
             {
@@ -148,6 +152,23 @@ def sample_model(
             }
         )
     return results[0] if len(results) == 1 else {"prompt": prompt, "adapters": results}
+
+
+def _text_ids(trained: TrainedModel, prompt: str) -> list[int]:
+    ids: list[int] = trained.tokenizer.encode(prompt, add_special_tokens=False).ids
+    return ids
+
+
+def _chat_ids(trained: TrainedModel, prompt: str) -> list[int]:
+    """The prompt as a user's message, up to where the assistant begins."""
+    base = trained.base
+    template, variables = chat_template(base.tokenizer, base.companions)
+    if template is None:
+        raise UserError(f"{base.name}: has no chat template; leave out --chat")
+    messages = [{"role": "user", "content": prompt}]
+    text = render(template, messages, add_generation_prompt=True, variables=variables)
+    trained.tokenizer.encode_special_tokens = False
+    return _text_ids(trained, text)
 
 
 def export(

@@ -19,6 +19,7 @@ PATIENCE = 5.0  # seconds for the first signal's exception to get through
 class _Seen:
     signum: int | None = None
     time = 0.0
+    is_handled = False  # one is being looked at, or comes again in a moment
 
 
 def hold_signals() -> None:
@@ -51,10 +52,14 @@ def first_signal() -> int | None:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
+    if _Seen.is_handled:  # handlers interrupt one another, without an end in a hail of signals
+        return
+    _Seen.is_handled = True
     if _is_importing(frame):
         # There libraries catch every exception, or are left half-loaded: come again in a moment.
-        threading.Timer(0.1, os.kill, (os.getpid(), signum)).start()
+        threading.Timer(0.1, _again, (signum,)).start()
         return
+    _Seen.is_handled = False
     now = time.monotonic()
     if _Seen.signum is None or now > _Seen.time + PATIENCE:
         _Seen.signum, _Seen.time = _Seen.signum or signum, now
@@ -62,6 +67,11 @@ def _stop(signum: int, frame: FrameType | None) -> None:
             f"stopped by {signal.Signals(_Seen.signum).name}; run the same command again to go on",
             _Seen.signum,
         )
+
+
+def _again(signum: int) -> None:
+    _Seen.is_handled = False
+    os.kill(os.getpid(), signum)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

@@ -2,14 +2,19 @@
 
 import contextlib
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from minigpt_cli import stopping
 from minigpt_cli.errors import Stopped
 from minigpt_cli.train.stop import StopRequest
+from tests.processes import environment
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +74,38 @@ def test_what_is_ignored_stays_so_and_at_the_end_all_is():
     for signum in (*stopping.SIGNALS, signal.SIGHUP):
         send(signum)
     assert stopping.first_signal() is None
+
+
+HAILED = """
+import sys, time
+from minigpt_cli import stopping
+from minigpt_cli.errors import Stopped
+stopping.stop_at_signals()
+print("ready", flush=True)
+try:
+    import takes_long
+    time.sleep(60)
+except Stopped as error:
+    stopping.ignore_signals()
+    print(error, error.exit_code)
+"""
+
+
+def test_a_hail_of_signals_while_something_is_imported(tmp_path: Path):
+    """Each had started a thread in its handler, and handlers had interrupted one another until
+    Python's stack was full."""
+    (tmp_path / "takes_long.py").write_text(
+        "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\n"
+    )
+    (tmp_path / "main.py").write_text(HAILED)
+    process = subprocess.Popen(
+        [sys.executable, tmp_path / "main.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=environment(),
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    end = time.monotonic() + 0.8
+    while time.monotonic() < end:
+        process.send_signal(signal.SIGUSR1)
+    said, _ = process.communicate(timeout=30)
+    assert said == "stopped by SIGUSR1; run the same command again to go on 75\n"

@@ -3,8 +3,10 @@
 Everything is compared before anything is assigned, and read one tensor at a time.
 """
 
+import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,7 +19,8 @@ from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import pretrained, store
 from minigpt_cli.checkpoint.manifest import MANIFEST
 from minigpt_cli.checkpoint.tensors import WEIGHTS, whole_reader
-from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
+from minigpt_cli.data import chat
+from minigpt_cli.data.tokenizer import eos_id, load_tokenizer, vocabulary_size
 from minigpt_cli.errors import UserError
 from minigpt_cli.model.config import ModelConfig, config_from_recipe
 from minigpt_cli.model.gpt import GPT
@@ -140,6 +143,32 @@ def companions_in(checkpoint: Path) -> Companions:
     """Those that a checkpoint carries; none where it began from random weights."""
     file = checkpoint / COMPANIONS
     return Companions(**pretrained.read_json(file)) if file.exists() else Companions()
+
+
+def chat_template(tokenizer: Path, companions: Companions) -> tuple[str | None, dict[str, str]]:
+    """The chat template that came with a model, and the special tokens that it may name.
+
+    Args:
+        tokenizer: its directory, where there are no companions to ask.
+    """
+    loaded = load_tokenizer(tokenizer)
+    names = {"eos_token": str(loaded.id_to_token(eos_id(loaded)))}
+    if not companions.files:
+        return chat.tokenizer_template(tokenizer), names | chat.special_tokens(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in companions.files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return chat.tokenizer_template(Path(folder)), names | chat.special_tokens(Path(folder))
+
+
+def ends(base: Base) -> frozenset[int]:
+    """The tokens that end what a model writes, as its config.json and generation settings say."""
+    found = [base.companions.special_tokens.get("eos_token_id")]
+    with contextlib.suppress(ValueError, AttributeError, KeyError):
+        settings = json.loads(base.companions.files["generation_config.json"])
+        found.append(settings.get("eos_token_id"))
+    ids = [each for ids in found for each in (ids if isinstance(ids, list) else [ids])]
+    return frozenset(each for each in ids if isinstance(each, int))
 
 
 def fingerprint(base: Base) -> str:

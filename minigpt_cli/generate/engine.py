@@ -28,6 +28,7 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     eos_id: int | None = None,
+    end_ids: frozenset[int] = frozenset(),
     use_cache: bool = True,
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
@@ -45,6 +46,7 @@ def generate(
             an empty prompt starts from ``eos_id``, as documents did in training.
         seed: sample i depends on (seed, i) alone, not on ``num_samples``.
         eos_id: ends a sample; yielded as its last token.
+        end_ids: others that do, such as the end of a turn.
         dtype: autocast's dtype and the cache's; None computes in that of the weights.
         vocab_size: ids from here on are never chosen (embeddings padded beyond the tokenizer).
         finished: S flags; the caller may set one between steps to end that sample.
@@ -79,7 +81,15 @@ def generate(
     if dtype is None:
         dtype = model.embed_tokens.weight.dtype
     return _decode(
-        model, prompt_ids, options, uniforms, eos_id, use_cache, dtype, vocab_size, finished
+        model,
+        prompt_ids,
+        options,
+        uniforms,
+        end_ids | {eos_id},
+        use_cache,
+        dtype,
+        vocab_size,
+        finished,
     )
 
 
@@ -88,7 +98,7 @@ def _decode(
     prompt_ids: list[int],
     options: SamplingOptions,
     uniforms: Tensor,
-    eos_id: int | None,
+    end_ids: frozenset[int | None],
     use_cache: bool,
     dtype: torch.dtype,
     vocab_size: int | None,
@@ -143,7 +153,7 @@ def _decode(
         for sample, token in zip(rows, chosen, strict=True):
             if not finished[sample]:
                 new[sample] = token
-                finished[sample] = token == eos_id
+                finished[sample] = token in end_ids
         yield new
 
         alive = [row for row, sample in enumerate(rows) if not finished[sample]]

@@ -113,6 +113,7 @@ def stream_text(
     num_samples: int = 1,
     seed: int = 0,
     eos_id: int | None = None,
+    end_ids: frozenset[int] = frozenset(),
     stop: Sequence[str] = (),
     use_cache: bool = True,
     dtype: torch.dtype | None = None,
@@ -137,13 +138,19 @@ def stream_text(
         num_samples=num_samples,
         seed=seed,
         eos_id=eos_id,
+        end_ids=end_ids,
         use_cache=use_cache,
         dtype=dtype,
         vocab_size=vocabulary_size(tokenizer),
         finished=finished,
     )
     return _pieces(
-        steps, detokenizer(tokenizer, prompt_ids), max_new_tokens, eos_id, stop, finished
+        steps,
+        detokenizer(tokenizer, prompt_ids),
+        max_new_tokens,
+        end_ids | {eos_id},
+        stop,
+        finished,
     )
 
 
@@ -151,7 +158,7 @@ def _pieces(
     steps: Iterator[list[int | None]],
     start: Detokenizer,
     max_new_tokens: int,
-    eos_id: int | None,
+    end_ids: frozenset[int | None],
     stop: Sequence[str],
     finished: list[bool],
 ) -> Iterator[Piece]:
@@ -166,7 +173,7 @@ def _pieces(
             if token is None:
                 continue
             reason: FinishReason | None = None
-            if token == eos_id:
+            if token in end_ids:
                 reason = "eos"
             else:
                 held[sample] += decoders[sample].push(token)

@@ -1,17 +1,15 @@
 """The token dataset that a recipe, or ``minigpt tokenize``, asks for; with progress."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.checkpoint.base import Companions
+from minigpt_cli.checkpoint.base import Companions, chat_template
 from minigpt_cli.data import chat
 from minigpt_cli.data.instructions import is_instructions
 from minigpt_cli.data.make_instructions import make_instructions
 from minigpt_cli.data.manifest import MANIFEST, Manifest
 from minigpt_cli.data.sources import Source, listing
 from minigpt_cli.data.tokenize import tokenize
-from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 from minigpt_cli.errors import UserError
 from minigpt_cli.recipe import DataSource, Recipe
 from minigpt_cli.report.console import TokenizingDisplay, say, warn
@@ -53,7 +51,7 @@ def prepare_data(recipe: Recipe, companions: Companions | None = None) -> None:
 def _make_instructions(
     wanted: Source, path: Path, source: DataSource, tokenizer: str, companions: Companions
 ) -> None:
-    template, variables = _templates(Path(tokenizer), companions)
+    template, variables = chat_template(Path(tokenizer), companions)
     if source.chat_template == "chatml":
         template = chat.CHATML
     elif source.chat_template is not None:
@@ -80,18 +78,6 @@ def _make_instructions(
         )
     if manifest.malformed:
         warn(f"{path}: {manifest.malformed:,} malformed records were skipped")
-
-
-def _templates(tokenizer: Path, companions: Companions) -> tuple[str | None, dict[str, str]]:
-    """The tokenizer's chat template, and the special tokens that it may name."""
-    end = load_tokenizer(tokenizer)
-    names = {"eos_token": str(end.id_to_token(eos_id(end)))}
-    if (tokenizer / "tokenizer_config.json").is_file():
-        return chat.tokenizer_template(tokenizer), names | chat.special_tokens(tokenizer)
-    with tempfile.TemporaryDirectory() as folder:  # a run's, which its checkpoint carries as text
-        for name, text in companions.files.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        return chat.tokenizer_template(Path(folder)), names | chat.special_tokens(Path(folder))
 
 
 def make_dataset(
