@@ -50,7 +50,7 @@ def row(shape: str, folder: Path, data: Path) -> list[str]:
     )[0, 3:].tolist()  # fmt: skip
     tokens = [step[0] for step in steps]
     cells.append(str(sum(a == b for a, b in zip(tokens, expected, strict=True))))
-    out = export_model(base, folder / "out", card="").path
+    out = export_model(base, folder / "out", files={"README.md": ""}).path
     before, after = (load_file(place / "model.safetensors") for place in (directory, out))
     same = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     cells.append("yes" if same else "NO")
@@ -62,13 +62,13 @@ def row(shape: str, folder: Path, data: Path) -> list[str]:
         model = GPT(base.config)
         lora.attach(model, kind)
         adapter = LoadedAdapter("", kind, randomize(model), str(directory))
-        export_adapter(base, adapter, place / "ours", card="")
+        export_adapter(base, adapter, place / "ours", files={"README.md": ""})
         mine = load_model(place / "ours", CPU, []).model
         loaded: Any = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(directory), place / "ours"
         )
         written = far(mine(IDS), loaded.eval()(IDS).logits)
-        merged = export_model(merge(base, adapter), place / "merged", card="").path
+        merged = export_model(merge(base, adapter), place / "merged", files={"README.md": ""}).path
         cells.append(f"{read:.0e} / {written:.0e}")
         cells.append(f"{far(load_model(merged, CPU, []).model(IDS), mine(IDS)):.0e}")
     return cells

@@ -65,6 +65,8 @@ def evaluate_model(
             examples = open_instructions(folder, verify=True)
             check_tokenizer(folder, examples.manifest.tokenizer_fingerprint, tokenizer)
             rows = pack(examples.splits[split], length, seed=0)
+            if not rows.windows:
+                raise UserError(f"{where}: holds no example of at most {length} tokens")
             counts = examples.manifest.splits[split]
             tokens, text_bytes = counts.trained_tokens, counts.trained_bytes
             batches = window_batches(rows, np.arange(rows.windows), batch_size)
@@ -147,15 +149,22 @@ def sample_model(
                 "prompt": prompt,
                 "completions": [completion.text for completion in completions],
                 "finish_reasons": [completion.finish_reason for completion in completions],
-                "checkpoint": str(trained.base.directory),
+                "checkpoint": str((adapter and adapter.checkpoint) or trained.base.directory),
                 **({"adapter": adapter.name} if adapter is not None else {}),
             }
         )
     return results[0] if len(results) == 1 else {"prompt": prompt, "adapters": results}
 
 
-def _text_ids(trained: TrainedModel, prompt: str) -> list[int]:
-    ids: list[int] = trained.tokenizer.encode(prompt, add_special_tokens=False).ids
+def _text_ids(trained: TrainedModel, prompt: str, special: bool | None = None) -> list[int]:
+    """A prompt's tokens. What others trained expects the special tokens that its tokenizer adds, a
+    Llama's begin of text; minigpt trains without them.
+
+    Args:
+        special: whether they are added.
+    """
+    special = trained.recipe is None if special is None else special
+    ids: list[int] = trained.tokenizer.encode(prompt, add_special_tokens=special).ids
     return ids
 
 
@@ -168,7 +177,7 @@ def _chat_ids(trained: TrainedModel, prompt: str) -> list[int]:
     messages = [{"role": "user", "content": prompt}]
     text = render(template, messages, add_generation_prompt=True, variables=variables)
     trained.tokenizer.encode_special_tokens = False
-    return _text_ids(trained, text)
+    return _text_ids(trained, text, special=False)  # the template has them
 
 
 def export(
@@ -179,14 +188,16 @@ def export(
     base, adapters = open_model(path, [adapter_path] if adapter_path is not None else [])
     adapter = adapters[0] if adapters else None
     _tell_of(base)
-    card = model_card(base, path.resolve().name, adapter)
+    files = {"README.md": model_card(base, path.resolve().name, adapter)}
     if adapter_only:
+        if dtype != "fp32":
+            raise UserError("--dtype is for whole models; an adapter is stored as it was trained")
         if adapter is None:
             raise UserError(f"{path}: is a whole model, so there is no adapter to export")
-        export_adapter(base, adapter, out, card=card)
+        export_adapter(base, adapter, out, files=files)
         say(f"{out}: an adapter of rank {adapter.shape.rank}, in PEFT's format")
         return {"path": str(out), "files": sorted(file.name for file in out.iterdir())}
-    exported = export_model(merge(base, adapter) if adapter else base, out, dtype, card=card)
+    exported = export_model(merge(base, adapter) if adapter else base, out, dtype, files=files)
     say(f"{exported.path}: {exported.parameters:,} parameters, {exported.proof}")
     return {
         "path": str(exported.path),

@@ -649,6 +649,10 @@ def _contradictions(recipe: Recipe) -> list[str]:
         tokenizer = r.data.tokenizer or DataTokenizer()
         brought = r.data.tokenizer is None and r.base is not None  # by what it starts from
         need(
+            r.base is None or tokenizer.train_vocab is None,
+            "[data.tokenizer] train_vocab: what the weights come from brings its own: leave it out",
+        )
+        need(
             brought or (tokenizer.path is None) != (tokenizer.train_vocab is None),
             "[data.tokenizer] give path or train_vocab",
         )

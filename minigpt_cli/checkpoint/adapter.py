@@ -11,9 +11,10 @@ from torch import Tensor
 
 from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.base import Base, companions_in, open_base
+from minigpt_cli.checkpoint.base import Base, companions_in, fingerprint, open_base
 from minigpt_cli.checkpoint.pretrained import CONFIG as MODEL_CONFIG
 from minigpt_cli.checkpoint.pretrained import read_json
+from minigpt_cli.checkpoint.state import read_state
 from minigpt_cli.checkpoint.tensors import WEIGHTS, whole_reader
 from minigpt_cli.errors import UserError
 from minigpt_cli.model import lora
@@ -30,8 +31,9 @@ _SUFFIXES = {
 }
 # What an adapter_config.json may ask for beside plain LoRA, rank stabilisation and DoRA.
 _UNKNOWN = (
-    "alora_invocation_tokens", "alpha_pattern", "layer_replication", "lora_bias", "modules_to_save",
-    "rank_pattern", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "alora_invocation_tokens", "alpha_pattern", "kasa_config", "layer_replication", "lora_bias",
+    "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices",
+    "use_bdlora", "use_qalora",
 )  # fmt: skip
 
 
@@ -45,6 +47,7 @@ class LoadedAdapter:
     base: str | None  # what it was trained on, as far as is known
     recipe: Recipe | None = None  # of the run that trained it
     checkpoint: Path | None = None
+    passed_over: tuple[str, ...] = ()  # newer checkpoints that are damaged, and how
 
     @property
     def modules(self) -> list[str]:
@@ -74,10 +77,29 @@ def open_model(path: Path, adapters: list[Path]) -> tuple[Base, list[LoadedAdapt
         raise UserError(f"{path}: is an adapter itself: name its base, and this one with --adapter")
     base = open_base(path if name is None else name)
     opened = [open_adapter(each, base.config) for each in (adapters if name is None else [path])]
+    for adapter in opened:
+        _check_base(base, adapter)
     if len(opened) == 1 and (checkpoint := opened[0].checkpoint) is not None:
         # It was trained with, among them, perhaps another chat template.
         base = replace(base, companions=companions_in(checkpoint))
-    return base, opened
+    passed_over = [problem for adapter in opened for problem in adapter.passed_over]
+    return replace(base, passed_over=(*base.passed_over, *passed_over)), opened
+
+
+def _check_base(base: Base, adapter: LoadedAdapter) -> None:
+    """Refuse an adapter of ours beside other weights than it was trained on, whatever their name.
+
+    Raises:
+        UserError: the base is another one.
+    """
+    if adapter.checkpoint is None:
+        return
+    if (trained_on := read_state(adapter.checkpoint).dataset.get("base")) != fingerprint(base):
+        assert trained_on is not None
+        raise UserError(
+            f"{adapter.name} was not trained on {base.name} as it is now; did that run go on? Give "
+            "what it was trained on, or an export of it: BASE --adapter ..."
+        )
 
 
 def _base_name(path: Path) -> str | None:
@@ -89,8 +111,10 @@ def _base_name(path: Path) -> str | None:
         return name
     if (path / MODEL_CONFIG).is_file() or not path.is_dir():
         return None
-    _, checkpoint, _, _ = store.choose(path)
-    recipe = recipes.load(checkpoint / "recipe.toml")
+    run, checkpoint = store.locate(path)
+    steps = store.list_steps(run)  # what the run's adapters were trained on never changes
+    folder = checkpoint or (steps[-1][1] if steps else run)
+    recipe = recipes.load(folder / "recipe.toml")
     return None if recipe.lora is None else recipe.lora.base
 
 
@@ -136,7 +160,7 @@ def of_run(path: Path) -> LoadedAdapter:
     Raises:
         UserError: it isn't one.
     """
-    run, checkpoint, manifest, _ = store.choose(path)
+    run, checkpoint, manifest, passed_over = store.choose(path)
     recipe = recipes.load(checkpoint / "recipe.toml", name=run.name)
     if recipe.lora is None:
         raise UserError(f"{path}: is a whole model, not an adapter")
@@ -150,6 +174,7 @@ def of_run(path: Path) -> LoadedAdapter:
         base=recipe.lora.base,
         recipe=recipe,
         checkpoint=checkpoint,
+        passed_over=tuple(passed_over),
     )
 
 
@@ -158,6 +183,9 @@ def _of_peft(path: Path, model: GPT) -> LoadedAdapter:
     problems = [f"{name} {settings[name]!r}" for name in _UNKNOWN if settings.get(name)]
     if settings.get("peft_type") != "LORA":
         problems.append(f"peft_type {settings.get('peft_type')!r}")
+    begun = settings.get("init_lora_weights")
+    if isinstance(begun, str) and begun not in ("gaussian", "orthogonal", "eva"):
+        problems.append(f"init_lora_weights {begun!r}, which changes the base")
     if settings.get("bias", "none") != "none":
         problems.append(f"bias {settings['bias']!r}")
     if problems:
@@ -170,6 +198,8 @@ def _of_peft(path: Path, model: GPT) -> LoadedAdapter:
             use_rslora=bool(settings.get("use_rslora")),
             use_dora=bool(settings.get("use_dora")),
         )
+        if shape.rank < 1:
+            raise ValueError(f"r {shape.rank}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / CONFIG}: is not an adapter's configuration: {error!r}") from None
     if not (path / TENSORS).is_file():
@@ -199,6 +229,7 @@ def apply(model: GPT, adapter: LoadedAdapter | None) -> None:
         for name, parameter in model.named_parameters():
             if lora.MARK in name:
                 copy(parameter, adapter.tensors[name])
+        model.to(model.embed_tokens.weight.dtype)  # as the model is computed in, without autocast
 
 
 def merge(base: Base, adapter: LoadedAdapter) -> Base:

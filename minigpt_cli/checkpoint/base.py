@@ -17,11 +17,10 @@ from torch import Tensor
 
 from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import pretrained, store
-from minigpt_cli.checkpoint.manifest import MANIFEST
 from minigpt_cli.checkpoint.tensors import WEIGHTS, whole_reader
 from minigpt_cli.data import chat
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer, vocabulary_size
-from minigpt_cli.errors import UserError
+from minigpt_cli.errors import Damaged, UserError
 from minigpt_cli.model.config import ModelConfig, config_from_recipe
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.model.huggingface import config_from_huggingface
@@ -142,7 +141,19 @@ def _of_run(path: Path) -> Base:
 def companions_in(checkpoint: Path) -> Companions:
     """Those that a checkpoint carries; none where it began from random weights."""
     file = checkpoint / COMPANIONS
-    return Companions(**pretrained.read_json(file)) if file.exists() else Companions()
+    if not file.exists():
+        return Companions()
+    content = pretrained.read_json(file)
+    tokens, files = content.get("special_tokens"), content.get("files")
+    if not (
+        isinstance(tokens, dict)
+        and isinstance(files, dict)
+        and tokens.keys() <= set(_SPECIAL_TOKENS)
+        and files.keys() <= set(_COMPANION_FILES)  # others might lead anywhere
+        and all(isinstance(text, str) for text in files.values())
+    ):
+        raise Damaged(f"{file}: is not what minigpt writes")
+    return Companions(tokens, files)
 
 
 def chat_template(tokenizer: Path, companions: Companions) -> tuple[str | None, dict[str, str]]:
@@ -172,24 +183,24 @@ def ends(base: Base) -> frozenset[int]:
 
 
 def fingerprint(base: Base) -> str:
-    """sha256 (hex) of its weights; reads all of a Hugging Face directory's."""
-    if base.recipe is not None:
-        files = [base.directory / MANIFEST]  # holds the sha256 of every file
-    else:
-        files = pretrained.weight_files(base.directory)
+    """sha256 (hex) of its weights, whatever files they lie in: a run's are its export's."""
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for name in parameter_names(base.config):
+        tensor = base.read(name)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def parameter_names(config: ModelConfig) -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in GPT(config).named_parameters()]
 
 
 def load_base(base: Base, model: GPT, assign: Callable[[Tensor, Tensor], None]) -> None:
     """Fill a model's own parameters, not those of adapters; see ``gpt.initialize`` for assign."""
-    with torch.device("meta"):
-        names = [name for name, _ in GPT(base.config).named_parameters()]
     parameters = dict(model.named_parameters())
-    for name in names:
+    for name in parameter_names(base.config):
         assign(parameters[name], base.read(name))
 
 
@@ -202,6 +213,12 @@ def complete(recipe: Recipe, base: Base) -> Recipe:
     theirs = {f.name: getattr(base.config, f.name) for f in fields(base.config)}
     del theirs["dropout"]  # training's business
     ours = {name: getattr(recipe.model, name) for name in theirs}
+    positions = base.config.max_position_embeddings
+    if recipe.train.sequence_length > positions:
+        raise UserError(
+            f"[train] sequence_length {recipe.train.sequence_length} is longer than the "
+            f"{positions} positions of {base.directory}"
+        )
     conflicts = [
         f"{name} = {ours[name]} (there: {theirs[name]})"
         for name in theirs

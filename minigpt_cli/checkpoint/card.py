@@ -34,6 +34,8 @@ def model_card(base: Base, name: str, adapter: LoadedAdapter | None = None) -> s
     rows.append(("Made with", f"minigpt {__version__}, torch {torch.__version__}"))
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     card = _CARD.format(name=name, table=table)
+    if adapter is not None:
+        card = card.replace("tags:\n", f"base_model: {base.name}\ntags:\n- lora\n")
     if recipe is not None:
         card += f"\n## Recipe\n\n```toml\n{recipes.dump(recipe)}```\n"
     return card

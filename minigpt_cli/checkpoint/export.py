@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,15 +18,18 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.checkpoint.adapter import LoadedAdapter, write_adapter
-from minigpt_cli.checkpoint.base import Base
+from minigpt_cli.checkpoint.base import Base, fingerprint, open_base
 from minigpt_cli.checkpoint.pretrained import CONFIG, INDEX
 from minigpt_cli.checkpoint.prove import Proof, prove
+from minigpt_cli.checkpoint.store import is_checkpoint
 from minigpt_cli.data.manifest import sync_directory
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 from minigpt_cli.errors import UserError
+from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.model.huggingface import huggingface_config, huggingface_name, is_transposed
 
+FINAL = "final"  # in a run directory: its export
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -44,7 +48,7 @@ def export_model(
     out: Path,
     dtype: str = "fp32",
     *,
-    card: str,
+    files: dict[str, str],
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
@@ -52,7 +56,7 @@ def export_model(
 
     Args:
         dtype: of the weights: fp32, bf16 or fp16.
-        card: README.md.
+        files: name -> content, of what stands beside it: README.md ...
         replace: put it in the place of what ``out`` holds.
         shard_bytes: a file of weights holds no more, unless one tensor does.
 
@@ -66,22 +70,40 @@ def export_model(
         name = str(DTYPES[dtype]).removeprefix("torch.")
         tokens = special_tokens(base)
         _write_json(folder / CONFIG, huggingface_config(base.config, tokens, name))
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_texts(folder, files)
         proof = prove(base, folder, DTYPES[dtype])
-        files = sorted(os.listdir(folder))
-    return Exported(out, files, parameters, proof)
+        names = sorted(os.listdir(folder))
+    return Exported(out, names, parameters, proof)
 
 
 def export_adapter(
-    base: Base, adapter: LoadedAdapter, out: Path, *, card: str, replace: bool = False
+    base: Base,
+    adapter: LoadedAdapter,
+    out: Path,
+    *,
+    files: dict[str, str],
+    replace: bool = False,
 ) -> None:
     """Write an adapter alone, in PEFT's format, with the tokenizer; see ``export_model``."""
-    final = base.directory.parent.parent / "final"  # of a run, what PEFT can read
-    name = str(final) if base.recipe is not None else base.name
     with directory_in_place(out, replace) as folder:
-        write_adapter(adapter, base.config, name, folder)
+        write_adapter(adapter, base.config, _name_for_peft(base), folder)
         write_tokenizer(base, folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        _write_texts(folder, files)
+
+
+def _name_for_peft(base: Base) -> str:
+    """What PEFT can load the base from: of a run, its ``final/``, if that is the same model."""
+    if base.recipe is None:
+        return base.name
+    final = base.directory.parent.parent / FINAL
+    if (final / CONFIG).is_file() and fingerprint(open_base(final)) == fingerprint(base):
+        return str(final)
+    return str(base.directory)
+
+
+def _write_texts(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -91,11 +113,12 @@ def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: ``out`` is there already and not to be replaced, or can't be written to.
     """
-    if not replace and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; choose another directory, or delete it")
+    out = Path(os.path.abspath(out))
+    _check_place(out, replace)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        sweep(out)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-{os.getpid()}-", dir=out.parent))
     except OSError as error:
         raise UserError(f"{out}: can't be written to: {error.strerror}") from None
     try:
@@ -105,16 +128,41 @@ def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         sync_directory(folder)
+        _check_place(out, replace)  # again: it may have been made meanwhile
+        old = folder.with_name(f"{folder.name}-old")
         if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-            out.rename(old / out.name)
+            out.rename(old)
+        try:
             folder.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            folder.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
         sync_directory(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_place(out: Path, replace: bool) -> None:
+    if any(is_checkpoint(each) or each.name == "checkpoints" for each in (out, *out.parents)):
+        raise UserError(f"{out}: lies within a run's checkpoints; choose another directory")
+    there = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+    if there and not replace:
+        raise UserError(f"{out}: is there already; choose another directory, or delete it")
+
+
+def sweep(out: Path) -> None:
+    """Clear away what processes left that were killed while they made ``out``; what they had put
+    out of the way comes back."""
+    for left in out.parent.glob(f".{out.name}-*"):
+        match = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+(-old)?", left.name)
+        if match is None or Path(f"/proc/{match[1]}").exists():
+            continue
+        if match[2] and not out.exists():
+            left.rename(out)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _umask() -> int:
@@ -171,7 +219,7 @@ def _write_weights(base: Base, folder: Path, dtype: torch.dtype, shard_bytes: in
         shape = list(parameter.shape)
         files[-1][name] = shape[::-1] if is_transposed(base.config, name) else shape
         size += parameter.numel() * width
-    total = sum(parameter.numel() for parameter in wanted.values())
+    total = parameter_count(base.config)
     places: dict[str, str] = {}
     for number, shapes in enumerate(files, 1):
         several = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
@@ -210,4 +258,4 @@ def write_safetensors(
         stream.write(len(text).to_bytes(8, "little") + text)
         for shape, tensor in zip(shapes.values(), tensors, strict=True):
             assert list(tensor.shape) == shape, (tensor.shape, shape)
-            tensor.contiguous().flatten().view(torch.uint8).numpy().tofile(stream)
+            stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

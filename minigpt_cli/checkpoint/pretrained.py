@@ -20,7 +20,7 @@ from minigpt_cli.model.gpt import GPT
 from minigpt_cli.model.huggingface import huggingface_name, is_transposed
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")  # of a model on the Hub
+_WANTED = ("*.json", "model*.safetensors", "*.txt", "*.jinja")  # of a model on the Hub
 # Constants that older models saved beside their weights.
 _BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -193,11 +193,8 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / name for name in files]
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
-    if pickles := sorted(each.name for each in directory.glob("*.bin")):
-        raise UserError(
-            f"{directory}: {pickles[0]} is a pickle, which can run any code when it is read, so "
-            "minigpt never does; save the model as safetensors where you trust it: python -c "
-            f'\'import transformers as t; t.AutoModelForCausalLM.from_pretrained("{directory}")'
-            ".save_pretrained(\"OUT\")', and copy the tokenizer's files to OUT"
-        )
-    raise UserError(f"{directory}: holds no {WEIGHTS}, nor a {INDEX}")
+    raise UserError(
+        f"{directory}: holds no {WEIGHTS}, nor a {INDEX}. Pickles (.bin) can run any code when "
+        "they are read, so minigpt never does; one that you trust transformers can save as "
+        "safetensors, with from_pretrained(...).save_pretrained(OUT)"
+    )

@@ -14,6 +14,7 @@ from minigpt_cli.checkpoint.base import Base, load_base
 from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.distributed.device import available_memory
 from minigpt_cli.errors import UserError
+from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT, copy
 
 TOLERANCE = 1e-4  # of float32 logits, or of the largest of them where that is above 1
@@ -61,8 +62,10 @@ def prove(base: Base, folder: Path, dtype: torch.dtype) -> Proof:
         import transformers
     except ImportError:
         return Proof(None, "transformers is not installed")
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPT(base.config).parameters())
+    if base.config.family not in transformers.CONFIG_MAPPING:
+        version = transformers.__version__
+        return Proof(None, f"transformers {version} is too old to know {base.config.family}")
+    parameters = parameter_count(base.config)
     free = available_memory()
     if free is not None and free < 2 * 4 * parameters:
         return Proof(None, f"it takes {8 * parameters / 1e9:.1f} GB of memory")
@@ -73,9 +76,11 @@ def prove(base: Base, folder: Path, dtype: torch.dtype) -> Proof:
     gc.collect()
     try:
         with _quiet(transformers):
-            _compare_tokenizers(transformers, folder, ids, tokenizer.decode(ids))
+            _compare_tokenizers(
+                transformers, folder, ids, tokenizer.decode(ids, skip_special_tokens=False)
+            )
             theirs = _their_logits(transformers, folder, inputs)
-    except Mismatch:
+    except (Mismatch, MemoryError):
         raise
     except Exception as error:  # of any kind: it is all of transformers that runs here
         reason = str(error).strip().partition("\n")[0]
@@ -103,7 +108,7 @@ def _our_logits(base: Base, inputs: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def _their_logits(transformers: Any, folder: Path, inputs: Tensor) -> Tensor:
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
     )
     wrong = {kind: names for kind, names in report.items() if names and "keys" in kind}
     if wrong:
@@ -113,7 +118,9 @@ def _their_logits(transformers: Any, folder: Path, inputs: Tensor) -> Tensor:
 
 
 def _compare_tokenizers(transformers: Any, folder: Path, ids: list[int], text: str) -> None:
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     if theirs(TEXT, add_special_tokens=False)["input_ids"] != ids:
         raise Mismatch("transformers makes other tokens of a text than the tokenizer trained on")
     if theirs.decode(ids, clean_up_tokenization_spaces=False) != text:

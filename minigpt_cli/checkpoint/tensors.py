@@ -199,13 +199,6 @@ def load_tensors(
     set_optimizer_state_dict(model, optimizers, moments, options=_OPTIONS)
 
 
-def load_weights(directory: Path, recorded: dict[str, Any], model: nn.Module) -> None:
-    """Fill a model alone from a verified checkpoint."""
-    weights = get_model_state_dict(model, options=_OPTIONS)
-    read_tensors(directory, {WEIGHTS + name: t for name, t in weights.items()}, recorded)
-    model.load_state_dict(weights)
-
-
 def whole_reader(
     directory: Path, files: list[str], recorded: dict[str, Any]
 ) -> Callable[[str], Tensor]:

@@ -75,7 +75,10 @@ class Batches:
     def _read(self, step: int) -> list[Tensor]:
         ids = sample_ids(self._seed, step, self._global_batch_size, self.rows.windows)
         gathered = self.rows.gather(ids[self._share])
-        tensors = [torch.from_numpy(each) for each in gathered if each is not None]
+        # In one piece each, or the copy to a GPU would not be an asynchronous one.
+        tensors = [
+            torch.from_numpy(np.ascontiguousarray(each)) for each in gathered if each is not None
+        ]
         on_gpu = self._device.type == "cuda"
         return [each.pin_memory() for each in tensors] if on_gpu else tensors
 

@@ -98,6 +98,8 @@ def render(
             {
                 **(variables or {}),
                 "messages": messages,
+                "tools": None,
+                "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 "strftime_now": lambda form: time.strftime(form),
             }

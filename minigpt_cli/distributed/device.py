@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from pathlib import Path
 
 import torch
 
@@ -27,12 +28,22 @@ def memory(device: torch.device, local_size: int) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that programs may still take; None where the system doesn't tell."""
+    """Bytes of main memory that this process may still take, also within a container or a Slurm
+    job; None where the system doesn't tell."""
     try:
-        with open("/proc/meminfo", encoding="utf-8") as file:
-            return next(1024 * int(line.split()[1]) for line in file if "MemAvailable" in line)
-    except (OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
+        own = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
+        group = Path("/sys/fs/cgroup") / own.lstrip("/")
+        for folder in (group, *group.parents):
+            if (folder / "memory.max").exists():
+                limit = (folder / "memory.max").read_text().strip()
+                if limit != "max":
+                    used = int((folder / "memory.current").read_text())
+                    free = min(free, int(limit) - used)
+    except (OSError, ValueError, StopIteration, IndexError):
         return None
+    return free
 
 
 def _keep_freed_memory() -> None:

@@ -28,9 +28,10 @@ def causal_attention(
     """
     tokens = q.shape[2]
     if mask is not None:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        # With enable_gqa a mask would leave only the kernel that makes all (T, T) weights.
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if q.device.type == "cpu" and not dropout and tokens <= _CPU_MATMUL_TOKENS:
         return _by_matmul(q, k, v)
     return F.scaled_dot_product_attention(

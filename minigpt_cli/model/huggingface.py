@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from minigpt_cli.errors import UserError
-from minigpt_cli.model.config import ModelConfig, model_config
+from minigpt_cli.model.config import Family, ModelConfig, model_config
 from minigpt_cli.recipe import RopeScaling
 
 # Ours -> GPT-2's. Its linear layers are Conv1D: the same matrix, stored transposed.
@@ -169,40 +169,52 @@ def config_from_huggingface(settings: dict[str, Any], where: str) -> ModelConfig
         UserError: another family, or one of its variants that our model doesn't compute, all of
             them named at once.
     """
-    family = settings.get("model_type")
-    if family not in _DEFAULTS:
+    family: Family = settings.get("model_type")  # type: ignore[assignment]
+    if not isinstance(family, str) or family not in _DEFAULTS:
         raise UserError(
             f"{where}: model_type {family} is none of {', '.join(_DEFAULTS)}, which minigpt knows"
         )
-    given = {_GPT2_NAMES.get(name, name): value for name, value in settings.items()}
-    if "rms_norm_eps" in given:
-        given["norm_eps"] = given["rms_norm_eps"]
-    shape = {name: given.get(name, default) for name, default in _DEFAULTS[family].items()}
     problems = [
         f"{name} {settings[name]!r}"
         for name, computed in _COMPUTED.items()
         if name in settings and settings[name] not in computed
     ]
-    if family != "gpt2":
-        rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        theta = rope.get("rope_theta", settings.get("rope_theta"))
-        shape["rope_theta"] = 10_000.0 if theta is None else float(theta)
-        if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-            problems.append(f"rope_parameters {rope}")
-        elif kind != "default":
-            names = _SCALING if kind == "llama3" else _SCALING[:1]
-            scaling = {name: rope.get(name) for name in names}
-            shape["rope_scaling"] = RopeScaling(kind, **scaling)  # type: ignore[arg-type]
-    if problems:
-        raise UserError(f"{where}: minigpt has no {family} with {'; '.join(problems)}")
-    initializer_range = given.get("initializer_range", 0.02)
     try:
-        return model_config(family=family, initializer_range=initializer_range, **shape)
+        shape = _shape(family, settings, problems)
+        if problems:
+            raise UserError(f"minigpt has no {family} with {'; '.join(problems)}")
+        return model_config(family=family, **shape)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('[model] ')}") from None
-    except TypeError as error:  # a null or a text where a number should be
+    except (TypeError, ValueError, AttributeError) as error:  # a text where a number should be
         raise UserError(f"{where}: not the configuration of a model: {error}") from None
+
+
+def _shape(family: Family, settings: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The settings in our names; what is not computed goes to ``problems``."""
+    given = {_GPT2_NAMES.get(name, name): value for name, value in settings.items()}
+    if "rms_norm_eps" in given:
+        given["norm_eps"] = given["rms_norm_eps"]
+    shape = {name: given.get(name, default) for name, default in _DEFAULTS[family].items()}
+    for name, default in _DEFAULTS[family].items():
+        if type(shape[name]) not in (type(default), int, type(None)) or (
+            type(default) is int and isinstance(shape[name], bool)
+        ):
+            raise TypeError(f"{name} {shape[name]!r}")
+    shape["initializer_range"] = float(given.get("initializer_range", 0.02))
+    if family == "gpt2":
+        return shape
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", settings.get("rope_theta"))
+    shape["rope_theta"] = 10_000.0 if theta is None else float(theta)
+    if kind not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        problems.append(f"rope_parameters {rope}")
+    elif kind != "default":
+        names = _SCALING if kind == "llama3" else _SCALING[:1]
+        scaling = {name: rope.get(name) for name in names}
+        shape["rope_scaling"] = RopeScaling(kind, **scaling)  # type: ignore[arg-type]
+    return shape
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

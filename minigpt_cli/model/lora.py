@@ -50,7 +50,9 @@ class LoraLinear(nn.Linear):
         if self.lora_magnitude_vector is None:
             return F.linear(x, self.weight, self.bias) + change
         lengths = row_lengths(self.weight, self.lora_A, self.lora_B, self.scale)
-        y = (F.linear(x, self.weight) + change) * (self.lora_magnitude_vector / lengths).to(x.dtype)
+        whole = F.linear(x, self.weight) + change
+        # Not in bf16, in which a length that has grown by 0.3% is the same.
+        y = (whole * (self.lora_magnitude_vector / lengths)).to(whole.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

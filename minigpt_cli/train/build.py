@@ -180,21 +180,25 @@ def compile_blocks(model: GPT) -> None:
         layer.forward = torch.compile(layer.forward)
 
 
-def warm_up(trainer: Trainer, sequence_length: int) -> None:
+def warm_up(trainer: Trainer, sequence_length: int, packed: bool = False) -> None:
     """Steps on zeros that change nothing, where the first steps are unlike all others.
 
     DDP arranges its buckets anew after the first backward pass, and so sums in another order: a
     resumed run would differ from one that went straight on. And with torch.compile this finds out
     whether a compiler is there; if not, says so and trains with eager kernels.
+
+    Args:
+        packed: rows hold several examples.
     """
     model, device = trainer.model, trainer.layout.world.device
     compiled = "forward" in vars(model.layers[0])
     shape = (trainer.micro_batch_size, sequence_length)
     zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+    inputs = (zeros, zeros, zeros) if packed else (zeros, zeros)
 
     def step() -> None:
         with precision.autocast(trainer.dtype, device):
-            loss = trainer.forward(zeros, zeros)
+            loss = trainer.forward(*inputs)
         loss.backward()
         parallel.clear_gradients(model, trainer.layout)
 

@@ -43,12 +43,7 @@ def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
 def check_dataset(
     recipe: Recipe, state: RunState, fresh: RunState, allow_changes: list[str]
 ) -> None:
-    """Refuse another dataset than the one trained on, and adapters' another base."""
-    if fresh.dataset.get("base") != state.dataset.get("base"):
-        raise UserError(
-            f"{recipe.base}: is not the model that this run's adapters were trained on, whatever "
-            "its name; give that one with --set lora.base=..."
-        )
+    """Refuse another dataset than the one trained on."""
     for what, before in state.dataset.items():
         if fresh.dataset[what] != before and "data" not in allow_changes:
             raise UserError(
@@ -56,6 +51,15 @@ def check_dataset(
                 "on; give that one with --set data.path=..., or add --allow-change data"
             )
     state.dataset = fresh.dataset
+
+
+def check_base(recipe: Recipe, state: RunState, fingerprint: str | None) -> None:
+    """Refuse another base than the one that the adapters were trained on."""
+    if fingerprint != state.dataset.get("base"):
+        raise UserError(
+            f"{recipe.base}: is not the model that this run's adapters were trained on, whatever "
+            "its name; give that one with --set lora.base=..."
+        )
 
 
 def environment(run: Run) -> dict[str, Any]:

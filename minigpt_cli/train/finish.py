@@ -1,19 +1,20 @@
-"""What a run that has come to its end leaves behind: final/, for transformers."""
+"""What a run that has come to its end leaves behind: final/, for transformers or PEFT."""
 
-import shutil
+import hashlib
+import json
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.adapter import CONFIG as ADAPTER_CONFIG
 from minigpt_cli.checkpoint.adapter import open_model
 from minigpt_cli.checkpoint.card import model_card
-from minigpt_cli.checkpoint.export import export_adapter, export_model
+from minigpt_cli.checkpoint.export import FINAL, export_adapter, export_model, sweep
 from minigpt_cli.checkpoint.manifest import MANIFEST
-from minigpt_cli.checkpoint.pretrained import CONFIG
+from minigpt_cli.checkpoint.prove import Mismatch
 from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.report.console import warn
 from minigpt_cli.train.run import Run
 
-FINAL = "final"
+ORIGIN = "minigpt.json"  # in final/: which checkpoint it was made from
 
 
 def write_final(run: Run, state: RunState) -> str:
@@ -21,30 +22,38 @@ def write_final(run: Run, state: RunState) -> str:
 
     Returns:
         What became of it, for a person.
+
+    Raises:
+        Mismatch: transformers reads another model from it.
     """
     checkpoint = store.checkpoint_path(run.directory, state.step)
-    final = run.directory / FINAL
-    return run.world.from_first(lambda: _export(run, checkpoint, final))
+    return run.world.from_first(lambda: _export(run, checkpoint, run.directory / FINAL))
 
 
-def sweep(directory: Path) -> None:
-    """Remove what an export left that was killed."""
-    for left in directory.glob(f".{FINAL}-*"):
-        shutil.rmtree(left, ignore_errors=True)
+def clear(directory: Path) -> None:
+    """Clear away what an export to ``final/`` left that was killed."""
+    sweep(directory / FINAL)
 
 
 def _export(run: Run, checkpoint: Path, final: Path) -> str:
-    done = max(_modified(final / CONFIG), _modified(final / ADAPTER_CONFIG))
-    if done > _modified(checkpoint / MANIFEST):
+    origin = {
+        "checkpoint": checkpoint.name,
+        "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+    }
+    text = json.dumps(origin, indent=1) + "\n"
+    if (final / ORIGIN).is_file() and (final / ORIGIN).read_text() == text:
         return f"{final} is there"
-    base, adapters = open_model(checkpoint, [])
-    if not adapters:
-        card = model_card(base, run.recipe.name)
-        return f"exported {final}, {export_model(base, final, card=card, replace=True).proof}"
-    card = model_card(base, run.recipe.name, adapters[0])
-    export_adapter(base, adapters[0], final, card=card, replace=True)
-    return f"exported {final}, an adapter in PEFT's format"
-
-
-def _modified(file: Path) -> float:
-    return file.stat().st_mtime if file.exists() else 0.0
+    try:
+        base, adapters = open_model(checkpoint, [])
+        adapter = adapters[0] if adapters else None
+        files = {"README.md": model_card(base, run.recipe.name, adapter), ORIGIN: text}
+        if adapter is None:
+            return f"exported {final}, {export_model(base, final, files=files, replace=True).proof}"
+        export_adapter(base, adapter, final, files=files, replace=True)
+        return f"exported {final}, an adapter in PEFT's format"
+    except Mismatch:
+        raise
+    except Exception as error:  # all is trained and saved: a full disk or little memory is no loss
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warn(f"{final} was not made: {reason}; make it with minigpt export {checkpoint} OUT")
+        return f"everything is saved in {checkpoint}"

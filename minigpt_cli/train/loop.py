@@ -16,7 +16,7 @@ from minigpt_cli.distributed.parallel import local
 from minigpt_cli.errors import Diverged, Stopped, UserError
 from minigpt_cli.evaluate.loss import evaluate, fixed_windows, window_batches
 from minigpt_cli.recipe import Recipe, dump
-from minigpt_cli.report.console import TrainingDisplay
+from minigpt_cli.report.console import TrainingDisplay, say
 from minigpt_cli.train import guard, rollback
 from minigpt_cli.train.finish import write_final
 from minigpt_cli.train.run import Run
@@ -62,17 +62,24 @@ def is_finished(recipe: Recipe, state: RunState) -> bool:
 
 
 def fit(run: Run, state: RunState) -> None:
-    """Train from ``state`` to the end of the recipe.
+    """Train from ``state`` to the end of the recipe, and export what was trained.
 
     Raises:
         Stopped: a signal came; everything up to a step's end is saved.
         Diverged: loss or gradient was not finite, or no rollback helped against spikes; nothing
             after it was saved.
+        Mismatch: transformers reads the export as another model.
     """
+    with run.resources:
+        _train(run, state)
+        say(write_final(run, state))  # here a signal stops at once: all is saved
+
+
+def _train(run: Run, state: RunState) -> None:
     recipe, total = run.recipe, run.recipe.total_steps
     peak = recipe.optimizer.lr
     clock, lap_steps, saved_at, saved_step = Clock(), 0, time.monotonic(), state.step
-    with run.resources, StopRequest() as stop, TrainingDisplay(total, state.step) as display:
+    with StopRequest() as stop, TrainingDisplay(total, state.step) as display:
         if state.step and _evaluation_is_due(run, state):  # a stop had cut it short
             _evaluate(run, state, display, stop)
             if state.evaluated_step == state.step:
@@ -130,7 +137,6 @@ def fit(run: Run, state: RunState) -> None:
             f"finished at step {state.step}: {state.tokens:,} tokens, {clock.total:.1f} s of "
             f"training in this process; {run.directory}"
         )
-        display.say(write_final(run, state))
 
 
 def _settle(run: Run, state: RunState, display: TrainingDisplay, clock: Clock) -> bool:

@@ -1,6 +1,7 @@
 """A recipe and a starting point -> a Run for fit().
 
-``pretrain`` and ``resume`` differ only here: in where the weights and the state come from.
+``pretrain``, ``finetune-lora`` and ``resume`` differ only here: in where the weights and the state
+come from.
 """
 
 import fcntl
@@ -19,6 +20,7 @@ from minigpt_cli.checkpoint.saver import check_room
 from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
 from minigpt_cli.data.manifest import write_atomically
+from minigpt_cli.data.packing import PackedSplit
 from minigpt_cli.data.tokenizer import fingerprint, load_tokenizer
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed import world as worlds
@@ -33,6 +35,7 @@ from minigpt_cli.report.console import say, warn
 from minigpt_cli.train import finish, guard
 from minigpt_cli.train.build import build, warm_up
 from minigpt_cli.train.changes import (
+    check_base,
     check_changes,
     check_dataset,
     environment,
@@ -46,17 +49,19 @@ RECIPE = "recipe.toml"
 
 
 def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
-    """A new run in ``directory``, from random weights; on every rank. Its data is made first, where
-    it isn't there.
+    """A new run in ``directory``, from random weights or a base; on every rank. Its data is made
+    first, where it isn't there.
 
     Raises:
         UserError: the directory already holds a run's checkpoints, or the recipe can't be followed.
     """
     world = worlds.start(recipe.distributed.timeout_minutes)
-    base = _open_base(recipe, world)
+    base, identity = _open_base(recipe, world, directory)
     if base is not None:
         say(base.report)
         recipe = bases.complete(recipe, base)
+        if (tokenizer := recipe.data.tokenizer) is not None and tokenizer.path is not None:
+            _check_tokenizer(tokenizer.path, base, fingerprint(load_tokenizer(tokenizer.path)))
     with ExitStack() as resources:
         companions = Companions() if base is None else base.companions
         record = _claim(directory, world, resources, recipe, companions)
@@ -65,38 +70,61 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         if base is None:
             initialize(run.trainer.model, recipe.train.seed, parallel.assign)
         else:
-            _check_tokenizer(recipe, base, state)
-            _load_base(recipe, base, run, state)
+            _check_tokenizer(recipe.data_path, base, state.dataset["tokenizer"])
+            _load_base(recipe, base, run)
+            if recipe.lora is not None:
+                state.dataset["base"] = identity
         return _ready(run, state, resources), state
 
 
-def _open_base(recipe: Recipe, world: World) -> Base | None:
-    """What the recipe's weights come from; rank 0 fetches it, where it isn't here."""
+def _open_base(
+    recipe: Recipe, world: World, new: Path | None = None
+) -> tuple[Base | None, str | None]:
+    """What the recipe's weights come from, and its fingerprint; rank 0 fetches it, where it isn't
+    here.
+
+    Args:
+        new: the directory of a run that is to be started; looked at before anything is fetched.
+
+    Raises:
+        UserError: there is no such thing, or the ranks don't find the same.
+    """
     if (name := recipe.base) is None:
-        return None
-    world.from_first(lambda: str(bases.open_base(name).directory))
-    return bases.open_base(name)
+        return None, None
+
+    def first() -> str:
+        if new is not None:
+            _check_directory(new)
+        return bases.fingerprint(bases.open_base(name))
+
+    identity = world.from_first(first)
+    base = bases.open_base(name)
+    if any(world.largest(world.rank > 0 and bases.fingerprint(base) != identity)):
+        raise UserError(f"{name}: the ranks find different weights under this name")
+    return base, identity
 
 
-def _load_base(recipe: Recipe, base: Base, run: Run, state: RunState) -> None:
+def _load_base(recipe: Recipe, base: Base, run: Run) -> None:
     """The base's weights, and beside them adapters that change nothing yet."""
     bases.load_base(base, run.trainer.model, parallel.assign)
     if recipe.lora is not None:
         lora.initialize(run.trainer.model, recipe.train.seed, base.read, parallel.assign)
-        state.dataset["base"] = run.world.from_first(lambda: bases.fingerprint(base))
 
 
-def _check_tokenizer(recipe: Recipe, base: Base, state: RunState) -> None:
-    """Refuse data that was made with another tokenizer than the base was trained with: the same
-    ids would mean other tokens.
+def _check_tokenizer(what: str, base: Base, tokenizer: str) -> None:
+    """Refuse a tokenizer, or data that was made with one, unless it is the one that the base was
+    trained with: the same ids would mean other tokens.
+
+    Args:
+        tokenizer: its fingerprint.
 
     Raises:
-        UserError: it was.
+        UserError: it is another one.
     """
-    if fingerprint(load_tokenizer(base.tokenizer)) != state.dataset["tokenizer"]:
+    if fingerprint(load_tokenizer(base.tokenizer)) != tokenizer:
         raise UserError(
-            f"{recipe.data_path} was made with another tokenizer than that of {base.name}: make it "
-            f'anew with [data.tokenizer] path = "{base.tokenizer}"'
+            f"{what}: is of another tokenizer than that of {base.name}; leave out "
+            f'[data.tokenizer], or give path = "{base.tokenizer}", and make the data with it'
         )
 
 
@@ -107,6 +135,10 @@ def _check_start(recipe: Recipe, directory: Path) -> None:
         UserError: the model's sizes don't fit together, or ``directory`` holds a run already.
     """
     config_from_recipe(recipe, vocab_size=1)
+    _check_directory(directory)
+
+
+def _check_directory(directory: Path) -> None:
     if store.is_checkpoint(directory) or directory.name == "checkpoints":
         raise UserError(f"{directory} belongs to a run's checkpoints: choose another --out")
     if store.holds_a_checkpoint(directory):
@@ -155,10 +187,14 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         recipe = recipes.load(source / RECIPE, overrides, name=directory.name)
         check_changes(old, recipe, allow_changes)
         record.state = state = read_state(checkpoint)
-        base = _open_base(recipe, world) if recipe.lora is not None else None
+        base, identity = _open_base(recipe, world) if recipe.lora is not None else (None, None)
+        if base is not None:
+            recipe = bases.complete(recipe, base)
+            check_base(recipe, state, identity)
         run, fresh = build(recipe, directory, world, resources, bases.companions_in(checkpoint))
         if base is not None:
-            _load_base(recipe, base, run, fresh)
+            _load_base(recipe, base, run)
+            fresh.dataset["base"] = identity
         check_dataset(recipe, state, fresh, allow_changes)
         load_tensors(
             checkpoint,
@@ -212,7 +248,7 @@ def _claim(
             _check_start(new, directory)  # again: another process may just have left
         record = resources.enter_context(recorded(directory))
         store.sweep(directory)
-        finish.sweep(directory)
+        finish.clear(directory)
         if new is not None:
             prepare_data(new, companions)
         return True
@@ -240,7 +276,8 @@ def _claimed(directory: Path) -> Iterator[None]:
 
 def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
     """The run, with its files opened: the last thing before training, since it changes them."""
-    warm_up(run.trainer, run.recipe.train.sequence_length)
+    packed = isinstance(run.batches.rows, PackedSplit)
+    warm_up(run.trainer, run.recipe.train.sequence_length, packed)
     tensors = tensors_of(run.trainer.model, run.trainer.optimizers)
     size = bytes_of(tensors)
     if run.world.rank == 0:

@@ -77,7 +77,7 @@ def test_ours_load_in_peft_alone_and_merged(
     model = GPT(base.config)
     lora.attach(model, kind)
     adapter = LoadedAdapter("ours", kind, randomize(model), str(directory))
-    export_adapter(base, adapter, tmp_path / "adapter", card="a card")
+    export_adapter(base, adapter, tmp_path / "adapter", files={"README.md": "a card"})
     ours = load_model(tmp_path / "adapter", CPU, []).model
     theirs = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(directory), tmp_path / "adapter"
@@ -87,7 +87,7 @@ def test_ours_load_in_peft_alone_and_merged(
         torch.testing.assert_close(theirs(IDS).logits, logits, rtol=0, atol=1e-4)
         merged = theirs.merge_and_unload()(IDS).logits
         torch.testing.assert_close(merged, logits, rtol=0, atol=1e-4)
-    done = export_model(merge(base, adapter), tmp_path / "merged", card="")
+    done = export_model(merge(base, adapter), tmp_path / "merged", files={"README.md": ""})
     assert done.proof.difference is not None
     with torch.no_grad():
         alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
@@ -112,7 +112,7 @@ def test_the_same_layers_are_named(
     _, directory = saved_model(shape, tmp_path / "base", license_dataset)
     peft_adapter(directory, tmp_path / "theirs", KINDS["plain"], targets)
     base, (adapter,) = open_model(tmp_path / "theirs", [])
-    export_adapter(base, adapter, tmp_path / "ours", card="")
+    export_adapter(base, adapter, tmp_path / "ours", files={"README.md": ""})
     settings = json.loads((tmp_path / "ours/adapter_config.json").read_text())
     assert settings["target_modules"] == written
     one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("theirs", "ours"))
@@ -146,6 +146,8 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (settings(peft_type="IA3"), "no adapters with peft_type 'IA3'"),
         (settings(bias="all"), "no adapters with bias 'all'"),
         (settings(modules_to_save=["lm_head"]), "no adapters with modules_to_save ['lm_head']"),
+        (settings(init_lora_weights="pissa"), "init_lora_weights 'pissa', which changes the base"),
+        (settings(r=0), "is not an adapter's configuration"),
         (settings(rank_pattern={"q_proj": 2}), "rank_pattern {'q_proj': 2}"),
         (settings(r="many"), "is not an adapter's configuration"),
         (settings(r=5), "is [4, 64], and should be [5, 64]"),

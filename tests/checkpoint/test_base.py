@@ -139,7 +139,7 @@ def test_a_head_that_is_tied_must_be_the_embeddings(tmp_path: Path, license_data
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"pytorch_model.bin": b"\x80\x04"}, "pytorch_model.bin is a pickle, which can run any"),
+        ({"pytorch_model.bin": b"\x80\x04"}, "Pickles (.bin) can run any code when they are read"),
         ({}, "holds no model.safetensors, nor a model.safetensors.index.json"),
         ({"model.safetensors": b"nonsense"}, "model.safetensors: is not a safetensors file"),
         (

@@ -1,6 +1,7 @@
 """Exports: what transformers, and nothing but transformers, makes of them."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from minigpt_cli.checkpoint import export, prove
-from minigpt_cli.checkpoint.base import Base, load_base, open_base
+from minigpt_cli.checkpoint.base import Base, companions_in, load_base, open_base
 from minigpt_cli.checkpoint.export import export_model
 from minigpt_cli.checkpoint.prove import Mismatch
-from minigpt_cli.errors import UserError
+from minigpt_cli.errors import Damaged, UserError
 from minigpt_cli.model.gpt import GPT, copy
 from tests.checkpoint.conftest import saved_model
 from tests.processes import minigpt
@@ -26,7 +27,7 @@ def test_in_and_out_and_in_again(theirs: tuple[Any, Path], tmp_path: Path):
     """Bit for bit, and with what only the tokenizer's files say."""
     model, directory = theirs
     base = open_base(directory)
-    done = export_model(base, tmp_path / "out", card="a card")
+    done = export_model(base, tmp_path / "out", files={"README.md": "a card"})
     assert done.proof.difference is not None
     assert done.proof.difference < 1e-4
     mine, other = (load_file(place / "model.safetensors") for place in (directory, done.path))
@@ -53,7 +54,7 @@ def test_half_precision_and_several_files(
     tmp_path: Path, license_dataset: Path, shape: str, dtype: str, torch_dtype: torch.dtype
 ):
     model, directory = saved_model(shape, tmp_path / "in", license_dataset)
-    done = export_model(open_base(directory), tmp_path / "out", dtype, card="", shard_bytes=20_000)
+    done = export_model(open_base(directory), tmp_path / "out", dtype, files={}, shard_bytes=20_000)
     files = [name for name in done.files if name.endswith(".safetensors")]
     assert len(files) > 3
     index = json.loads((done.path / "model.safetensors.index.json").read_text())
@@ -91,7 +92,7 @@ def test_what_transformers_reads_otherwise_is_no_export(
 
         monkeypatch.setattr(export, "huggingface_config", wrong)
         with pytest.raises(Mismatch):
-            export_model(base, place, card="")
+            export_model(base, place, files={"README.md": ""})
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
     monkeypatch.setattr(export, "huggingface_config", right)
     text = json.loads((directory / "tokenizer.json").read_text())
@@ -100,7 +101,7 @@ def test_what_transformers_reads_otherwise_is_no_export(
     other = replace(base, tokenizer=tmp_path / "other.json")
     monkeypatch.setattr(export, "write_tokenizer", lambda _, folder: export_tokenizer(base, folder))
     with pytest.raises(Mismatch, match="other tokens"):
-        export_model(other, place, card="")
+        export_model(other, place, files={"README.md": ""})
     assert not place.exists()
 
 
@@ -110,9 +111,9 @@ export_tokenizer = export.write_tokenizer
 def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_dataset: Path):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     base = open_base(directory)
-    out = export_model(base, tmp_path / "out", card="first").path
+    out = export_model(base, tmp_path / "out", files={"README.md": "first"}).path
     with pytest.raises(UserError, match="is there already"):
-        export_model(base, out, card="second")
+        export_model(base, out, files={"README.md": "second"})
 
     def broken(name: str) -> torch.Tensor:
         if name == "layers.1.mlp.down_proj.weight":
@@ -120,15 +121,76 @@ def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_datas
         return base.read(name)
 
     with pytest.raises(OSError, match="Input/output"):
-        export_model(replace(base, read=broken), out, card="second", replace=True)
+        export_model(replace(base, read=broken), out, files={"README.md": "second"}, replace=True)
     huge = replace(base, read=lambda name: base.read(name) * 1e6)
     with pytest.raises(UserError, match=r"too large for torch\.float16: export it as bf16"):
-        export_model(huge, out, "fp16", card="second", replace=True)
+        export_model(huge, out, "fp16", files={"README.md": "second"}, replace=True)
     assert (out / "README.md").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
-    export_model(base, out, card="third", replace=True)
+    export_model(base, out, files={"README.md": "third"}, replace=True)
     assert (out / "README.md").read_text() == "third"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_what_killed_exports_left_is_cleared_and_what_they_moved_comes_back(
+    tmp_path: Path, license_dataset: Path
+):
+    _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
+    base, out, gone = open_base(directory), tmp_path / "out", 2**22 + 1  # no process has this id
+    for name in (f".out-{gone}-abc", f".out-{os.getpid()}-abc", ".out-notes", f".other-{gone}-a"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".out-{gone}-def-old").mkdir()
+    (tmp_path / f".out-{gone}-def-old/precious").write_text("x")
+    with pytest.raises(UserError, match="is there already"):
+        export_model(base, out, files={})  # it came back
+    assert (out / "precious").read_text() == "x"
+    left = {path.name for path in tmp_path.iterdir()} - {"in", "out"}
+    assert left == {f".out-{os.getpid()}-abc", ".out-notes", f".other-{gone}-a"}
+
+
+@pytest.mark.parametrize("place", ["checkpoints/step-00000004", "checkpoints/x", "link"])
+def test_no_export_into_checkpoints_or_through_a_dangling_link(
+    tmp_path: Path, license_dataset: Path, place: str
+):
+    _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"is there already|within a run's checkpoints"):
+        export_model(open_base(directory), tmp_path / place, files={})
+
+
+def test_final_is_of_the_checkpoint_that_the_run_ended_with(tmp_path: Path, recipe_file: Path):
+    """Also after going back to an older one."""
+    run = tmp_path / "run"
+    assert minigpt("pretrain", recipe_file, "--out", run).returncode == 0
+    before = (run / "final/model.safetensors").read_bytes()
+    said = minigpt("resume", run / "checkpoints/step-00000008", "--set", "train.steps=8").stderr
+    assert f"exported {run}/final, proven" in said
+    assert "2,048 in 8 steps" in (run / "final/README.md").read_text()
+    assert (run / "final/model.safetensors").read_bytes() != before
+
+
+def test_a_final_that_cannot_be_made_is_a_warning(tmp_path: Path, recipe_file: Path):
+    """All is trained and saved: exit code 0."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "final").symlink_to(tmp_path / "nowhere/at/all")
+    (tmp_path / "nowhere").write_text("a file in the way")
+    done = minigpt("pretrain", recipe_file, "--out", run, "--set", "train.steps=4")
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {run}/final was not made: " in done.stderr
+    assert "make it with minigpt export" in done.stderr
+
+
+def test_what_a_checkpoint_carries_leads_nowhere_else(tmp_path: Path):
+    for content in (
+        {"special_tokens": {}, "files": {"../evil.txt": "x"}},
+        {"special_tokens": {}, "files": {"tokenizer_config.json": 1}},
+        {"special_tokens": {"eos": 1}, "files": {}},
+        {"special_tokens": []},
+    ):
+        (tmp_path / "huggingface.json").write_text(json.dumps(content))
+        with pytest.raises(Damaged, match=r"huggingface\.json: is not what minigpt writes"):
+            companions_in(tmp_path)
 
 
 def test_one_tensor_at_a_time(
@@ -148,7 +210,7 @@ def test_one_tensor_at_a_time(
         return tensor
 
     monkeypatch.setattr(export, "prove", lambda *_: prove.Proof(None, "not here"))
-    export_model(replace(base, read=read), tmp_path / "out", card="")
+    export_model(replace(base, read=read), tmp_path / "out", files={"README.md": ""})
     assert len(alive) == 21
 
 
@@ -195,7 +257,7 @@ def test_without_transformers_it_says_that_nothing_was_proven(
 ):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    done = export_model(open_base(directory), tmp_path / "out", card="")
+    done = export_model(open_base(directory), tmp_path / "out", files={"README.md": ""})
     assert str(done.proof) == "not proven: transformers is not installed"
     assert (tmp_path / "out/model.safetensors").exists()
 
@@ -255,4 +317,4 @@ def test_data_of_another_tokenizer_is_refused(
     file.write_text(text[:begin] + f'[model]\ninit_from = "{directory}"\n' + text[end:])
     done = minigpt("pretrain", file, "--out", tmp_path / "run")
     assert done.returncode == 2
-    assert "was made with another tokenizer than that of" in done.stderr
+    assert "is of another tokenizer than that of" in done.stderr

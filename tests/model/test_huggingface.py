@@ -247,6 +247,10 @@ def test_what_transformers_leaves_out_is_its_own_default(tmp_path):
         ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window True"),
         ({"model_type": "llama", "hidden_size": "wide"}, "not the configuration of a model"),
         ({"model_type": "llama", "num_attention_heads": 0}, "must be positive"),
+        ({"model_type": "llama", "hidden_size": 64.0}, "not the configuration of a model"),
+        ({"model_type": "llama", "rope_scaling": "x"}, "not the configuration of a model"),
+        ({"model_type": "llama", "rope_theta": "abc"}, "not the configuration of a model"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is none of"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused(settings, message):

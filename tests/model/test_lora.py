@@ -200,6 +200,20 @@ def test_adapters_swap_on_one_base():
     assert torch.equal(model(ids), base)
 
 
+def test_a_length_that_grows_a_little_shows_in_bf16():
+    """In bf16 itself 1.003 is 1."""
+    model = small()
+    weights = weights_of(model)
+    lora.attach(model, Adapter(rank=2, use_dora=True))
+    lora.initialize(model, 1, weights.__getitem__, copy)
+    layer, x = model.layers[0].mlp.up_proj, torch.randn(500, 24)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = layer(x).float()
+        layer.lora_magnitude_vector.mul_(1.003)
+        ratio = layer(x).float().abs().mean() / before.abs().mean()
+    assert ratio == pytest.approx(1.003, abs=5e-4)
+
+
 def test_only_adapters_get_gradients_and_dropout_only_in_training():
     model = small()
     lora.attach(model, Adapter(rank=2, dropout=0.5))

@@ -136,6 +136,8 @@ def test_peft_loads_what_a_run_leaves(tmp_path: Path, base: Path, license_datase
     assert losses[2] == pytest.approx(losses[3], rel=1e-2)
     assert losses[2] < losses[4] - 0.1
     prompt = ("--prompt", "The ", "--greedy", "--max-new-tokens", 8, "--json")
+    half = ("--adapter", run, "--adapter", run / "final", *prompt, "--dtype", "bf16")
+    assert minigpt("sample", base, *half).returncode == 0
     several = minigpt("sample", base, "--adapter", run, "--adapter", run / "final", *prompt)
     one = json.loads(minigpt("sample", run, *prompt).stdout)["completions"]
     found = json.loads(several.stdout)["adapters"]
@@ -146,7 +148,7 @@ def test_peft_loads_what_a_run_leaves(tmp_path: Path, base: Path, license_datase
 def test_ranks_and_one_process_agree(tmp_path: Path, base: Path, license_dataset: Path):
     file = recipe(tmp_path, base, license_dataset, lora="use_dora = true")
     finished("finetune-lora", file, "--out", tmp_path / "one")
-    for strategy in ("ddp", "fsdp"):
+    for strategy in ("ddp", "fsdp", "zero2"):
         run, setting = tmp_path / strategy, f"distributed.strategy={strategy}"
         finished("finetune-lora", file, "--out", run, "--nproc", 2, "--set", setting, "--set",
                  "train.micro_batch_size=2")  # fmt: skip
@@ -243,6 +245,30 @@ def test_another_base_is_refused_and_a_moved_one_is_not(
     assert "is not the model that this run's adapters were trained on" in refused.stderr
     refused = minigpt("resume", run, "--set", moved, "--set", "lora.rank=8")
     assert "lora.rank can't change within a run" in refused.stderr
+
+
+def test_a_base_that_went_on_training_is_not_merged_into(
+    tmp_path: Path, license_dataset: Path, recipe_file: Path
+):
+    """Its name is the same, its newest checkpoint is not; an export of it would be."""
+    trained, run = tmp_path / "trained", tmp_path / "run"
+    arguments = ("pretrain", recipe_file, "--set", f"data.path={license_dataset}", "--out", trained)
+    finished(*arguments)
+    finished("finetune-lora", recipe(tmp_path, trained, license_dataset), "--out", run)
+    settings = json.loads((run / "final/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(trained / "final")
+    finished("export", run, tmp_path / "merged")
+    shutil.copytree(trained / "final", tmp_path / "kept")
+    finished("resume", trained, "--set", "train.steps=16")
+    for command in (("export", run, tmp_path / "other"), ("sample", run), ("eval", run)):
+        refused = minigpt(*command)
+        assert refused.returncode == 2
+        assert f"was not trained on {trained} as it is now" in refused.stderr
+    assert "is not the model that this run's adapters" in minigpt("resume", run).stderr
+    finished("resume", run, "--set", f"lora.base={tmp_path}/kept")
+    finished("export", tmp_path / "kept", tmp_path / "again", "--adapter", run)
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("merged", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_each_command_takes_its_own_recipes(
@@ -349,6 +375,8 @@ def test_a_tokenizer_s_own_template_and_training_the_whole_model(
     [
         (("data.source.chat_template=nowhere.jinja",), "chat_template nowhere.jinja can't be read"),
         (("train.sequence_length=4",), "examples fits train.sequence_length 4"),
+        (("train.sequence_length=97",), "sequence_length 97 is longer than the 96 positions"),
+        (("data.tokenizer.train_vocab=300",), "brings its own: leave it out"),
         (("data.source.kind=files",), "format instructions needs records"),
     ],
 )
