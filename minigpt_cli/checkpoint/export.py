@@ -2,13 +2,9 @@
 reloading it with transformers. Only what is proven gets its name.
 """
 
-import contextlib
 import json
 import math
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +15,9 @@ from torch import Tensor
 
 from minigpt_cli.checkpoint.adapter import LoadedAdapter, write_adapter
 from minigpt_cli.checkpoint.base import Base, fingerprint, open_base
+from minigpt_cli.checkpoint.directory import directory_in_place
 from minigpt_cli.checkpoint.pretrained import CONFIG, INDEX
 from minigpt_cli.checkpoint.prove import Proof, prove
-from minigpt_cli.checkpoint.store import is_checkpoint
-from minigpt_cli.data.manifest import sync_directory
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 from minigpt_cli.errors import UserError
 from minigpt_cli.model.cost import parameter_count
@@ -104,71 +99,6 @@ def _name_for_peft(base: Base) -> str:
 def _write_texts(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
-    """A directory to write to, which gets the name ``out`` when the ``with`` block has succeeded.
-
-    Raises:
-        UserError: ``out`` is there already and not to be replaced, or can't be written to.
-    """
-    out = Path(os.path.abspath(out))
-    _check_place(out, replace)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sweep(out)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-{os.getpid()}-", dir=out.parent))
-    except OSError as error:
-        raise UserError(f"{out}: can't be written to: {error.strerror}") from None
-    try:
-        folder.chmod(0o755 & ~_umask())
-        yield folder
-        for file in folder.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        sync_directory(folder)
-        _check_place(out, replace)  # again: it may have been made meanwhile
-        old = folder.with_name(f"{folder.name}-old")
-        if out.exists():
-            out.rename(old)
-        try:
-            folder.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-        sync_directory(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_place(out: Path, replace: bool) -> None:
-    if any(is_checkpoint(each) or each.name == "checkpoints" for each in (out, *out.parents)):
-        raise UserError(f"{out}: lies within a run's checkpoints; choose another directory")
-    there = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
-    if there and not replace:
-        raise UserError(f"{out}: is there already; choose another directory, or delete it")
-
-
-def sweep(out: Path) -> None:
-    """Clear away what processes left that were killed while they made ``out``; what they had put
-    out of the way comes back."""
-    for left in out.parent.glob(f".{out.name}-*"):
-        match = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+(-old)?", left.name)
-        if match is None or Path(f"/proc/{match[1]}").exists():
-            continue
-        if match[2] and not out.exists():
-            left.rename(out)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def special_tokens(base: Base) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
 from minigpt_cli.errors import UserError
 from minigpt_cli.model.config import Family, ModelConfig, model_config
 from minigpt_cli.recipe import RopeScaling
@@ -38,27 +36,6 @@ def huggingface_name(config: ModelConfig, name: str) -> str:
 def is_transposed(config: ModelConfig, name: str) -> bool:
     """Whether transformers stores this matrix (in, out) where we store (out, in)."""
     return config.family == "gpt2" and name.endswith("_proj.weight")
-
-
-def to_huggingface(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under transformers' names, in its layout."""
-    return {
-        huggingface_name(config, name): (
-            tensor.T.contiguous() if is_transposed(config, name) else tensor
-        )
-        for name, tensor in weights.items()
-    }
-
-
-def from_huggingface(
-    config: ModelConfig, names: list[str], weights: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The parameters that we call ``names``, taken from transformers' state dict."""
-    found = {}
-    for name in names:
-        tensor = weights[huggingface_name(config, name)]
-        found[name] = tensor.T if is_transposed(config, name) else tensor
-    return found
 
 
 def huggingface_config(

@@ -7,7 +7,8 @@ from pathlib import Path
 from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.adapter import open_model
 from minigpt_cli.checkpoint.card import model_card
-from minigpt_cli.checkpoint.export import FINAL, export_adapter, export_model, sweep
+from minigpt_cli.checkpoint.directory import sweep
+from minigpt_cli.checkpoint.export import FINAL, export_adapter, export_model
 from minigpt_cli.checkpoint.manifest import MANIFEST
 from minigpt_cli.checkpoint.prove import Mismatch
 from minigpt_cli.checkpoint.state import RunState

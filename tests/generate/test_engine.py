@@ -9,7 +9,8 @@ from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.model.huggingface import huggingface_config, to_huggingface
+from minigpt_cli.model.huggingface import huggingface_config
+from tests.model.layout import to_huggingface
 
 FAMILIES = ["gpt2", "llama", "qwen3"]
 GREEDY = SamplingOptions(temperature=0)

@@ -14,13 +14,12 @@ from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize, rope_table
 from minigpt_cli.model.huggingface import (
     config_from_huggingface,
-    from_huggingface,
     huggingface_config,
     huggingface_name,
     is_transposed,
-    to_huggingface,
 )
 from minigpt_cli.recipe import RopeScaling
+from tests.model.layout import from_huggingface, to_huggingface
 
 BASE = {
     "vocab_size": 83,

@@ -15,9 +15,10 @@ from minigpt_cli.model import lora
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, copy
 from minigpt_cli.model.gpt import initialize as initialize_model
-from minigpt_cli.model.huggingface import config_from_huggingface, from_huggingface
+from minigpt_cli.model.huggingface import config_from_huggingface
 from minigpt_cli.recipe import Adapter
 from tests.checkpoint.conftest import random_model
+from tests.model.layout import from_huggingface
 
 KINDS = {
     "plain": Adapter(rank=4, alpha=8.0),

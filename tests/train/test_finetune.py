@@ -376,7 +376,6 @@ def test_a_tokenizer_s_own_template_and_training_the_whole_model(
         (("data.source.chat_template=nowhere.jinja",), "chat_template nowhere.jinja can't be read"),
         (("train.sequence_length=4",), "examples fits train.sequence_length 4"),
         (("train.sequence_length=97",), "sequence_length 97 is longer than the 96 positions"),
-        (("data.tokenizer.train_vocab=300",), "brings its own: leave it out"),
         (("data.source.kind=files",), "format instructions needs records"),
     ],
 )

@@ -1,0 +1,78 @@
+"""A directory that appears under its name whole, or not at all."""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from minigpt_cli.checkpoint.store import is_checkpoint
+from minigpt_cli.data.manifest import sync_directory
+from minigpt_cli.errors import UserError
+
+
+@contextlib.contextmanager
+def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
+    """A directory to write to, which gets the name ``out`` when the ``with`` block has succeeded.
+
+    Raises:
+        UserError: ``out`` is there already and not to be replaced, or can't be written to.
+    """
+    out = Path(os.path.abspath(out))
+    _check_place(out, replace)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-{os.getpid()}-", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"{out}: can't be written to: {error.strerror}") from None
+    try:
+        folder.chmod(0o755 & ~_umask())
+        yield folder
+        for file in folder.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        sync_directory(folder)
+        _check_place(out, replace)  # again: it may have been made meanwhile
+        old = folder.with_name(f"{folder.name}-old")
+        if out.exists():
+            out.rename(old)
+        try:
+            folder.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+        sync_directory(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_place(out: Path, replace: bool) -> None:
+    if any(is_checkpoint(each) or each.name == "checkpoints" for each in (out, *out.parents)):
+        raise UserError(f"{out}: lies within a run's checkpoints; choose another directory")
+    there = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+    if there and not replace:
+        raise UserError(f"{out}: is there already; choose another directory, or delete it")
+
+
+def sweep(out: Path) -> None:
+    """Clear away what processes left that were killed while they made ``out``; what they had put
+    out of the way comes back."""
+    for left in out.parent.glob(f".{out.name}-*"):
+        match = re.fullmatch(rf"\.{re.escape(out.name)}-(\d+)-\w+(-old)?", left.name)
+        if match is None or Path(f"/proc/{match[1]}").exists():
+            continue
+        if match[2] and not out.exists():
+            left.rename(out)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
