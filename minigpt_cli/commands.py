@@ -94,7 +94,7 @@ def evaluate_model(
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
         "tokens": result.tokens,
-        "checkpoint": str(trained.base.directory),
+        "checkpoint": str(trained.checkpoint),
     }
 
 
@@ -149,7 +149,7 @@ def sample_model(
                 "prompt": prompt,
                 "completions": [completion.text for completion in completions],
                 "finish_reasons": [completion.finish_reason for completion in completions],
-                "checkpoint": str((adapter and adapter.checkpoint) or trained.base.directory),
+                "checkpoint": str(trained.checkpoint),
                 **({"adapter": adapter.name} if adapter is not None else {}),
             }
         )

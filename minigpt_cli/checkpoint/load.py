@@ -26,6 +26,12 @@ class TrainedModel:
     adapters: list[LoadedAdapter]  # the first of them is beside the model's layers
 
     @property
+    def checkpoint(self) -> Path:
+        """What was trained last: the base's directory, or that of an adapter's checkpoint."""
+        adapter = self.adapters[0] if self.adapters else None
+        return (adapter and adapter.checkpoint) or self.base.directory
+
+    @property
     def recipe(self) -> Recipe | None:
         """Of the run that trained it last."""
         adapter = self.adapters[0] if self.adapters else None
