@@ -77,8 +77,7 @@ def open_model(path: Path, adapters: list[Path]) -> tuple[Base, list[LoadedAdapt
         raise UserError(f"{path}: is an adapter itself: name its base, and this one with --adapter")
     base = open_base(path if name is None else name)
     opened = [open_adapter(each, base.config) for each in (adapters if name is None else [path])]
-    for adapter in opened:
-        _check_base(base, adapter)
+    _check_base(base, opened)
     if len(opened) == 1 and (checkpoint := opened[0].checkpoint) is not None:
         # It was trained with, among them, perhaps another chat template.
         base = replace(base, companions=companions_in(checkpoint))
@@ -86,18 +85,19 @@ def open_model(path: Path, adapters: list[Path]) -> tuple[Base, list[LoadedAdapt
     return replace(base, passed_over=(*base.passed_over, *passed_over)), opened
 
 
-def _check_base(base: Base, adapter: LoadedAdapter) -> None:
+def _check_base(base: Base, adapters: list[LoadedAdapter]) -> None:
     """Refuse an adapter of ours beside other weights than it was trained on, whatever their name.
 
     Raises:
         UserError: the base is another one.
     """
-    if adapter.checkpoint is None:
-        return
-    if (trained_on := read_state(adapter.checkpoint).dataset.get("base")) != fingerprint(base):
-        assert trained_on is not None
+    of_ours = {each.name: each.checkpoint for each in adapters if each.checkpoint is not None}
+    identity = fingerprint(base) if of_ours else None
+    for name, checkpoint in of_ours.items():
+        if read_state(checkpoint).dataset.get("base") == identity:
+            continue
         raise UserError(
-            f"{adapter.name} was not trained on {base.name} as it is now; did that run go on? Give "
+            f"{name} was not trained on {base.name} as it is now; did that run go on? Give "
             "what it was trained on, or an export of it: BASE --adapter ..."
         )
 

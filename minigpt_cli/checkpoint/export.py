@@ -5,6 +5,7 @@ reloading it with transformers. Only what is proven gets its name.
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,9 @@ def export_model(
         Mismatch: transformers computes something else from it; ``out`` is as it was.
     """
     with directory_in_place(out, replace) as folder:
+        size = parameter_count(base.config) * DTYPES[dtype].itemsize
+        if (free := shutil.disk_usage(folder).free) < size:
+            raise UserError(f"{out}: it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         parameters = _write_weights(base, folder, DTYPES[dtype], shard_bytes)
         write_tokenizer(base, folder)
         name = str(DTYPES[dtype]).removeprefix("torch.")
