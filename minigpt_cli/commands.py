@@ -149,7 +149,7 @@ def sample_model(
                 "prompt": prompt,
                 "completions": [completion.text for completion in completions],
                 "finish_reasons": [completion.finish_reason for completion in completions],
-                "checkpoint": str(trained.checkpoint),
+                "checkpoint": str((adapter and adapter.checkpoint) or trained.base.directory),
                 **({"adapter": adapter.name} if adapter is not None else {}),
             }
         )
@@ -188,7 +188,7 @@ def export(
     base, adapters = open_model(path, [adapter_path] if adapter_path is not None else [])
     adapter = adapters[0] if adapters else None
     _tell_of(base)
-    files = {"README.md": model_card(base, path.resolve().name, adapter)}
+    files = {"README.md": model_card(base, path.resolve().name, adapter, alone=adapter_only)}
     if adapter_only:
         if dtype != "fp32":
             raise UserError("--dtype is for whole models; an adapter is stored as it was trained")

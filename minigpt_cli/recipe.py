@@ -529,6 +529,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         if not true:
             found.append(problem)
 
+    need(r.base != "", "[lora] base and [model] init_from must not be empty")
     if r.lora is not None and r.model.init_from is not None:
         found.append("[model] init_from and [lora] base both say where the weights come from")
     elif r.lora is None and r.model.init_from is None:

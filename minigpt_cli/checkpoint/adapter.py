@@ -1,7 +1,7 @@
 """LoRA adapters on disk, in PEFT's format: written by minigpt or by PEFT, read by both."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,14 @@ from torch import Tensor
 
 from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.base import Base, companions_in, fingerprint, open_base
+from minigpt_cli.checkpoint.base import (
+    Base,
+    Companions,
+    companion_files,
+    companions_in,
+    fingerprint,
+    open_base,
+)
 from minigpt_cli.checkpoint.pretrained import CONFIG as MODEL_CONFIG
 from minigpt_cli.checkpoint.pretrained import read_json
 from minigpt_cli.checkpoint.state import read_state
@@ -23,6 +30,7 @@ from minigpt_cli.model.gpt import GPT, copy
 from minigpt_cli.recipe import Adapter, Recipe
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ORIGIN = "minigpt.json"  # beside them: what the base was, and in final/ the checkpoint
 _PREFIX = "base_model.model."
 _SUFFIXES = {
     "lora_A": ".lora_A.weight",
@@ -48,6 +56,8 @@ class LoadedAdapter:
     recipe: Recipe | None = None  # of the run that trained it
     checkpoint: Path | None = None
     passed_over: tuple[str, ...] = ()  # newer checkpoints that are damaged, and how
+    trained_on: str | None = None  # the base's fingerprint, where minigpt trained it
+    companions: Companions = field(default_factory=Companions)
 
     @property
     def modules(self) -> list[str]:
@@ -75,14 +85,30 @@ def open_model(path: Path, adapters: list[Path]) -> tuple[Base, list[LoadedAdapt
     name = _base_name(path)
     if name is not None and adapters:
         raise UserError(f"{path}: is an adapter itself: name its base, and this one with --adapter")
-    base = open_base(path if name is None else name)
+    base = _base_of(path, name) if name is not None else open_base(path)
     opened = [open_adapter(each, base.config) for each in (adapters if name is None else [path])]
     _check_base(base, opened)
-    if len(opened) == 1 and (checkpoint := opened[0].checkpoint) is not None:
-        # It was trained with, among them, perhaps another chat template.
-        base = replace(base, companions=companions_in(checkpoint))
+    if len(opened) == 1:  # it was trained with, among them, perhaps another chat template
+        tokens, files = base.companions.special_tokens, base.companions.files
+        mine = Companions(tokens, files | opened[0].companions.files)
+        base = replace(base, companions=mine)
     passed_over = [problem for adapter in opened for problem in adapter.passed_over]
     return replace(base, passed_over=(*base.passed_over, *passed_over)), opened
+
+
+def _base_of(path: Path, name: str) -> Base:
+    """The base that an adapter names.
+
+    Raises:
+        UserError: it isn't there.
+    """
+    try:
+        return open_base(name)
+    except UserError as error:
+        raise UserError(
+            f"{path}: its base can't be had: {error}. Give it: BASE --adapter {path}, or to go on "
+            "--set lora.base=BASE"
+        ) from None
 
 
 def _check_base(base: Base, adapters: list[LoadedAdapter]) -> None:
@@ -91,10 +117,10 @@ def _check_base(base: Base, adapters: list[LoadedAdapter]) -> None:
     Raises:
         UserError: the base is another one.
     """
-    of_ours = {each.name: each.checkpoint for each in adapters if each.checkpoint is not None}
-    identity = fingerprint(base) if of_ours else None
-    for name, checkpoint in of_ours.items():
-        if read_state(checkpoint).dataset.get("base") == identity:
+    known = {each.name: each.trained_on for each in adapters if each.trained_on is not None}
+    identity = fingerprint(base) if known else None
+    for name, trained_on in known.items():
+        if trained_on == identity:
             continue
         raise UserError(
             f"{name} was not trained on {base.name} as it is now; did that run go on? Give "
@@ -175,6 +201,8 @@ def of_run(path: Path) -> LoadedAdapter:
         recipe=recipe,
         checkpoint=checkpoint,
         passed_over=tuple(passed_over),
+        trained_on=read_state(checkpoint).dataset.get("base"),
+        companions=companions_in(checkpoint),
     )
 
 
@@ -218,7 +246,15 @@ def _of_peft(path: Path, model: GPT) -> LoadedAdapter:
         if kind is None or module not in ours:
             raise UserError(f"{path}: holds {name}, which the base has no layer for")
         tensors[f"{ours[module]}.{kind}"] = tensor
-    return LoadedAdapter(str(path), shape, tensors, settings.get("base_model_name_or_path"))
+    origin = read_json(path / ORIGIN) if (path / ORIGIN).is_file() else {}
+    return LoadedAdapter(
+        str(path),
+        shape,
+        tensors,
+        settings.get("base_model_name_or_path"),
+        trained_on=origin.get("base_sha256"),
+        companions=companion_files(path, {}),
+    )
 
 
 def apply(model: GPT, adapter: LoadedAdapter | None) -> None:

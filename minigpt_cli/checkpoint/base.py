@@ -6,6 +6,7 @@ Everything is compared before anything is assigned, and read one tensor at a tim
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -80,6 +81,8 @@ def open_base(name: str | Path) -> Base:
         Damaged: a run without a valid checkpoint.
     """
     path = Path(name).expanduser()
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{name}: is an adapter, not a whole model: merge it first, with export")
     if path.is_dir() and not (path / pretrained.CONFIG).is_file():
         return _of_run(path)
     return _of_huggingface(str(name))
@@ -95,13 +98,14 @@ def _of_huggingface(name: str) -> Base:
         directory=directory,
         config=config,
         tokenizer=directory,
-        companions=_companions(directory, settings),
+        companions=companion_files(directory, settings),
         read=weights.read,
         report=str(weights.report),
     )
 
 
-def _companions(directory: Path, settings: dict[str, Any]) -> Companions:
+def companion_files(directory: Path, settings: dict[str, Any]) -> Companions:
+    """Those of a directory as transformers writes it; ``settings`` are its config.json."""
     try:
         return Companions(
             {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name) is not None},
@@ -233,7 +237,13 @@ def complete(recipe: Recipe, base: Base) -> Recipe:
     if data.source is not None and data.tokenizer is None:
         data = replace(data, tokenizer=DataTokenizer(path=str(base.tokenizer)))
     done = replace(recipe, model=replace(recipe.model, **theirs), data=data)
-    changed = [key for key, _, _ in recipes.differences(recipe, done)]
+    if Path(base.name).expanduser().is_dir():  # also from another working directory
+        path = os.path.abspath(Path(base.name).expanduser())
+        if recipe.lora is not None:
+            done = replace(done, lora=replace(recipe.lora, base=path))
+        else:
+            done = replace(done, model=replace(done.model, init_from=path))
+    changed = [key for key, old, _ in recipes.differences(recipe, done) if old != recipe.base]
     origin: dict[str, Origin] = {
         **dict.fromkeys(recipes.settings(done), "default"),
         **recipe.origin,

@@ -11,8 +11,10 @@ from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.recipe import Recipe
 
 
-def model_card(base: Base, name: str, adapter: LoadedAdapter | None = None) -> str:
-    """The card of a model, or of one into which an adapter was merged."""
+def model_card(
+    base: Base, name: str, adapter: LoadedAdapter | None = None, alone: bool = False
+) -> str:
+    """The card of a model, of one into which an adapter was merged, or of an adapter ``alone``."""
     c, recipe, checkpoint = base.config, base.recipe, base.directory
     rows = [
         ("Architecture", f"{c.family}, {c.num_hidden_layers} layers of width {c.hidden_size}"),
@@ -36,6 +38,9 @@ def model_card(base: Base, name: str, adapter: LoadedAdapter | None = None) -> s
     card = _CARD.format(name=name, table=table)
     if adapter is not None:
         card = card.replace("tags:\n", f"base_model: {base.name}\ntags:\n- lora\n")
+    if adapter is not None and alone:
+        card = card.replace("library_name: transformers", "library_name: peft")
+        card = card.replace(_LOAD, _LOAD_ADAPTER)
     if recipe is not None:
         card += f"\n## Recipe\n\n```toml\n{recipes.dump(recipe)}```\n"
     return card
@@ -66,7 +71,13 @@ def _losses(state: RunState) -> list[tuple[str, str]]:
     return found
 
 
-_CARD = """\
+_LOAD = 'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
+_LOAD_ADAPTER = """\
+model = AutoModelForCausalLM.from_pretrained("BASE")
+model = PeftModel.from_pretrained(model, "PATH")  # from peft import PeftModel
+"""
+_CARD = (
+    """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -86,8 +97,10 @@ tags:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
+"""
+    + _LOAD
+    + """inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """
+)

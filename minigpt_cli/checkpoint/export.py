@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.checkpoint.adapter import LoadedAdapter, write_adapter
+from minigpt_cli.checkpoint.adapter import ORIGIN, LoadedAdapter, write_adapter
 from minigpt_cli.checkpoint.base import Base, fingerprint, open_base
 from minigpt_cli.checkpoint.directory import directory_in_place
 from minigpt_cli.checkpoint.pretrained import CONFIG, INDEX
@@ -81,19 +81,27 @@ def export_adapter(
     out: Path,
     *,
     files: dict[str, str],
+    provenance: dict[str, str] | None = None,
     replace: bool = False,
 ) -> None:
-    """Write an adapter alone, in PEFT's format, with the tokenizer; see ``export_model``."""
+    """Write an adapter alone, in PEFT's format, with the tokenizer; see ``export_model``.
+
+    Args:
+        provenance: what its ``ORIGIN`` is to tell besides what the base was.
+    """
     with directory_in_place(out, replace) as folder:
         write_adapter(adapter, base.config, _name_for_peft(base), folder)
         write_tokenizer(base, folder)
+        origin = {"base_sha256": adapter.trained_on} if adapter.trained_on is not None else {}
+        _write_json(folder / ORIGIN, origin | (provenance or {}))
         _write_texts(folder, files)
 
 
 def _name_for_peft(base: Base) -> str:
     """What PEFT can load the base from: of a run, its ``final/``, if that is the same model."""
     if base.recipe is None:
-        return base.name
+        path = Path(base.name).expanduser()
+        return os.path.abspath(path) if path.is_dir() else base.name
     final = base.directory.parent.parent / FINAL
     if (final / CONFIG).is_file() and fingerprint(open_base(final)) == fingerprint(base):
         return str(final)

@@ -31,7 +31,7 @@ def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
     if never:
         raise UserError(
             f"{', '.join(never)} can't change within a run, whose saved tensors would not fit: "
-            "start another with minigpt pretrain"
+            "start another run"
         )
     if refused:
         raise UserError(

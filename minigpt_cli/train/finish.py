@@ -5,17 +5,16 @@ import json
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.adapter import open_model
+from minigpt_cli.checkpoint.adapter import ORIGIN, open_model
 from minigpt_cli.checkpoint.card import model_card
 from minigpt_cli.checkpoint.directory import sweep
 from minigpt_cli.checkpoint.export import FINAL, export_adapter, export_model
 from minigpt_cli.checkpoint.manifest import MANIFEST
+from minigpt_cli.checkpoint.pretrained import read_json
 from minigpt_cli.checkpoint.prove import Mismatch
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.report.console import warn
 from minigpt_cli.train.run import Run
-
-ORIGIN = "minigpt.json"  # in final/: which checkpoint it was made from
 
 
 def write_final(run: Run, state: RunState) -> str:
@@ -41,16 +40,17 @@ def _export(run: Run, checkpoint: Path, final: Path) -> str:
         "checkpoint": checkpoint.name,
         "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
     }
-    text = json.dumps(origin, indent=1) + "\n"
-    if (final / ORIGIN).is_file() and (final / ORIGIN).read_text() == text:
+    text = json.dumps(origin, indent=2) + "\n"
+    if (final / ORIGIN).is_file() and origin.items() <= read_json(final / ORIGIN).items():
         return f"{final} is there"
     try:
         base, adapters = open_model(checkpoint, [])
         adapter = adapters[0] if adapters else None
-        files = {"README.md": model_card(base, run.recipe.name, adapter), ORIGIN: text}
+        files = {"README.md": model_card(base, run.recipe.name, adapter, alone=True)}
         if adapter is None:
+            files[ORIGIN] = text
             return f"exported {final}, {export_model(base, final, files=files, replace=True).proof}"
-        export_adapter(base, adapter, final, files=files, replace=True)
+        export_adapter(base, adapter, final, files=files, provenance=origin, replace=True)
         return f"exported {final}, an adapter in PEFT's format"
     except Mismatch:
         raise

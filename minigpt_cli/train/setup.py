@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import base as bases
 from minigpt_cli.checkpoint import store
@@ -28,7 +30,7 @@ from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import UserError
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import config_from_recipe
-from minigpt_cli.model.gpt import initialize
+from minigpt_cli.model.gpt import GPT, initialize
 from minigpt_cli.recipe import Distributed, Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.report.console import say, warn
@@ -60,6 +62,9 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     if base is not None:
         say(base.report)
         recipe = bases.complete(recipe, base)
+        if recipe.lora is not None:  # before the data is made, which may take hours
+            with torch.device("meta"):
+                lora.targets(GPT(base.config), recipe.lora.target_modules)
         if (tokenizer := recipe.data.tokenizer) is not None and tokenizer.path is not None:
             _check_tokenizer(tokenizer.path, base, fingerprint(load_tokenizer(tokenizer.path)))
     with ExitStack() as resources:

@@ -1,6 +1,7 @@
 """finetune-lora as users run it: stopped and gone on with, on several ranks, on conversations."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,7 @@ def test_peft_loads_what_a_run_leaves(tmp_path: Path, base: Path, license_datase
     found = json.loads(several.stdout)["adapters"]
     assert [each["completions"] for each in found] == [one, one]
     assert [each["adapter"] for each in found] == [str(run), str(run / "final")]
+    assert found[0]["checkpoint"] == f"{run}/checkpoints/step-00000012"
 
 
 def test_ranks_and_one_process_agree(tmp_path: Path, base: Path, license_dataset: Path):
@@ -233,6 +235,9 @@ def test_another_base_is_refused_and_a_moved_one_is_not(
     refused = minigpt("resume", run, "--set", "train.steps=13")
     assert refused.returncode == 2
     assert f"{base}: no such directory" in refused.stderr
+    refused = minigpt("sample", run)
+    assert f"its base can't be had: {base}: no such directory" in refused.stderr
+    assert f"BASE --adapter {run}" in refused.stderr
     moved = f"lora.base={tmp_path}/moved"
     said = finished("resume", run, "--set", "train.steps=13", "--set", moved)
     assert "resuming" in said
@@ -260,10 +265,13 @@ def test_a_base_that_went_on_training_is_not_merged_into(
     finished("export", run, tmp_path / "merged")
     shutil.copytree(trained / "final", tmp_path / "kept")
     finished("resume", trained, "--set", "train.steps=16")
-    for command in (("export", run, tmp_path / "other"), ("sample", run), ("eval", run)):
+    finished("export", tmp_path / "kept", tmp_path / "alone", "--adapter", run, "--adapter-only")
+    for command in (("export", run, tmp_path / "other"), ("sample", run), ("eval", run),
+                    ("sample", run / "final"), ("eval", trained, "--adapter", tmp_path / "alone"),
+                    ("sample", trained, "--adapter", run / "final")):  # fmt: skip
         refused = minigpt(*command)
         assert refused.returncode == 2
-        assert f"was not trained on {trained} as it is now" in refused.stderr
+        assert re.search(rf"was not trained on {trained}(/final)? as it is now", refused.stderr)
     assert "is not the model that this run's adapters" in minigpt("resume", run).stderr
     finished("resume", run, "--set", f"lora.base={tmp_path}/kept")
     finished("export", tmp_path / "kept", tmp_path / "again", "--adapter", run)
@@ -276,6 +284,7 @@ def test_each_command_takes_its_own_recipes(
     base: Path,
     license_dataset: Path,
     recipe_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     file = recipe(tmp_path, base, license_dataset)
     assert "run it with minigpt finetune-lora" in minigpt("pretrain", file).stderr
@@ -284,6 +293,13 @@ def test_each_command_takes_its_own_recipes(
                    "--out", tmp_path / "run")  # fmt: skip
     assert done.returncode == 2
     assert "no layer is called wq; of a llama they are q_proj, k_proj, v_proj" in done.stderr
+    monkeypatch.chdir(base.parent)  # what is written down holds elsewhere, too
+    finished("finetune-lora", file, "--out", tmp_path / "run", "--set", f"lora.base={base.name}")
+    monkeypatch.chdir("/")
+    finished("sample", tmp_path / "run", "--max-new-tokens", 2)
+    settings = json.loads((tmp_path / "run/final/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base)
+    assert "library_name: peft" in (tmp_path / "run/final/README.md").read_text()
 
 
 # --- conversations -------------------------------------------------------------------------------
@@ -339,6 +355,9 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path, base: Path, chats
     assert found == pytest.approx(total, rel=1e-4)
     first, *_, last = [line["loss"] for line in metrics.read(run) if "loss" in line]
     assert last < first - 0.3
+    for model in ((run,), (run / "final",), (base, "--adapter", run / "final")):
+        said = minigpt("sample", *model, "--chat", "--prompt", "hi", "--max-new-tokens", 2)
+        assert said.returncode == 0, said.stderr
 
 
 def test_a_tokenizer_s_own_template_and_training_the_whole_model(
