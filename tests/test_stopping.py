@@ -81,7 +81,6 @@ import sys, time
 from minigpt_cli import stopping
 from minigpt_cli.errors import Stopped
 stopping.stop_at_signals()
-print("ready", flush=True)
 try:
     import takes_long
     time.sleep(60)
@@ -95,7 +94,7 @@ def test_a_hail_of_signals_while_something_is_imported(tmp_path: Path):
     """Each had started a thread in its handler, and handlers had interrupted one another until
     Python's stack was full."""
     (tmp_path / "takes_long.py").write_text(
-        "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\n"
+        'import time\nprint("ready", flush=True)\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\n'
     )
     (tmp_path / "main.py").write_text(HAILED)
     process = subprocess.Popen(
