@@ -94,7 +94,8 @@ def test_a_hail_of_signals_while_something_is_imported(tmp_path: Path):
     """Each had started a thread in its handler, and handlers had interrupted one another until
     Python's stack was full."""
     (tmp_path / "takes_long.py").write_text(
-        'import time\nprint("ready", flush=True)\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\n'
+        'import time\nprint("ready", flush=True)\nend = time.monotonic() + 1\n'
+        "while time.monotonic() < end: pass\n"
     )
     (tmp_path / "main.py").write_text(HAILED)
     process = subprocess.Popen(
