@@ -61,7 +61,7 @@ def row(shape: str, folder: Path, data: Path) -> list[str]:
         read = far(mine(IDS), made(IDS).logits)
         model = GPT(base.config)
         lora.attach(model, kind)
-        adapter = LoadedAdapter("", kind, randomize(model), str(directory))
+        adapter = LoadedAdapter("", kind, randomize(model))
         export_adapter(base, adapter, place / "ours", files={"README.md": ""})
         mine = load_model(place / "ours", CPU, []).model
         loaded: Any = PeftModel.from_pretrained(

@@ -52,7 +52,6 @@ class LoadedAdapter:
     name: str
     shape: Adapter
     tensors: dict[str, Tensor]  # by our parameters' names
-    base: str | None  # what it was trained on, as far as is known
     recipe: Recipe | None = None  # of the run that trained it
     checkpoint: Path | None = None
     passed_over: tuple[str, ...] = ()  # newer checkpoints that are damaged, and how
@@ -197,7 +196,6 @@ def of_run(path: Path) -> LoadedAdapter:
         name=str(path),
         shape=recipe.lora.adapter,
         tensors={name.removeprefix(WEIGHTS): read(name) for name in names},
-        base=recipe.lora.base,
         recipe=recipe,
         checkpoint=checkpoint,
         passed_over=tuple(passed_over),
@@ -251,7 +249,6 @@ def _of_peft(path: Path, model: GPT) -> LoadedAdapter:
         str(path),
         shape,
         tensors,
-        settings.get("base_model_name_or_path"),
         trained_on=origin.get("base_sha256"),
         companions=companion_files(path, {}),
     )

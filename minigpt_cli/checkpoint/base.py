@@ -237,15 +237,21 @@ def complete(recipe: Recipe, base: Base) -> Recipe:
     if data.source is not None and data.tokenizer is None:
         data = replace(data, tokenizer=DataTokenizer(path=str(base.tokenizer)))
     done = replace(recipe, model=replace(recipe.model, **theirs), data=data)
-    if Path(base.name).expanduser().is_dir():  # also from another working directory
-        path = os.path.abspath(Path(base.name).expanduser())
-        if recipe.lora is not None:
-            done = replace(done, lora=replace(recipe.lora, base=path))
-        else:
-            done = replace(done, model=replace(done.model, init_from=path))
-    changed = [key for key, old, _ in recipes.differences(recipe, done) if old != recipe.base]
+    changed = [key for key, _, _ in recipes.differences(recipe, done)]
     origin: dict[str, Origin] = {
         **dict.fromkeys(recipes.settings(done), "default"),
         **recipe.origin,
+        **dict.fromkeys(changed, "base"),
     }
-    return replace(done, origin=origin | dict.fromkeys(changed, "base"))
+    return _elsewhere(replace(done, origin=origin), base)
+
+
+def _elsewhere(recipe: Recipe, base: Base) -> Recipe:
+    """The recipe with the base's whole path, so that it holds in other working directories."""
+    folder = Path(base.name).expanduser()
+    if not folder.is_dir():  # a name on the Hub
+        return recipe
+    path = os.path.abspath(folder)
+    if recipe.lora is not None:
+        return replace(recipe, lora=replace(recipe.lora, base=path))
+    return replace(recipe, model=replace(recipe.model, init_from=path))

@@ -41,9 +41,9 @@ def _export(run: Run, checkpoint: Path, final: Path) -> str:
         "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
     }
     text = json.dumps(origin, indent=2) + "\n"
-    if (final / ORIGIN).is_file() and origin.items() <= read_json(final / ORIGIN).items():
-        return f"{final} is there"
     try:
+        if (final / ORIGIN).is_file() and origin.items() <= read_json(final / ORIGIN).items():
+            return f"{final} is there"
         base, adapters = open_model(checkpoint, [])
         adapter = adapters[0] if adapters else None
         files = {"README.md": model_card(base, run.recipe.name, adapter, alone=True)}

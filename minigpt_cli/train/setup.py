@@ -97,14 +97,17 @@ def _open_base(
     if (name := recipe.base) is None:
         return None, None
 
+    opened: list[Base] = []  # on rank 0
+
     def first() -> str:
         if new is not None:
             _check_directory(new)
-        return bases.fingerprint(bases.open_base(name))
+        opened.append(bases.open_base(name))
+        return bases.fingerprint(opened[0])
 
     identity = world.from_first(first)
-    base = bases.open_base(name)
-    if any(world.largest(world.rank > 0 and bases.fingerprint(base) != identity)):
+    base = opened[0] if opened else bases.open_base(name)
+    if any(world.largest(not opened and bases.fingerprint(base) != identity)):
         raise UserError(f"{name}: the ranks find different weights under this name")
     return base, identity
 

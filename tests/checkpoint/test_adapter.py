@@ -76,7 +76,7 @@ def test_ours_load_in_peft_alone_and_merged(
     base = open_base(directory)
     model = GPT(base.config)
     lora.attach(model, kind)
-    adapter = LoadedAdapter("ours", kind, randomize(model), str(directory))
+    adapter = LoadedAdapter("ours", kind, randomize(model))
     export_adapter(base, adapter, tmp_path / "adapter", files={"README.md": "a card"})
     ours = load_model(tmp_path / "adapter", CPU, []).model
     theirs = PeftModel.from_pretrained(

@@ -191,7 +191,7 @@ def test_adapters_swap_on_one_base():
     for number, kind in enumerate([*KINDS.values(), Adapter(rank=2, target_modules=("q_proj",))]):
         lora.attach(model, kind)
         values = randomize(model, number)
-        loaded.append(LoadedAdapter(str(number), kind, values, None))
+        loaded.append(LoadedAdapter(str(number), kind, values))
         logits.append(model(ids))
     for one, expected in zip(reversed(loaded), reversed(logits), strict=True):
         apply(model, one)
