@@ -15,6 +15,24 @@ from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.console import say, warn
 from minigpt_cli.train.run import Run
 
+# What a run has already been shaped by: ``resume`` changes these only if told to by name ...
+CHANGED_BY_NAME = (
+    "model.dropout",
+    "train.seed",
+    "train.global_batch_size",
+    "train.sequence_length",
+    "lora.alpha",
+    "lora.dropout",
+)
+# ... and these never: the saved tensors would not fit. (Another lora.base is compared by content.)
+NEVER_CHANGED = (
+    "model.",
+    "optimizer.name",
+    "lora.rank",
+    "lora.target_modules",
+    "lora.use_",
+)
+
 
 def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
     """Print what the command line changes; refuse what would alter what was already trained."""
@@ -24,9 +42,9 @@ def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
     never, refused = [], []
     for key, before, after in recipes.differences(old, new):
         say(f"changed: {key} = {after} (was {before})")
-        if key in recipes.CHANGED_BY_NAME:
+        if key in CHANGED_BY_NAME:
             refused += [] if key in allowed else [key]
-        elif key.startswith(recipes.NEVER_CHANGED):
+        elif key.startswith(NEVER_CHANGED):
             never.append(key)
     if never:
         raise UserError(
