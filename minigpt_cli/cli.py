@@ -462,11 +462,21 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _report_usage(error: Any) -> int:
+    """Of an error of typer's about the arguments; without any there is help instead."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        context = getattr(error, "ctx", None)
+        command = "minigpt" if context is None else context.command_path
+        tell(f"{error.format_message().rstrip('.')} (see {command} --help)")
+    return int(error.exit_code)
+
+
 def _report(error: Exception | Stopped) -> int:
     """Print one line for this error; returns the exit code."""
-    if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer's
-        error.show()
-        return int(error.exit_code)
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        return _report_usage(error)
     if isinstance(error, BrokenPipeError):  # `minigpt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -204,8 +204,22 @@ def test_debug_shows_the_traceback():
 
 
 def test_usage_errors_and_version():
-    assert minigpt("pretrain").returncode == 2
-    assert minigpt("nonsense").returncode == 2
+    for arguments, said in {
+        ("pretrain",): "Missing argument 'recipe' (see minigpt pretrain --help)",
+        ("tokeniz",): "No such command 'tokeniz'. Did you mean 'tokenize'? (see minigpt --help)",
+        ("sample", "--promt", "x"): "No such option: --promt",
+        ("sample", "--prompt"): "Option '--prompt' requires an argument (see minigpt",
+        ("export", "a", "b", "--dtype", "int8"): "'int8' is not one of 'fp32', 'bf16', 'fp16'",
+    }.items():
+        done = minigpt(*arguments)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("minigpt: ")
+        assert said in line
+    helped = minigpt()
+    assert helped.returncode == 2
+    assert "finetune-lora" in helped.stderr
     done = minigpt("--version")
     assert done.returncode == 0
     assert done.stdout.startswith("minigpt ")
