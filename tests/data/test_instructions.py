@@ -349,6 +349,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": "x"}]}, "no message of the role 'assistant'"),
     ({"messages": ["x"]}, "message 0 is not an object but str"),
     ({"messages": [{"role": "assistant"}]}, "'content' of message 0 is missing"),
+    (
+        {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]},
+        "'content' of message 1 is empty",
+    ),
     ({"messages": [{"content": "x"}]}, "'role' of message 0 is missing"),
     (
         {"messages": [{"role": "assistant", "content": [{"type": "text"}]}]},
