@@ -18,6 +18,7 @@ from minigpt_cli.checkpoint.base import (
     companions_in,
     fingerprint,
     open_base,
+    with_tokenizer,
 )
 from minigpt_cli.checkpoint.pretrained import CONFIG as MODEL_CONFIG
 from minigpt_cli.checkpoint.pretrained import read_json
@@ -59,6 +60,11 @@ class LoadedAdapter:
     companions: Companions = field(default_factory=Companions)
 
     @property
+    def directory(self) -> Path:
+        """Of its files; of a run, the checkpoint."""
+        return self.checkpoint or Path(self.name)
+
+    @property
     def modules(self) -> list[str]:
         """Our names of the layers that it belongs to."""
         return [name.removesuffix(".lora_A") for name in self.tensors if name.endswith(".lora_A")]
@@ -87,6 +93,8 @@ def open_model(path: Path, adapters: list[Path]) -> tuple[Base, list[LoadedAdapt
     base = _base_of(path, name) if name is not None else open_base(path)
     opened = [open_adapter(each, base.config) for each in (adapters if name is None else [path])]
     _check_base(base, opened)
+    if opened:
+        base = with_tokenizer(base, opened[0].directory)
     if len(opened) == 1:  # it was trained with, among them, perhaps another chat template
         tokens, files = base.companions.special_tokens, base.companions.files
         mine = Companions(tokens, files | opened[0].companions.files)

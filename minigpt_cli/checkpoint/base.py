@@ -20,7 +20,7 @@ from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import pretrained, store
 from minigpt_cli.checkpoint.tensors import WEIGHTS, whole_reader
 from minigpt_cli.data import chat
-from minigpt_cli.data.tokenizer import eos_id, load_tokenizer, vocabulary_size
+from minigpt_cli.data.tokenizer import eos_id, is_tokenizer, load_tokenizer, vocabulary_size
 from minigpt_cli.errors import Damaged, UserError
 from minigpt_cli.model.config import ModelConfig, config_from_recipe
 from minigpt_cli.model.gpt import GPT
@@ -102,6 +102,13 @@ def _of_huggingface(name: str) -> Base:
         read=weights.read,
         report=str(weights.report),
     )
+
+
+def with_tokenizer(base: Base, path: Path) -> Base:
+    """The base, with the tokenizer at ``path`` where the weights came without any."""
+    if is_tokenizer(base.tokenizer) or not is_tokenizer(path):
+        return base
+    return replace(base, tokenizer=path)
 
 
 def companion_files(directory: Path, settings: dict[str, Any]) -> Companions:

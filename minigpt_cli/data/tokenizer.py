@@ -67,6 +67,12 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
     return _text_only(tokenizer)
 
 
+def is_tokenizer(path: Path) -> bool:
+    """Whether there is one that ``load_tokenizer`` could load."""
+    pair = (path / "vocab.json", path / "merges.txt")
+    return path.is_file() or (path / "tokenizer.json").is_file() or all(f.is_file() for f in pair)
+
+
 def load_tokenizer(path: str | Path) -> "Tokenizer":
     """Load a tokenizer from ``tokenizer.json``, or a directory with it, or GPT-2's vocab.json +
     merges.txt.

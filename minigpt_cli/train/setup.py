@@ -61,6 +61,9 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     base, identity = _open_base(recipe, world, directory)
     if base is not None:
         say(base.report)
+        given = recipe.data.tokenizer
+        path = given.path if given is not None else None
+        base = bases.with_tokenizer(base, Path(path or recipe.data_path))
         recipe = bases.complete(recipe, base)
         if recipe.lora is not None:  # before the data is made, which may take hours
             with torch.device("meta"):

@@ -389,6 +389,33 @@ def test_a_tokenizer_s_own_template_and_training_the_whole_model(
     assert losses[-1] < losses[0] / 2
 
 
+def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
+    tmp_path: Path, base: Path, license_dataset: Path, chats: str
+):
+    """That of the data, or of the recipe; what was trained brings it along."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (base / "tokenizer.json").rename(mine / "tokenizer.json")
+    (base / "tokenizer_config.json").unlink()
+    file = recipe(tmp_path, base, license_dataset)
+    finished("finetune-lora", file, "--out", tmp_path / "run", "--set", "train.steps=2")
+    given = chats + f'[data.tokenizer]\npath = "{mine}"\n'
+    file = recipe(tmp_path, base, tmp_path / "chats", given)
+    finished("finetune-lora", file, "--out", tmp_path / "chat", "--set", "train.steps=2",
+             "--set", "train.sequence_length=96")  # fmt: skip
+    finished("resume", tmp_path / "chat", "--set", "train.steps=4")
+    finished("export", tmp_path / "chat", tmp_path / "merged")
+    for model in ((tmp_path / "run",), (tmp_path / "run/final",), (tmp_path / "merged",),
+                  (base, "--adapter", tmp_path / "chat")):  # fmt: skip
+        finished("sample", *model, "--prompt", "The", "--max-new-tokens", 2)
+    for command in (("sample", base), ("finetune-lora", recipe(
+        tmp_path, base, tmp_path / "new", chats
+    ), "--out", tmp_path / "none")):  # fmt: skip
+        done = minigpt(*command)
+        assert done.returncode == 2
+        assert f"no tokenizer at {base}" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
