@@ -36,12 +36,12 @@ def clear(directory: Path) -> None:
 
 
 def _export(run: Run, checkpoint: Path, final: Path) -> str:
-    origin = {
-        "checkpoint": checkpoint.name,
-        "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
-    }
-    text = json.dumps(origin, indent=2) + "\n"
     try:
+        origin = {
+            "checkpoint": checkpoint.name,
+            "manifest_sha256": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+        }
+        text = json.dumps(origin, indent=2) + "\n"
         if (final / ORIGIN).is_file() and origin.items() <= read_json(final / ORIGIN).items():
             return f"{final} is there"
         base, adapters = open_model(checkpoint, [])

@@ -122,8 +122,7 @@ def _train(run: Run, state: RunState) -> None:
         saved_step = _tell(run.saver.wait(), display) or saved_step
         if saved_step != state.step:
             _settle(run, state, display, clock)
-            _save(run, state, display)
-            _tell(run.saver.wait(), display, must_be_there=True)
+            _save(run, state, display, must_be_there=True)
         if signum:
             name = signal.Signals(signum).name
             raise Stopped(
@@ -252,10 +251,16 @@ def _flush_metrics(run: Run, display: TrainingDisplay) -> None:
         display.say(f"warning: metrics.jsonl could not be written: {error.strerror}")
 
 
-def _save(run: Run, state: RunState, display: TrainingDisplay) -> int | None:
+def _save(
+    run: Run, state: RunState, display: TrainingDisplay, must_be_there: bool = False
+) -> int | None:
     """Begin to save a checkpoint; training can go on when this returns.
 
-    Returns its step where saves are not asynchronous and it is there already.
+    Returns its step if it is there already: where saves are not asynchronous, and where it
+    ``must_be_there``.
+
+    Raises:
+        UserError: it ``must_be_there`` and could not be written.
     """
     trainer = run.trainer
     _tell(run.saver.poll(), display)
@@ -288,7 +293,9 @@ def _save(run: Run, state: RunState, display: TrainingDisplay) -> int | None:
         },
         state.val_loss if state.evaluated_step == state.step else None,
     )
-    return None if run.recipe.checkpoint.asynchronous else _tell(run.saver.wait(), display)
+    if run.recipe.checkpoint.asynchronous and not must_be_there:
+        return None
+    return _tell(run.saver.wait(), display, must_be_there)
 
 
 def _tell(saved: Saved | None, display: TrainingDisplay, must_be_there: bool = False) -> int | None:

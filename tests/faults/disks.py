@@ -131,11 +131,11 @@ def _trouble(
     lines(run)
 
 
-def full_at_the_end(scene: Scene) -> None:
+def full_at_the_end(scene: Scene, *settings: str) -> None:
     """The last save must be there: otherwise exit code 2, and the same command with room saves."""
     with disk(scene.place("disk"), "size=900k") as place:
         run = place / "run"
-        process = scene.fork(*scene.go(run))
+        process = scene.fork(*scene.go(run, *settings))
         assert process.wait() == 2, process.tail
         told = process.said.splitlines()[-1]
         assert f"step-{STEPS:08d}: {NOT_WRITTEN}it takes 0.62 MB, and 0." in told
@@ -145,14 +145,14 @@ def full_at_the_end(scene: Scene) -> None:
         assert is_whole(newest(run))
         assert scene.do("verify", run)[0] == 0
         subprocess.run(["mount", "-o", "remount,size=50m", place], check=True)
-        scene.finish(run)
+        scene.finish(run, *settings)
 
 
-def stopped_on_a_full_disk(scene: Scene) -> None:
+def stopped_on_a_full_disk(scene: Scene, *settings: str) -> None:
     """SIGTERM where nothing can be saved: not 75, for that promises that everything is."""
     with disk(scene.place("disk"), "size=8m") as place:
         run = place / "run"
-        process = scene.fork(*scene.go(run))
+        process = scene.fork(*scene.go(run, *settings))
         until(lambda: len(steps_saved(run)) > 1, process)
         with process.stopped():
             _fill_up(place / "filler")
@@ -163,15 +163,15 @@ def stopped_on_a_full_disk(scene: Scene) -> None:
         assert NOT_WRITTEN in process.said.splitlines()[-1], process.tail
         assert "older checkpoints are untouched" in process.said.splitlines()[-1]
         check_nothing_lost(run, saved)
-        code, said = scene.do(*scene.go(run))  # still full
+        code, said = scene.do(*scene.go(run, *settings))  # still full
         assert code == 2, said
         assert "a checkpoint takes 0.62 MB, and 0.00 MB are free: make room" in said, said
         assert "Traceback" not in said
         check_nothing_lost(run, saved)
         (place / "filler").unlink()
-        process = scene.fork(*scene.go(run))
+        process = scene.fork(*scene.go(run, *settings))
         assert process.wait() == 0, process.tail
-        scene.check_same(run, metrics=False)
+        scene.check_same(run, *settings, metrics=False)
 
 
 def metrics_on_a_full_disk(scene: Scene) -> None:

@@ -173,8 +173,17 @@ def _disks(leave_free: tuple[int, ...] = (0, 300_000, 700_000)) -> Iterator[Tria
             lambda scene, leave=leave: disks.full_in_the_run(scene, leave),
         )
     yield Trial(full, "no inodes", disks.no_inodes_in_the_run)
-    yield Trial(full, "at the last save", disks.full_at_the_end)
-    yield Trial(full, "and SIGTERM", disks.stopped_on_a_full_disk)
+    for how, settings in (("", ()), (", saves that are waited for", VARIANTS[1])):
+        yield Trial(
+            full,
+            f"at the last save{how}",
+            lambda scene, settings=settings: disks.full_at_the_end(scene, *settings),
+        )
+        yield Trial(
+            full,
+            f"and SIGTERM{how}",
+            lambda scene, settings=settings: disks.stopped_on_a_full_disk(scene, *settings),
+        )
     yield Trial(full, "for metrics.jsonl", disks.metrics_on_a_full_disk)
     no = "no right to write"
     yield Trial(no, "before the run", disks.forbidden_before_the_run)
