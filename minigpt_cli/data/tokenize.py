@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli import __version__
+from minigpt_cli.data.instructions import is_instructions
 from minigpt_cli.data.journal import State, read_journal
 from minigpt_cli.data.manifest import (
     JOURNAL,
@@ -94,6 +95,8 @@ def tokenize(
         "shard_tokens": shard_tokens,
     }
     tell = Teller(progress, total_bytes)
+    if is_instructions(out):
+        raise UserError(f"{out} holds instructions: choose another place, or delete it")
     try:
         if (out / MANIFEST).exists():  # before the lock: a dataset may lie on a read-only disk
             return _finished(out, settings)
@@ -131,7 +134,10 @@ def _begun(
     if tokenizer is None:
         assert train_vocab is not None
         tokenizer = train_bpe(_training_texts(source, rule, strict, tell), train_vocab)
-    write_atomically(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
+    if (out / JOURNAL).exists() or not (out / TOKENIZER).exists():
+        write_atomically(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
+    elif fingerprint(load_tokenizer(out / TOKENIZER)) != fingerprint(tokenizer):  # not of ours
+        raise UserError(f"{out} holds another {TOKENIZER}: choose another place, or delete it")
     work = _work(source, out, strict, settings, rule, modified, tokenizer)
     work.journal(State())
     return work, State()

@@ -660,6 +660,27 @@ def test_with_nothing_written_other_settings_begin_anew(
     assert verify_dataset(out) == []
 
 
+def test_what_others_left_is_not_written_over(quick: Path, tokenizer_file: str) -> None:
+    """A model's tokenizer, whose ids would mean other tokens, and a dataset of instructions."""
+    source = write_jsonl(quick / "x.jsonl", many_texts()[:200])
+    model = quick / "model"
+    model.mkdir()
+    shutil.copy(tokenizer_file, model / "tokenizer.json")
+    (model / "config.json").write_text("{}")
+    before = (model / "tokenizer.json").read_bytes()
+    with pytest.raises(UserError, match=r"model holds another tokenizer\.json: choose another"):
+        tokenize(source, model, train_vocab=300)
+    chats = quick / "chats"
+    chats.mkdir()
+    (chats / "instructions.json").write_text("{}")
+    with pytest.raises(UserError, match="chats holds instructions: choose another"):
+        tokenize(source, chats, train_vocab=300)
+    assert sorted(os.listdir(model)) == [".lock", "config.json", "tokenizer.json"]
+    tokenize(source, model, tokenizer_path=tokenizer_file)  # its own one may lie there
+    assert (model / "tokenizer.json").read_bytes() == before
+    assert sorted(os.listdir(chats)) == ["instructions.json"]
+
+
 def test_shards_of_unknown_origin_are_left_alone(
     corpus: Source, quick: Path, tokenizer_file: str
 ) -> None:
