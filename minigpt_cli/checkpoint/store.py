@@ -62,7 +62,7 @@ def begin(run: Path, step: int, small_files: dict[str, bytes]) -> Path:
     """
     temporary = _temporary(run, step)
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)
+    sweep(run)  # what couldn't be removed when it should have been wants its room, too
     temporary.mkdir()
     for name, content in small_files.items():
         (temporary / name).write_bytes(content)
@@ -283,8 +283,8 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def sweep(run: Path) -> None:
-    """Remove what a killed process left half written or half deleted; put back what it had moved
-    out of the way of a new checkpoint that never came."""
+    """Remove what a killed process, or a disk that failed, left half written or half deleted; put
+    back what it had moved out of the way of a new checkpoint that never came."""
     if checkpoints_dir(run).is_dir():
         for path in list(checkpoints_dir(run).iterdir()):
             original = path.with_name(path.name.removeprefix(".replaced-"))

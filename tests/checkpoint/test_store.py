@@ -273,6 +273,16 @@ def test_sweep_removes_what_a_kill_left(tmp_path: Path):
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
 
 
+def test_the_next_save_removes_what_could_not_be_removed(tmp_path: Path):
+    """On a disk that was read-only for a while, in the middle of a save or a deletion."""
+    save(tmp_path, 1)
+    for name in (".writing-step-00000002", ".deleting-step-00000000"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "x").write_text("x")
+    save(tmp_path, 3)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000001", "step-00000003"]
+
+
 def test_a_checkpoint_that_a_kill_left_out_of_the_way_is_one(tmp_path: Path):
     assert not store.holds_a_checkpoint(tmp_path)
     path = save(tmp_path, 1)
