@@ -101,8 +101,16 @@ def test_missing_sections_and_files():
     assert "the section [model] is missing" in problems("[train]\nsteps = 3\n")
     assert "[model] hidden_size is missing" in problems(BASE.replace("hidden_size = 64\n", ""))
     assert "not valid TOML" in problems("[train\n")
+    assert "not valid TOML" in problems(BASE + f"\n[log]\nevery_steps = {'9' * 5000}\n")
+    assert "not valid TOML" in problems(BASE + f"\n[log]\nevery_steps = {'[' * 100_000}\n")
     with pytest.raises(UserError, match="no such recipe"):
         recipes.load("no/such/recipe.toml")
+
+
+def test_a_byte_order_mark_is_of_no_account(tmp_path: Path):
+    file = tmp_path / "tiny.toml"
+    file.write_text(BASE, encoding="utf-8-sig")
+    assert recipes.load(file) == recipes.parse(BASE, [], name="tiny")
 
 
 def test_the_resolved_recipe_reads_back_with_its_origins():

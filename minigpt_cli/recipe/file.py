@@ -26,7 +26,7 @@ def load(path: Path | str, overrides: list[str] | None = None, name: str | None 
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is of no account
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe; recipes/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -40,7 +40,7 @@ def parse(
     """The recipe in ``text``; see ``load``."""
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond Python's limits
         raise UserError(f"{where}: not valid TOML: {error}") from None
 
     problems: list[str] = []

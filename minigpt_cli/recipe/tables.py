@@ -107,7 +107,7 @@ def _convert(hint: Any, value: Any) -> Any:
 def toml_value(raw: str) -> Any:
     try:
         return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return raw  # a bare word: --set precision.dtype=bf16
 
 
