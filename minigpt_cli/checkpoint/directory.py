@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from minigpt_cli.checkpoint.store import is_checkpoint
+from minigpt_cli.checkpoint.state import STATE_FILE
+from minigpt_cli.checkpoint.store import is_checkpoint, list_steps
 from minigpt_cli.data.manifest import sync_directory
 from minigpt_cli.errors import UserError
 
@@ -20,7 +21,7 @@ def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: ``out`` is there already and not to be replaced, or can't be written to.
     """
-    out = Path(os.path.abspath(out))
+    out = out.resolve() if replace else Path(os.path.abspath(out))
     _check_place(out, replace)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +53,18 @@ def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def _check_place(out: Path, replace: bool) -> None:
-    if any(is_checkpoint(each) or each.name == "checkpoints" for each in (out, *out.parents)):
+    if any(_is_a_runs_own(each) for each in (out, *out.parents)):
         raise UserError(f"{out}: lies within a run's checkpoints; choose another directory")
     there = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
     if there and not replace:
         raise UserError(f"{out}: is there already; choose another directory, or delete it")
+
+
+def _is_a_runs_own(path: Path) -> bool:
+    """Whether it is a checkpoint, or a run's folder of them: other folders may have such names."""
+    if path.name == "checkpoints":
+        return (path.parent / "recipe.toml").exists() or bool(list_steps(path.parent))
+    return is_checkpoint(path) and (path / STATE_FILE).exists()
 
 
 def sweep(out: Path) -> None:

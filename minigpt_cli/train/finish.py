@@ -32,7 +32,7 @@ def write_final(run: Run, state: RunState) -> str:
 
 def clear(directory: Path) -> None:
     """Clear away what an export to ``final/`` left that was killed."""
-    sweep(directory / FINAL)
+    sweep((directory / FINAL).resolve())
 
 
 def _export(run: Run, checkpoint: Path, final: Path) -> str:

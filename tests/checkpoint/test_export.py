@@ -148,14 +148,41 @@ def test_what_killed_exports_left_is_cleared_and_what_they_moved_comes_back(
     assert left == {f".out-{os.getpid()}-abc", ".out-notes", f".other-{gone}-a"}
 
 
-@pytest.mark.parametrize("place", ["checkpoints/step-00000004", "checkpoints/x", "link"])
+@pytest.mark.parametrize("place", ["run/checkpoints/step-00000004", "run/checkpoints/x", "link"])
 def test_no_export_into_checkpoints_or_through_a_dangling_link(
     tmp_path: Path, license_dataset: Path, place: str
 ):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.toml").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"is there already|within a run's checkpoints"):
         export_model(open_base(directory), tmp_path / place, files={})
+
+
+def test_folders_that_have_such_names_by_chance_are_no_runs(tmp_path: Path, license_dataset: Path):
+    _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
+    out = tmp_path / "checkpoints/of-models/out"
+    out.parent.mkdir(parents=True)
+    (tmp_path / "manifest.json").write_text("{}")
+    export_model(open_base(directory), out, files={})
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_final_that_is_a_link_stays_one(tmp_path: Path, recipe_file: Path):
+    """It was laid on a disk with more room."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for path in (run, elsewhere):
+        path.mkdir()
+    (run / "final").symlink_to(elsewhere)
+    for steps in (6, 12):
+        done = minigpt("resume", run, "--or-start", recipe_file, "--set", f"train.steps={steps}")
+        assert f"exported {run}/final, proven" in done.stderr
+        assert (run / "final").is_symlink()
+        assert json.loads((elsewhere / "minigpt.json").read_text())["checkpoint"].endswith(
+            f"-{steps:08d}"
+        )
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "run", "tiny.toml"]
 
 
 def test_final_is_of_the_checkpoint_that_the_run_ended_with(tmp_path: Path, recipe_file: Path):
