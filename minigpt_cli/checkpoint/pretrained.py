@@ -180,6 +180,8 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         UserError: there are none, or the index names what isn't there.
     """
+    if (directory / WEIGHTS).is_file():  # also beside an index, as transformers takes it
+        return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         names = read_json(directory / INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
@@ -191,8 +193,6 @@ def weight_files(directory: Path) -> list[Path]:
             if not (directory / name).is_file():
                 raise UserError(f"{directory / name}: is missing; {INDEX} names it")
         return [directory / name for name in files]
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
     raise UserError(
         f"{directory}: holds no {WEIGHTS}, nor a {INDEX}. Pickles (.bin) can run any code when "
         "they are read, so minigpt never does; one that you trust transformers can save as "

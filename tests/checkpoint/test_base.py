@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from minigpt_cli.checkpoint.base import load_base, open_base
+from minigpt_cli.checkpoint.pretrained import INDEX, WEIGHTS
 from minigpt_cli.errors import UserError
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
@@ -62,6 +63,18 @@ def test_shards_and_half_precision(tmp_path: Path, license_dataset: Path, shape:
     shutil.copy(directory / "tokenizer.json", directory / "half")
     model = AutoModelForCausalLM.from_pretrained(directory / "half", dtype=torch.float32)
     assert_same_model(ours_from(directory / "half"), model)
+
+
+def test_one_file_counts_beside_an_old_index_as_for_transformers(
+    tmp_path: Path, license_dataset: Path
+):
+    theirs, directory = saved_model("llama", tmp_path, license_dataset)
+    sharded = tmp_path / "sharded"
+    theirs.save_pretrained(sharded, max_shard_size="50KB")
+    other = {name: tensor * 1.5 for name, tensor in load_file(directory / WEIGHTS).items()}
+    save_file(other, sharded / WEIGHTS, metadata={"format": "pt"})
+    assert (sharded / INDEX).exists()
+    assert_same_model(ours_from(sharded), AutoModelForCausalLM.from_pretrained(sharded).float())
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama-biases-tied"])
