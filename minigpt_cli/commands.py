@@ -1,12 +1,13 @@
 """What the commands beside training do: put a model, data and a device together."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from minigpt_cli.checkpoint.adapter import LoadedAdapter, apply, merge, open_model
+from minigpt_cli.checkpoint.adapter import ORIGIN, LoadedAdapter, apply, is_ours, merge, open_model
 from minigpt_cli.checkpoint.base import Base, chat_template, ends
 from minigpt_cli.checkpoint.card import model_card
 from minigpt_cli.checkpoint.export import export_adapter, export_model
@@ -163,7 +164,8 @@ def _text_ids(trained: TrainedModel, prompt: str, special: bool | None = None) -
     Args:
         special: whether they are added.
     """
-    special = trained.recipe is None if special is None else special
+    if special is None:
+        special = not is_ours(trained.base, trained.adapters[0] if trained.adapters else None)
     ids: list[int] = trained.tokenizer.encode(prompt, add_special_tokens=special).ids
     return ids
 
@@ -197,6 +199,9 @@ def export(
         export_adapter(base, adapter, out, files=files)
         say(f"{out}: an adapter of rank {adapter.shape.rank}, in PEFT's format")
         return {"path": str(out), "files": sorted(file.name for file in out.iterdir())}
+    if is_ours(base, adapter):
+        checkpoint = (adapter and adapter.checkpoint) or base.directory
+        files[ORIGIN] = json.dumps({"checkpoint": checkpoint.name}) + "\n"
     exported = export_model(merge(base, adapter) if adapter else base, out, dtype, files=files)
     say(f"{exported.path}: {exported.parameters:,} parameters, {exported.proof}")
     return {

@@ -175,6 +175,22 @@ def test_a_damaged_checkpoint_is_refused_by_name(run: Path, tmp_path: Path):
     refused(4, "no valid checkpoint", "sample", copy, "--prompt", "x")
 
 
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_a_model_is_taken_from_the_newest_valid_checkpoint(run: Path, tmp_path: Path, damage: str):
+    """Whichever of its files is damaged: this one is looked at first."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    older, newest = sorted((copy / "checkpoints").iterdir())[-2:]
+    if damage == "missing":
+        (newest / "recipe.toml").unlink()
+    else:
+        os.truncate(newest / "recipe.toml", 40)
+    done = minigpt("sample", copy, "--prompt", "x", "--max-new-tokens", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["checkpoint"] == str(older)
+    assert f"{newest.name} passed over" in done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_with_room(
     tmp_path: Path, recipe_file: Path

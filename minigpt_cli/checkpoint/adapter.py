@@ -1,5 +1,6 @@
 """LoRA adapters on disk, in PEFT's format: written by minigpt or by PEFT, read by both."""
 
+import contextlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from minigpt_cli.model.gpt import GPT, copy
 from minigpt_cli.recipe import Adapter, Recipe
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-ORIGIN = "minigpt.json"  # beside them: what the base was, and in final/ the checkpoint
+ORIGIN = "minigpt.json"  # in what minigpt trained: the checkpoint, and what an adapter's base was
 _PREFIX = "base_model.model."
 _SUFFIXES = {
     "lora_A": ".lora_A.weight",
@@ -70,6 +71,13 @@ class LoadedAdapter:
         return [name.removesuffix(".lora_A") for name in self.tensors if name.endswith(".lora_A")]
 
 
+def is_ours(base: Base, adapter: LoadedAdapter | None) -> bool:
+    """Whether minigpt trained it last, and so without special tokens before a text."""
+    if adapter is not None:
+        return adapter.recipe is not None or adapter.trained_on is not None
+    return base.recipe is not None or (base.directory / ORIGIN).is_file()
+
+
 def is_adapter(path: Path) -> bool:
     """Whether it is a directory in PEFT's format."""
     return (path / CONFIG).is_file()
@@ -93,8 +101,8 @@ def open_model(path: Path, adapters: list[Path]) -> tuple[Base, list[LoadedAdapt
     base = _base_of(path, name) if name is not None else open_base(path)
     opened = [open_adapter(each, base.config) for each in (adapters if name is None else [path])]
     _check_base(base, opened)
-    if opened:
-        base = with_tokenizer(base, opened[0].directory)
+    for adapter in opened:
+        base = with_tokenizer(base, adapter.directory)
     if len(opened) == 1:  # it was trained with, among them, perhaps another chat template
         tokens, files = base.companions.special_tokens, base.companions.files
         mine = Companions(tokens, files | opened[0].companions.files)
@@ -108,11 +116,12 @@ def _base_of(path: Path, name: str) -> Base:
 
     Raises:
         UserError: it isn't there.
+        Damaged: no checkpoint of it is valid.
     """
     try:
         return open_base(name)
     except UserError as error:
-        raise UserError(
+        raise type(error)(
             f"{path}: its base can't be had: {error}. Give it: BASE --adapter {path}, or to go on "
             "--set lora.base=BASE"
         ) from None
@@ -145,10 +154,12 @@ def _base_name(path: Path) -> str | None:
     if (path / MODEL_CONFIG).is_file() or not path.is_dir():
         return None
     run, checkpoint = store.locate(path)
-    steps = store.list_steps(run)  # what the run's adapters were trained on never changes
-    folder = checkpoint or (steps[-1][1] if steps else run)
-    recipe = recipes.load(folder / "recipe.toml")
-    return None if recipe.lora is None else recipe.lora.base
+    older = [directory for _, directory in reversed(store.list_steps(run))]
+    for folder in [checkpoint] if checkpoint is not None else [*older, run]:
+        with contextlib.suppress(UserError):  # which of them is valid is looked at later
+            recipe = recipes.load(folder / "recipe.toml")
+            return None if recipe.lora is None else recipe.lora.base
+    return None
 
 
 def open_adapter(path: Path, config: ModelConfig) -> LoadedAdapter:

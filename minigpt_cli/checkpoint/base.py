@@ -28,11 +28,12 @@ from minigpt_cli.model.huggingface import config_from_huggingface
 from minigpt_cli.recipe import DataTokenizer, Origin, Recipe
 
 COMPANIONS = "huggingface.json"  # in a checkpoint: the Companions of what it started from
+_GENERATION = "generation_config.json"
 _COMPANION_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
+    _GENERATION,
 )
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -105,10 +106,16 @@ def _of_huggingface(name: str) -> Base:
 
 
 def with_tokenizer(base: Base, path: Path) -> Base:
-    """The base, with the tokenizer at ``path`` where the weights came without any."""
+    """The base, with the tokenizer at ``path``, and what stands beside it, where the weights came
+    without any."""
     if is_tokenizer(base.tokenizer) or not is_tokenizer(path):
         return base
-    return replace(base, tokenizer=path)
+    files = companion_files(path if path.is_dir() else path.parent, {}).files
+    files.pop(_GENERATION, None)  # not the tokenizer's
+    theirs = base.companions
+    return replace(
+        base, tokenizer=path, companions=Companions(theirs.special_tokens, files | theirs.files)
+    )
 
 
 def companion_files(directory: Path, settings: dict[str, Any]) -> Companions:
@@ -171,9 +178,10 @@ def chat_template(tokenizer: Path, companions: Companions) -> tuple[str | None, 
     """The chat template that came with a model, and the special tokens that it may name.
 
     Args:
-        tokenizer: its directory, where there are no companions to ask.
+        tokenizer: its file or directory, where there are no companions to ask.
     """
     loaded = load_tokenizer(tokenizer)
+    tokenizer = tokenizer if tokenizer.is_dir() else tokenizer.parent
     names = {"eos_token": str(loaded.id_to_token(eos_id(loaded)))}
     if not companions.files:
         return chat.tokenizer_template(tokenizer), names | chat.special_tokens(tokenizer)
@@ -187,7 +195,7 @@ def ends(base: Base) -> frozenset[int]:
     """The tokens that end what a model writes, as its config.json and generation settings say."""
     found = [base.companions.special_tokens.get("eos_token_id")]
     with contextlib.suppress(ValueError, AttributeError, KeyError):
-        settings = json.loads(base.companions.files["generation_config.json"])
+        settings = json.loads(base.companions.files[_GENERATION])
         found.append(settings.get("eos_token_id"))
     ids = [each for ids in found for each in (ids if isinstance(ids, list) else [ids])]
     return frozenset(each for each in ids if isinstance(each, int))

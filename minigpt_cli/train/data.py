@@ -81,6 +81,8 @@ def _instructions(path: Path, length: int, seed: int) -> TrainingData:
         )
     for name, rows in (("train", train), ("val", val)):
         _tell(f"{path} {name}", rows)
+    if not val.windows:
+        warn(f"{path}: no validation example of at most {length} tokens; nothing is evaluated")
     counts = manifest.splits["val"]
     return TrainingData(
         train=train,

@@ -23,7 +23,12 @@ from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
 from minigpt_cli.data.manifest import write_atomically
 from minigpt_cli.data.packing import PackedSplit
-from minigpt_cli.data.tokenizer import fingerprint, load_tokenizer
+from minigpt_cli.data.tokenizer import (
+    fingerprint,
+    is_tokenizer,
+    load_tokenizer,
+    vocabulary_size,
+)
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed import world as worlds
 from minigpt_cli.distributed.world import World
@@ -61,9 +66,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     base, identity = _open_base(recipe, world, directory)
     if base is not None:
         say(base.report)
-        given = recipe.data.tokenizer
-        path = given.path if given is not None else None
-        base = bases.with_tokenizer(base, Path(path or recipe.data_path))
+        base = _with_tokenizer(base, recipe)
         recipe = bases.complete(recipe, base)
         if recipe.lora is not None:  # before the data is made, which may take hours
             with torch.device("meta"):
@@ -115,6 +118,25 @@ def _open_base(
     return base, identity
 
 
+def _with_tokenizer(base: Base, recipe: Recipe) -> Base:
+    """The base, with the recipe's tokenizer if it brings none.
+
+    Raises:
+        UserError: the recipe names none either.
+    """
+    if is_tokenizer(base.tokenizer):
+        return base
+    given = recipe.data.tokenizer
+    if given is None or given.path is None:
+        raise UserError(
+            f"{base.name}: brings no tokenizer that minigpt reads, which is a tokenizer.json, or "
+            "vocab.json and merges.txt: name the one it was trained with as [data.tokenizer] path"
+        )
+    load_tokenizer(given.path)  # it says what is wrong with it
+    warn(f"{base.name}: brings no tokenizer; was it trained with {given.path}?")
+    return bases.with_tokenizer(base, Path(given.path))
+
+
 def _load_base(recipe: Recipe, base: Base, run: Run) -> None:
     """The base's weights, and beside them adapters that change nothing yet."""
     bases.load_base(base, run.trainer.model, parallel.assign)
@@ -145,7 +167,11 @@ def _check_start(recipe: Recipe, directory: Path) -> None:
     Raises:
         UserError: the model's sizes don't fit together, or ``directory`` holds a run already.
     """
-    config_from_recipe(recipe, vocab_size=1)
+    vocab_size = 1  # of a tokenizer that is yet to be trained
+    given = recipe.data.tokenizer
+    if given is not None and given.path is not None and is_tokenizer(Path(given.path)):
+        vocab_size = vocabulary_size(load_tokenizer(given.path))
+    config_from_recipe(recipe, vocab_size)
     _check_directory(directory)
 
 

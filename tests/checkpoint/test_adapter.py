@@ -16,7 +16,7 @@ from minigpt_cli.checkpoint.adapter import LoadedAdapter, merge, open_adapter, o
 from minigpt_cli.checkpoint.base import open_base
 from minigpt_cli.checkpoint.export import export_adapter, export_model
 from minigpt_cli.checkpoint.load import load_model
-from minigpt_cli.errors import UserError
+from minigpt_cli.errors import Damaged, UserError
 from minigpt_cli.model import lora
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Adapter
@@ -190,6 +190,21 @@ def llama(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> tu
     _, directory = saved_model("llama", folder / "base", license_dataset)
     peft_adapter(directory, folder / "adapter", KINDS["plain"])
     return directory, folder / "adapter"
+
+
+def test_a_base_that_is_damaged_is_told_as_such(llama: tuple[Path, Path], tmp_path: Path):
+    """By the exit code, too: the adapter itself is whole."""
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    (run / "recipe.toml").touch()
+    adapter = tmp_path / "adapter"
+    shutil.copytree(llama[1], adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(run)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(Damaged, match=r"its base can't be had: .*no valid checkpoint"):
+        open_model(adapter, [])
 
 
 def test_an_adapter_of_another_model_is_refused(

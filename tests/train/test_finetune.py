@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_cli import recipe as recipes
@@ -55,6 +56,12 @@ CHATS = [
                   {"role": "assistant", "content": f"It is {2 * n}."}]}
     for n in range(30)
 ] + [{"prompt": "What is a licence? ", "completion": "It " + "grants rights " * 60}]  # fmt: skip
+
+
+OWN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant> {% endif %}"
+)
 
 
 @pytest.fixture
@@ -365,10 +372,7 @@ def test_a_tokenizer_s_own_template_and_training_the_whole_model(
 ):
     """pretrain does it from init_from; what isn't a conversation has no template."""
     settings = json.loads((base / "tokenizer_config.json").read_text())
-    settings["chat_template"] = (
-        "{% for m in messages %}{{ m.role }}> {{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant> {% endif %}"
-    )
+    settings["chat_template"] = OWN_TEMPLATE
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
     text = recipe(tmp_path, base, tmp_path / "own", chats).read_text()
     begin, end = text.index("[lora]"), text.index("[train]")
@@ -392,28 +396,85 @@ def test_a_tokenizer_s_own_template_and_training_the_whole_model(
 def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
     tmp_path: Path, base: Path, license_dataset: Path, chats: str
 ):
-    """That of the data, or of the recipe; what was trained brings it along."""
-    mine = tmp_path / "mine"
+    """With the chat template beside it; what was trained brings it along."""
+    mine, run = tmp_path / "mine", tmp_path / "run"
     mine.mkdir()
-    (base / "tokenizer.json").rename(mine / "tokenizer.json")
-    (base / "tokenizer_config.json").unlink()
-    file = recipe(tmp_path, base, license_dataset)
-    finished("finetune-lora", file, "--out", tmp_path / "run", "--set", "train.steps=2")
-    given = chats + f'[data.tokenizer]\npath = "{mine}"\n'
-    file = recipe(tmp_path, base, tmp_path / "chats", given)
-    finished("finetune-lora", file, "--out", tmp_path / "chat", "--set", "train.steps=2",
-             "--set", "train.sequence_length=96")  # fmt: skip
-    finished("resume", tmp_path / "chat", "--set", "train.steps=4")
-    finished("export", tmp_path / "chat", tmp_path / "merged")
-    for model in ((tmp_path / "run",), (tmp_path / "run/final",), (tmp_path / "merged",),
-                  (base, "--adapter", tmp_path / "chat")):  # fmt: skip
-        finished("sample", *model, "--prompt", "The", "--max-new-tokens", 2)
-    for command in (("sample", base), ("finetune-lora", recipe(
-        tmp_path, base, tmp_path / "new", chats
-    ), "--out", tmp_path / "none")):  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).rename(mine / name)
+    (mine / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    (base / "generation_config.json").write_text('{"eos_token_id": 256}')
+    source = chats.replace('chat_template = "chatml"\n', "")
+    file = recipe(tmp_path, base, tmp_path / "chats", source)
+    given = ("--set", f"data.tokenizer.path={mine}/tokenizer.json")
+    for command in (("sample", base), ("finetune-lora", file, "--out", run),
+                    ("finetune-lora", file, "--out", run, "--set", f"data.path={license_dataset}"),
+                    ("finetune-lora", file, "--out", run, *given[:1], f"{given[1]}x")):  # fmt: skip
         done = minigpt(*command)
         assert done.returncode == 2
-        assert f"no tokenizer at {base}" in done.stderr.splitlines()[-1]
+        assert re.search("(brings )?no tokenizer", done.stderr.splitlines()[-1])
+    said = finished("finetune-lora", file, "--out", run, *given, "--set", "train.steps=2",
+                    "--set", "train.sequence_length=96",
+                    "--set", "data.source.val_fraction=0")  # fmt: skip
+    assert "no validation example of at most 96 tokens; nothing is evaluated" in said
+    assert f"{base}: brings no tokenizer; was it trained with {mine}/tokenizer.json?" in said
+    finished("resume", run, "--set", "train.steps=4")
+    assert AutoTokenizer.from_pretrained(run / "final").chat_template == OWN_TEMPLATE
+    finished("export", run, tmp_path / "merged")
+    for model in ((run,), (run / "final",), (tmp_path / "merged",), (base, "--adapter", run)):
+        finished("sample", *model, "--chat", "--prompt", "The", "--max-new-tokens", 2)
+
+
+def test_special_tokens_stand_before_a_prompt_as_they_did_in_training(
+    tmp_path: Path, base: Path, license_dataset: Path
+):
+    """Before that of others' models, and not before that of minigpt's, wherever it lies."""
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", end)]
+    )
+    tokenizer.save(str(base / "tokenizer.json"))
+
+    def written(*model: object) -> str:
+        done = minigpt("sample", *model, "--prompt", "The licence", "--greedy",
+                       "--max-new-tokens", 12, "--json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return str(json.loads(done.stdout)["completions"][0])
+
+    theirs = AutoModelForCausalLM.from_pretrained(base)
+    expected = []
+    for special in (True, False):
+        ids = torch.tensor([tokenizer.encode("The licence", add_special_tokens=special).ids])
+        wrote = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=end)
+        expected.append(tokenizer.decode(wrote[0, ids.shape[1] :].tolist()))
+    assert expected[0] != expected[1]
+    assert written(base) == expected[0]
+    run = tmp_path / "run"
+    finished("finetune-lora", recipe(tmp_path, base, license_dataset), "--out", run,
+             "--set", "optimizer.lr=1e-30")  # fmt: skip
+    finished("export", run, tmp_path / "merged")
+    for model in ((run,), (run / "final",), (base, "--adapter", run), (tmp_path / "merged",)):
+        assert written(*model) == expected[1], model
+
+
+def test_a_vocabulary_that_is_too_large_is_refused_before_the_data_is_made(
+    tmp_path: Path, base: Path, chats: str
+):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] += [
+        {"id": 320 + n, "content": f"<{n}>", "single_word": False, "lstrip": False,
+         "rstrip": False, "normalized": False, "special": True} for n in range(9)
+    ]  # fmt: skip
+    (mine / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (base / "tokenizer.json").unlink()
+    file = recipe(tmp_path, base, tmp_path / "chats", chats)
+    done = minigpt("finetune-lora", file, "--out", tmp_path / "run",
+                   "--set", f"data.tokenizer.path={mine}")  # fmt: skip
+    assert done.returncode == 2
+    assert "vocab_size 320 is too small" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "chats").exists()
 
 
 @pytest.mark.parametrize(
