@@ -14,6 +14,12 @@ from minigpt_cli.data.sources import Source
 from minigpt_cli.data.tokenize import tokenize
 from tests.processes import ROOT, command, environment
 
+# Under nohup, or in the background of a script, signals are ignored, which children inherit.
+for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+        signal.signal(signum, usual)
+
 with contextlib.suppress(ImportError):  # the GPU's machine has none, and needs none
     import hypothesis
 

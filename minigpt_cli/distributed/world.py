@@ -114,6 +114,7 @@ class _Joined:
     place: rendezvous.Place | None = None
     world: World | None = None
     outcome: Outcome | None = None
+    told: Outcome | None = None  # how the first rank that failed ends all, once that is known
     record: Callable[[Outcome], None] | None = None
     keys: int = 0
 
@@ -147,7 +148,7 @@ def _watch(store: dist.Store) -> None:
     """
     try:
         store.wait([_FAILURE], _FOR_EVER)
-        told = _told(store.get(_FAILURE))
+        told = _joined.told = _told(store.get(_FAILURE))
     except Exception:  # the store has gone
         told = None
     time.sleep(_NOTICE)
@@ -268,6 +269,8 @@ def _announced(error: BaseException, place: rendezvous.Place) -> Outcome:
         )
     except Exception:
         _joined.store = None
+        if _joined.told is not None:
+            return _joined.told
         speaks = place.local_rank == 0 or place.rank == 1  # rank 1 where rank 0 can't any more
         return Outcome(exit_code_of(error), message, is_shown_here=speaks)
 

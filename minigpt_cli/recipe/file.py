@@ -26,7 +26,7 @@ def load(path: Path | str, overrides: list[str] | None = None, name: str | None 
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is of no account
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # a byte order mark
     except FileNotFoundError:
         raise UserError(f"{path}: no such recipe; recipes/ holds examples") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -71,7 +71,7 @@ def workers_of(out: Path) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -426,17 +426,17 @@ def test_killed_at_random_moments_it_goes_on(
     corpus: Source, straight: dict[str, str], quick: Path, tokenizer_file: str
 ) -> None:
     out = quick / "killed"
-    draw = random.Random(time.time_ns())
+    draw = random.Random(1)
     notices = []
-    for _ in range(6):
+    for attempt in range(6):
         run = start(corpus, out, tokenizer_path=tokenizer_file, workers=2, **SHARDS)
         begun = len(list(out.glob("*.npy"))) if out.exists() else 0
-        if draw.random() < 0.7:  # mostly not while it is still starting
+        if attempt == 0 or draw.random() < 0.7:  # mostly not while it is still starting
             wait_for(more_shards_than(out, begun, run))
         time.sleep(draw.random() * 0.3)
         run.send_signal(signal.SIGKILL)
         notices.append(run.communicate()[1])
-        wait_for(lambda: not workers_of(out), 5)
+        wait_for(lambda: not workers_of(out))
         if (out / "dataset.json").exists():
             break
     run = start(corpus, out, tokenizer_path=tokenizer_file, workers=2, **SHARDS)
@@ -516,7 +516,7 @@ def test_ctrl_c_prints_one_line_and_leaves_nobody(
     run = start(corpus, out, tokenizer_path=tokenizer_file, workers=2, **SHARDS)
     wait_for(lambda: list(out.glob("*.npy")))
     os.killpg(run.pid, signal.SIGINT)
-    errors = run.communicate(timeout=10)[1]
+    errors = run.communicate(timeout=120)[1]
     assert run.returncode == 1
     assert [line for line in errors.splitlines() if "bad" not in line and "JSON" not in line] == [
         "stopped"

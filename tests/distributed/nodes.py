@@ -43,7 +43,7 @@ class Nodes:
     def down(self) -> None:
         """Kill what still runs on the nodes, and remove them."""
         for node, name in enumerate(self.names):
-            with suppress(subprocess.CalledProcessError):
+            with suppress(OSError, subprocess.SubprocessError):
                 self.kill(node)
                 _ip("netns", "delete", name)  # and its end of the cable
 
@@ -107,7 +107,7 @@ class Job:
         """What runs there that was not started by ``start``."""
         return [pid for pid in self.nodes.processes(node) if pid not in self.nodes.started]
 
-    def end(self, seconds: float = 60) -> list[int]:
+    def end(self, seconds: float = 240) -> list[int]:
         """Wait for both launchers, after which nothing may be left; their exit codes."""
         codes = [launcher.wait(timeout=seconds) for launcher in self.launchers]
         assert [self.workers(node) for node in (0, 1)] == [[], []]
@@ -122,7 +122,7 @@ class Job:
         return self.logs[node].read_text()
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def until(condition: Callable[[], object], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it has not come about"

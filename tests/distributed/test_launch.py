@@ -51,7 +51,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -83,7 +83,7 @@ def test_exit_codes_and_output_pass_through_and_torch_prints_nothing(start: Star
     }
     running = {actions: start(*actions) for actions in cases}
     for actions, expected in cases.items():
-        output, errors = running[actions].communicate(timeout=60)
+        output, errors = running[actions].communicate(timeout=240)
         assert (running[actions].returncode, errors) == expected, actions
         threads = environment()["OMP_NUM_THREADS"]  # left as it is
         lines = [f"rank {rank} of 2, {threads} threads, signals held: True" for rank in (0, 1)]
@@ -92,7 +92,7 @@ def test_exit_codes_and_output_pass_through_and_torch_prints_nothing(start: Star
 
 def test_a_workers_own_traceback_is_the_only_one(start: Start):
     launcher = start("raise", "save:0", patience={"failed": 0.1})
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 1
     assert errors.startswith("Traceback")
     assert errors.endswith("\nRuntimeError: a bug\n")
@@ -119,7 +119,7 @@ def test_signals_reach_the_workers_which_save_as_long_as_they_need(tmp_path: Pat
         until(lambda: names(tmp_path / signum.name, "saved"))  # noqa: B023
         launcher.send_signal(signal.SIGINT)
     for signum, launcher in launchers.items():
-        _, errors = launcher.communicate(timeout=60)
+        _, errors = launcher.communicate(timeout=240)
         assert (launcher.returncode, errors) == (130 if signum == signal.SIGINT else 75, "")
         for rank in (0, 1):
             got = (tmp_path / signum.name / f"{rank}.saved").read_text().split()
@@ -138,7 +138,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, start: Start):
     for rank in (0, 1):
         os.kill(int((tmp_path / f"{rank}.started").read_text()), signal.SIGHUP)
     launcher.send_signal(signal.SIGTERM)
-    launcher.communicate(timeout=60)
+    launcher.communicate(timeout=240)
     assert launcher.returncode == 75
     assert (tmp_path / "1.saved").read_text() == str(int(signal.SIGTERM))
 
@@ -160,9 +160,9 @@ def test_a_signal_before_there_are_workers(tmp_path: Path, start: Start):
     assert waiting.stderr is not None
     assert waiting.stderr.readline().startswith("minigpt: waiting for 2 nodes at localhost:")
     waiting.send_signal(signal.SIGTERM)
-    _, errors = importing.communicate(timeout=60)
+    _, errors = importing.communicate(timeout=240)
     assert (importing.returncode, errors) == (130, f"minigpt: stopped by SIGINT {AGAIN}\n")
-    _, errors = waiting.communicate(timeout=60)
+    _, errors = waiting.communicate(timeout=240)
     assert (waiting.returncode, errors) == (75, f"minigpt: stopped by SIGTERM {AGAIN}\n")
     assert names(tmp_path, "started") == []
 
@@ -180,13 +180,14 @@ def test_a_node_that_leaves_before_all_came_sends_the_others_home(start: Start):
         (staying, f"minigpt: the rendezvous at 127.0.0.1:{port} was closed before training began, "
                   "because another node has left it; run the same command on all nodes again"),
     ):  # fmt: skip
-        _, errors = launcher.communicate(timeout=60)
+        _, errors = launcher.communicate(timeout=240)
         assert (launcher.returncode, errors.splitlines()[1:]) == (75, [line])
 
 
 def connections(port: int) -> int:
     """How many connections this machine has accepted at ``port``."""
-    lines = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    tables = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))  # the second one where there is IPv6
+    lines = "".join(table.read_text() for table in tables if table.exists())
     fields = [line.split() for line in lines.splitlines()]
     return sum(f[1].endswith(f":{port:04X}") and f[3] == "01" for f in fields)
 
@@ -199,7 +200,7 @@ def test_two_nodes_end_with_one_code(start: Start, tmp_path: Path):
         ("save:0", "save:0", "exit:3", "save:0"): (3, ""),
         ("stay", "save:0", "die", "save:0"): (1, killed),
     }
-    hurry = {"failed": 1, "terminated": 1}
+    hurry = {"failed": 1, "terminated": 10}
     running = {}
     for number, actions in enumerate(cases):
         (tmp_path / str(number)).mkdir()
@@ -208,7 +209,7 @@ def test_two_nodes_end_with_one_code(start: Start, tmp_path: Path):
         running[actions] = [start(*program[1:], program=program[0], **nodes) for _ in (0, 1)]
     for actions, (code, printed) in cases.items():
         for launcher in running[actions]:
-            output, errors = launcher.communicate(timeout=60)
+            output, errors = launcher.communicate(timeout=240)
             first, _, rest = errors.partition("\n")
             assert first.startswith("minigpt: waiting for 2 nodes at 127.0.0.1:")
             assert (launcher.returncode, rest) == (code, printed), actions
@@ -222,7 +223,7 @@ def test_a_signal_to_one_node_stops_both(start: Start, tmp_path: Path):
     until(lambda: names(tmp_path, "started") == ["0", "1", "2", "3"])
     second.send_signal(signal.SIGUSR1)
     for launcher in (first, second):
-        launcher.communicate(timeout=60)
+        launcher.communicate(timeout=240)
         assert launcher.returncode == 75
     assert {(tmp_path / f"{rank}.saved").read_text() for rank in range(4)} == {
         str(int(signal.SIGUSR1))
@@ -236,13 +237,13 @@ def test_nodes_that_do_not_come_and_a_port_that_is_taken(start: Start, tmp_path:
         short = {"join": 2, "reach": 3}
         refused = start(nnodes=2, rdzv_endpoint=taken, patience=short)
         waited = start(nnodes=2, rdzv_endpoint=alone, patience=short)
-        _, errors = waited.communicate(timeout=60)
+        _, errors = waited.communicate(timeout=240)
         assert waited.returncode == 2
         assert errors.splitlines()[1:] == [
             f"minigpt: waited 2 s at {alone}, but 2 nodes did not come: run the same command on "
             "each of them, and see that --nnodes 2 is right"
         ]
-        _, errors = refused.communicate(timeout=60)
+        _, errors = refused.communicate(timeout=240)
         assert refused.returncode == 2
         assert errors.splitlines()[-1].startswith(
             f"minigpt: --rdzv-endpoint {taken}: no rendezvous is there or can be opened there ("
@@ -254,7 +255,7 @@ def test_minigpt_itself_is_what_workers_run(start: Start, tmp_path: Path):
     """Also where the working directory holds something of the name of a module."""
     (tmp_path / "queue.py").write_text("raise RuntimeError('the wrong module')")
     launcher = start("verify", "$nowhere$$", program="minigpt")
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 2
     assert errors == f"minigpt: {tmp_path}/$nowhere$$: no such run or checkpoint\n" * 2
 

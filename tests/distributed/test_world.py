@@ -1,5 +1,6 @@
 """Ranks of one run: errors shown once, decisions taken together, work done by one for all."""
 
+import contextlib
 import json
 import os
 import signal
@@ -70,7 +71,7 @@ def test_one_rank_s_error_ends_all_and_is_shown_once(when: str, code: int, messa
 def test_a_rank_that_waits_for_one_that_failed_ends_too(tmp_path: Path):
     """As with NCCL, whose collectives nothing interrupts; srun kills nobody by itself."""
     with started(FAILS, "hangs", "fail", cwd=tmp_path) as (waiting, _):
-        assert waiting.communicate(timeout=60)[1] == ""  # said by the one that failed
+        assert waiting.communicate(timeout=240)[1] == ""  # said by the one that failed
     assert waiting.returncode == 2
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["status"], status["exit_code"], status["step"]) == ("failed", 2, 7)
@@ -88,7 +89,7 @@ def test_a_rank_ends_soon_after_rank_0_has_died():
 def test_a_rank_that_has_no_memory_for_a_copy_fails_the_save_of_all(tmp_path: Path):
     """And not the run, nor are the others left waiting in the engine."""
     with started(WITHOUT_MEMORY, tmp_path, stdout=subprocess.PIPE) as ranks:
-        said = [process.communicate(timeout=60) for process in ranks]
+        said = [process.communicate(timeout=240) for process in ranks]
     for output, errors in said:
         first, second = output.splitlines()
         assert "can't allocate memory" in first, output
@@ -103,12 +104,18 @@ def test_workers_whose_torchrun_was_killed_save_and_stop(tmp_path: Path, recipe_
                 "1", *command()[1:]]  # fmt: skip
     arguments = ["pretrain", str(recipe_file), "--out", str(run), "--set", "train.steps=100000"]
     agent = subprocess.Popen([*torchrun, *arguments], env=environment())
-    until(lambda: (run / "metrics.jsonl").exists())
-    status = json.loads((run / "status.json").read_text())
-    agent.kill()
-    agent.wait()
-    until(lambda: json.loads((run / "status.json").read_text())["exit_code"] == 75)
-    until(lambda: not Path(f"/proc/{status['pid']}/exe").exists())
+    try:
+        until(lambda: (run / "metrics.jsonl").exists())
+        status = json.loads((run / "status.json").read_text())
+    finally:
+        agent.kill()
+        agent.wait()
+    try:
+        until(lambda: json.loads((run / "status.json").read_text())["exit_code"] == 75)
+        until(lambda: not Path(f"/proc/{status['pid']}/exe").exists())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(status["pid"], signal.SIGKILL)
 
 
 def test_an_error_that_all_have_is_shown_once(tmp_path: Path):
@@ -120,7 +127,7 @@ def test_an_error_that_all_have_is_shown_once(tmp_path: Path):
 def test_a_meeting_point_that_does_not_exist_is_an_error():
     env = place(1, 2, free_port()) | {"MASTER_ADDR": "no-such-host.invalid"}
     done = subprocess.run(
-        [*command("pretrain", "x.toml")], env=env, capture_output=True, text=True, timeout=60
+        [*command("pretrain", "x.toml")], env=env, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 2
     assert "can't reach no-such-host.invalid:" in done.stderr
@@ -138,7 +145,7 @@ def test_several_ranks_on_one_machine_as_a_user_starts_them(tmp_path: Path, reci
     assert begun.stderr.count("finished at step 6") == 1
     environment = json.loads((run / "environment.json").read_text())
     assert (environment["ranks"], environment["strategy"]) == (2, "ddp")
-    assert environment["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert environment["threads"] == 1  # OMP_NUM_THREADS, which the tests set, is kept to
     alone = minigpt("pretrain", recipe_file, *fp64, "--out", tmp_path / "alone", "--set",
                     "train.steps=6")  # fmt: skip
     assert alone.returncode == 0

@@ -109,25 +109,32 @@ def _trouble(
     end: Callable[[], object],
     user: int | None = None,
 ) -> None:
-    """Begin trouble with a run's disk when it has saved once, and end it when saves have failed."""
-    process = scene.fork(*scene.go(run), user=user)
+    """Begin trouble with a run's disk when it has saved once, and end it when saves have failed.
+
+    The run keeps more checkpoints than it can have saved by then: those that it deletes would make
+    room.
+    """
+    settings = ("train.steps=60", "checkpoint.keep_last=6")
+    scene.straight(*settings)  # makes the data, which another user may not
+    process = scene.fork(*scene.go(run, *settings), user=user)
     until(lambda: len(steps_saved(run)) > 1, process)
     with process.stopped():
         begin()
         saved = steps_saved(run)
     until(lambda: process.said.count(GOES_ON) > 1, process)
-    assert process.code is None, process.tail
-    check_nothing_lost(run, saved)
-    failed = [line for line in process.said.splitlines() if NOT_WRITTEN in line]
-    assert all(line.startswith("warning: ") and line.endswith(GOES_ON) for line in failed)
     with process.stopped():
+        assert process.code is None, process.tail
+        check_nothing_lost(run, saved)
+        failed = [line for line in process.said.splitlines() if NOT_WRITTEN in line]
+        assert all(line.startswith("warning: ") and line.endswith(GOES_ON) for line in failed)
         end()
         before = steps_saved(run)
     until(lambda: steps_saved(run)[-1] > before[-1], process)
     assert process.code is None, f"it ended before it could save again: {process.said}"
     assert process.wait() == 0, process.tail
     assert "Traceback" not in process.said
-    scene.check_same(run, metrics="metrics.jsonl could not be written" not in process.said)
+    metrics = "metrics.jsonl could not be written" not in process.said
+    scene.check_same(run, *settings, metrics=metrics)
     lines(run)
 
 
@@ -163,12 +170,14 @@ def stopped_on_a_full_disk(scene: Scene, *settings: str) -> None:
         assert NOT_WRITTEN in process.said.splitlines()[-1], process.tail
         assert "older checkpoints are untouched" in process.said.splitlines()[-1]
         check_nothing_lost(run, saved)
-        code, said = scene.do(*scene.go(run, *settings))  # still full
+        _fill_up(place / "more")  # with what a save left that it began before the disk was full
+        code, said = scene.do(*scene.go(run, *settings))
         assert code == 2, said
         assert "a checkpoint takes 0.62 MB, and 0.00 MB are free: make room" in said, said
         assert "Traceback" not in said
         check_nothing_lost(run, saved)
         (place / "filler").unlink()
+        (place / "more").unlink()
         process = scene.fork(*scene.go(run, *settings))
         assert process.wait() == 0, process.tail
         scene.check_same(run, *settings, metrics=False)
@@ -220,6 +229,7 @@ def forbidden_between_runs(scene: Scene, what: str) -> None:
     run = scene.place("forbidden")
     run.mkdir()
     give_to_nobody(run)
+    scene.straight()  # makes the data, which another user may not
     process = scene.fork(*scene.go(run), user=NOBODY)
     until(lambda: len(steps_saved(run)) > 3, process)
     process.kill()

@@ -146,7 +146,7 @@ def signal_until_hit(
     Raises:
         AssertionError: also where it never did, since nothing was tried then.
     """
-    for attempt in range(1, 7):
+    for attempt in range(1, 21):
         if signal_in(scene, chance, phase, *signals, how=how, hail=hail):
             return attempt
     raise AssertionError(f"no signal came in the phase {phase.name}")

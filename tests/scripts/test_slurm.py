@@ -21,8 +21,8 @@ from tests.train.test_processes import steps_logged
 from tests.train.test_resume import assert_same_run
 
 SBATCH = ROOT / "scripts/slurm/pretrain.sbatch"
-STEPS = 150
-SETTINGS = ("--set", f"train.steps={STEPS}", "--set", "eval.every_steps=75",
+STEPS = 400
+SETTINGS = ("--set", f"train.steps={STEPS}", "--set", "eval.every_steps=200",
             "--set", "checkpoint.every_steps=1000", "--set", "precision.dtype=fp32")  # fmt: skip
 
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
