@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from minigpt_cli.checkpoint.adapter import ORIGIN, LoadedAdapter, apply, is_ours, merge, open_model
+from minigpt_cli.checkpoint.adapter import (
+    ORIGIN,
+    LoadedAdapter,
+    apply,
+    is_ours,
+    merge,
+    open_model,
+    origin_of,
+)
 from minigpt_cli.checkpoint.base import Base, chat_template, ends
 from minigpt_cli.checkpoint.card import model_card
 from minigpt_cli.checkpoint.export import export_adapter, export_model
@@ -200,8 +208,7 @@ def export(
         say(f"{out}: an adapter of rank {adapter.shape.rank}, in PEFT's format")
         return {"path": str(out), "files": sorted(file.name for file in out.iterdir())}
     if is_ours(base, adapter):
-        checkpoint = (adapter and adapter.checkpoint) or base.directory
-        files[ORIGIN] = json.dumps({"checkpoint": checkpoint.name}) + "\n"
+        files[ORIGIN] = json.dumps(origin_of(base, adapter)) + "\n"
     exported = export_model(merge(base, adapter) if adapter else base, out, dtype, files=files)
     say(f"{exported.path}: {exported.parameters:,} parameters, {exported.proof}")
     return {

@@ -78,6 +78,16 @@ def is_ours(base: Base, adapter: LoadedAdapter | None) -> bool:
     return base.recipe is not None or (base.directory / ORIGIN).is_file()
 
 
+def origin_of(base: Base, adapter: LoadedAdapter | None) -> dict[str, str]:
+    """Which checkpoint it is, where that is known, for ``ORIGIN``."""
+    checkpoint = base.directory if adapter is None else adapter.checkpoint
+    if checkpoint is not None and (adapter is not None or base.recipe is not None):
+        return {"checkpoint": checkpoint.name}
+    file = (base.directory if adapter is None else adapter.directory) / ORIGIN
+    told = read_json(file).get("checkpoint") if file.is_file() else None
+    return {} if told is None else {"checkpoint": str(told)}
+
+
 def is_adapter(path: Path) -> bool:
     """Whether it is a directory in PEFT's format."""
     return (path / CONFIG).is_file()
@@ -154,11 +164,12 @@ def _base_name(path: Path) -> str | None:
     if (path / MODEL_CONFIG).is_file() or not path.is_dir():
         return None
     run, checkpoint = store.locate(path)
-    older = [directory for _, directory in reversed(store.list_steps(run))]
-    for folder in [checkpoint] if checkpoint is not None else [*older, run]:
+    newest_first = [directory for _, directory in reversed(store.list_steps(run))]
+    for folder in [checkpoint] if checkpoint is not None else [*newest_first[:2], run]:
         with contextlib.suppress(UserError):  # which of them is valid is looked at later
             recipe = recipes.load(folder / "recipe.toml")
-            return None if recipe.lora is None else recipe.lora.base
+            if recipe.lora is not None:
+                return recipe.lora.base
     return None
 
 

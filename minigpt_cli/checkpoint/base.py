@@ -110,12 +110,16 @@ def with_tokenizer(base: Base, path: Path) -> Base:
     without any."""
     if is_tokenizer(base.tokenizer) or not is_tokenizer(path):
         return base
-    files = companion_files(path if path.is_dir() else path.parent, {}).files
-    files.pop(_GENERATION, None)  # not the tokenizer's
     theirs = base.companions
-    return replace(
-        base, tokenizer=path, companions=Companions(theirs.special_tokens, files | theirs.files)
-    )
+    files = files_beside(path) | theirs.files
+    return replace(base, tokenizer=path, companions=Companions(theirs.special_tokens, files))
+
+
+def files_beside(tokenizer: Path) -> dict[str, str]:
+    """Name -> text, of what stands beside a tokenizer and belongs to it."""
+    folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    files = companion_files(folder, {}).files
+    return {name: text for name, text in files.items() if name != _GENERATION}
 
 
 def companion_files(directory: Path, settings: dict[str, Any]) -> Companions:
@@ -192,8 +196,13 @@ def chat_template(tokenizer: Path, companions: Companions) -> tuple[str | None, 
 
 
 def ends(base: Base) -> frozenset[int]:
-    """The tokens that end what a model writes, as its config.json and generation settings say."""
-    found = [base.companions.special_tokens.get("eos_token_id")]
+    """The tokens that end what a model writes, as its config.json, its generation settings and its
+    tokenizer say."""
+    _, names = chat_template(base.tokenizer, base.companions)
+    found = [
+        base.companions.special_tokens.get("eos_token_id"),
+        load_tokenizer(base.tokenizer).token_to_id(names["eos_token"]),
+    ]
     with contextlib.suppress(ValueError, AttributeError, KeyError):
         settings = json.loads(base.companions.files[_GENERATION])
         found.append(settings.get("eos_token_id"))

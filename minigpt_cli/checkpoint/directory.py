@@ -21,7 +21,7 @@ def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         UserError: ``out`` is there already and not to be replaced, or can't be written to.
     """
-    out = out.resolve() if replace else Path(os.path.abspath(out))
+    out = Path(os.path.abspath(out))
     _check_place(out, replace)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def directory_in_place(out: Path, replace: bool = False) -> Iterator[Path]:
             if old.exists():
                 old.rename(out)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         sync_directory(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -77,7 +77,15 @@ def sweep(out: Path) -> None:
         if match[2] and not out.exists():
             left.rename(out)
         else:
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    """A directory with what is in it; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.checkpoint.adapter import ORIGIN, LoadedAdapter, write_adapter
-from minigpt_cli.checkpoint.base import Base, fingerprint, open_base
+from minigpt_cli.checkpoint.base import Base, ends, fingerprint, open_base
 from minigpt_cli.checkpoint.directory import directory_in_place
 from minigpt_cli.checkpoint.pretrained import CONFIG, INDEX
 from minigpt_cli.checkpoint.prove import Proof, prove
@@ -116,7 +116,12 @@ def _write_texts(folder: Path, files: dict[str, str]) -> None:
 def special_tokens(base: Base) -> dict[str, Any]:
     """The ids that config.json names. A text of minigpt's begins and ends with the same token."""
     end = eos_id(load_tokenizer(base.tokenizer))
-    return {"bos_token_id": end, "eos_token_id": end, **base.companions.special_tokens}
+    last = sorted({end} | ends(base))  # of a text, and of an answer where that is another one
+    return {
+        "bos_token_id": end,
+        "eos_token_id": last if len(last) > 1 else end,
+        **base.companions.special_tokens,
+    }
 
 
 def write_tokenizer(base: Base, folder: Path) -> None:

@@ -175,7 +175,7 @@ def _conversation(messages: Any, field: str) -> Record | str:
             problem = _text_problem(message[key]) if key in message else "is missing"
             if problem:
                 return f"{key!r} of message {index} {problem}"
-        said_nothing = not message["content"] and "tool_calls" not in message
+        said_nothing = not message["content"] and not message.get("tool_calls")
         if message["role"] == "assistant" and said_nothing:
             return f"'content' of message {index} is empty"  # and would teach to say nothing
     while kept and kept[-1]["role"] != "assistant":

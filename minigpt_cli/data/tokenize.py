@@ -77,8 +77,8 @@ def tokenize(
     that is complete with these settings is returned at once.
 
     Raises ``UserError`` when the settings or the source are wrong, ``out`` holds a dataset made
-    with other settings, another process works in it, or the disk is full; ``Damaged`` when finished
-    shards were changed.
+    with other settings, instructions or another tokenizer, another process works in it, or the disk
+    is full; ``Damaged`` when finished shards were changed.
     """
     out = Path(out)
     _check_arguments(tokenizer_path, train_vocab, val_fraction, shard_tokens, workers)
@@ -128,19 +128,28 @@ def _begun(
             f"{out} holds {strays[0].name} but neither {MANIFEST} nor {JOURNAL}: "
             "choose another --out, or delete it"
         )
+    if given is not None:
+        _check_place(out, given)  # before a survey of the corpus
     modified = _modified(source)  # before the first byte is read
     rule = choose_rule(source, strict, settings["val_fraction"])
     tokenizer = given
     if tokenizer is None:
         assert train_vocab is not None
         tokenizer = train_bpe(_training_texts(source, rule, strict, tell), train_vocab)
-    if (out / JOURNAL).exists() or not (out / TOKENIZER).exists():
+    if _check_place(out, tokenizer):
         write_atomically(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
-    elif fingerprint(load_tokenizer(out / TOKENIZER)) != fingerprint(tokenizer):  # not of ours
-        raise UserError(f"{out} holds another {TOKENIZER}: choose another place, or delete it")
     work = _work(source, out, strict, settings, rule, modified, tokenizer)
     work.journal(State())
     return work, State()
+
+
+def _check_place(out: Path, tokenizer: "Tokenizer") -> bool:
+    """Whether the tokenizer is yet to be written; one of unknown origin is never written over."""
+    if (out / JOURNAL).exists() or not (out / TOKENIZER).exists():
+        return True
+    if fingerprint(load_tokenizer(out / TOKENIZER)) != fingerprint(tokenizer):
+        raise UserError(f"{out / TOKENIZER} is another one: choose another place, or delete it")
+    return False
 
 
 def _resumed(

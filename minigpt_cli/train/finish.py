@@ -32,7 +32,7 @@ def write_final(run: Run, state: RunState) -> str:
 
 def clear(directory: Path) -> None:
     """Clear away what an export to ``final/`` left that was killed."""
-    sweep((directory / FINAL).resolve())
+    sweep(directory / FINAL)
 
 
 def _export(run: Run, checkpoint: Path, final: Path) -> str:

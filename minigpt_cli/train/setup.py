@@ -17,15 +17,15 @@ import torch
 from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import base as bases
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.base import Base, Companions
+from minigpt_cli.checkpoint.base import Companions
 from minigpt_cli.checkpoint.saver import check_room
 from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
-from minigpt_cli.data.manifest import write_atomically
+from minigpt_cli.data.instructions import is_instructions
+from minigpt_cli.data.manifest import MANIFEST, write_atomically
 from minigpt_cli.data.packing import PackedSplit
 from minigpt_cli.data.tokenizer import (
     fingerprint,
-    is_tokenizer,
     load_tokenizer,
     vocabulary_size,
 )
@@ -48,6 +48,13 @@ from minigpt_cli.train.changes import (
     environment,
     warn_of_another_machine,
 )
+from minigpt_cli.train.origin import (
+    check_tokenizer,
+    companions_of,
+    load_base,
+    open_base,
+    with_tokenizer,
+)
 from minigpt_cli.train.prepare import prepare_data
 from minigpt_cli.train.run import Run
 from minigpt_cli.train.status import Record, recorded
@@ -63,102 +70,30 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         UserError: the directory already holds a run's checkpoints, or the recipe can't be followed.
     """
     world = worlds.start(recipe.distributed.timeout_minutes)
-    base, identity = _open_base(recipe, world, directory)
+    _check_directory(directory)
+    base, identity = open_base(recipe, world)
     if base is not None:
         say(base.report)
-        base = _with_tokenizer(base, recipe)
+        base = with_tokenizer(base, recipe)
         recipe = bases.complete(recipe, base)
         if recipe.lora is not None:  # before the data is made, which may take hours
             with torch.device("meta"):
                 lora.targets(GPT(base.config), recipe.lora.target_modules)
         if (tokenizer := recipe.data.tokenizer) is not None and tokenizer.path is not None:
-            _check_tokenizer(tokenizer.path, base, fingerprint(load_tokenizer(tokenizer.path)))
+            check_tokenizer(tokenizer.path, base, fingerprint(load_tokenizer(tokenizer.path)))
     with ExitStack() as resources:
-        companions = Companions() if base is None else base.companions
+        companions = companions_of(recipe, base)
         record = _claim(directory, world, resources, recipe, companions)
         run, state = build(recipe, directory, world, resources, companions)
         record.state = state
         if base is None:
             initialize(run.trainer.model, recipe.train.seed, parallel.assign)
         else:
-            _check_tokenizer(recipe.data_path, base, state.dataset["tokenizer"])
-            _load_base(recipe, base, run)
+            check_tokenizer(recipe.data_path, base, state.dataset["tokenizer"])
+            load_base(recipe, base, run)
             if recipe.lora is not None:
                 state.dataset["base"] = identity
         return _ready(run, state, resources), state
-
-
-def _open_base(
-    recipe: Recipe, world: World, new: Path | None = None
-) -> tuple[Base | None, str | None]:
-    """What the recipe's weights come from, and its fingerprint; rank 0 fetches it, where it isn't
-    here.
-
-    Args:
-        new: the directory of a run that is to be started; looked at before anything is fetched.
-
-    Raises:
-        UserError: there is no such thing, or the ranks don't find the same.
-    """
-    if (name := recipe.base) is None:
-        return None, None
-
-    opened: list[Base] = []  # on rank 0
-
-    def first() -> str:
-        if new is not None:
-            _check_directory(new)
-        opened.append(bases.open_base(name))
-        return bases.fingerprint(opened[0])
-
-    identity = world.from_first(first)
-    base = opened[0] if opened else bases.open_base(name)
-    if any(world.largest(not opened and bases.fingerprint(base) != identity)):
-        raise UserError(f"{name}: the ranks find different weights under this name")
-    return base, identity
-
-
-def _with_tokenizer(base: Base, recipe: Recipe) -> Base:
-    """The base, with the recipe's tokenizer if it brings none.
-
-    Raises:
-        UserError: the recipe names none either.
-    """
-    if is_tokenizer(base.tokenizer):
-        return base
-    given = recipe.data.tokenizer
-    if given is None or given.path is None:
-        raise UserError(
-            f"{base.name}: brings no tokenizer that minigpt reads, which is a tokenizer.json, or "
-            "vocab.json and merges.txt: name the one it was trained with as [data.tokenizer] path"
-        )
-    load_tokenizer(given.path)  # it says what is wrong with it
-    warn(f"{base.name}: brings no tokenizer; was it trained with {given.path}?")
-    return bases.with_tokenizer(base, Path(given.path))
-
-
-def _load_base(recipe: Recipe, base: Base, run: Run) -> None:
-    """The base's weights, and beside them adapters that change nothing yet."""
-    bases.load_base(base, run.trainer.model, parallel.assign)
-    if recipe.lora is not None:
-        lora.initialize(run.trainer.model, recipe.train.seed, base.read, parallel.assign)
-
-
-def _check_tokenizer(what: str, base: Base, tokenizer: str) -> None:
-    """Refuse a tokenizer, or data that was made with one, unless it is the one that the base was
-    trained with: the same ids would mean other tokens.
-
-    Args:
-        tokenizer: its fingerprint.
-
-    Raises:
-        UserError: it is another one.
-    """
-    if fingerprint(load_tokenizer(base.tokenizer)) != tokenizer:
-        raise UserError(
-            f"{what}: is of another tokenizer than that of {base.name}; leave out "
-            f'[data.tokenizer], or give path = "{base.tokenizer}", and make the data with it'
-        )
 
 
 def _check_start(recipe: Recipe, directory: Path) -> None:
@@ -167,11 +102,15 @@ def _check_start(recipe: Recipe, directory: Path) -> None:
     Raises:
         UserError: the model's sizes don't fit together, or ``directory`` holds a run already.
     """
-    vocab_size = 1  # of a tokenizer that is yet to be trained
-    given = recipe.data.tokenizer
-    if given is not None and given.path is not None and is_tokenizer(Path(given.path)):
-        vocab_size = vocabulary_size(load_tokenizer(given.path))
-    config_from_recipe(recipe, vocab_size)
+    config_from_recipe(recipe, vocab_size=1)
+    given, path = recipe.data.tokenizer, Path(recipe.data_path)
+    made = recipe.data.source is None or (path / MANIFEST).exists() or is_instructions(path)
+    if not made and given is not None and given.path is not None:
+        size, most = vocabulary_size(load_tokenizer(given.path)), recipe.model.vocab_size
+        if most is not None and most < size:
+            raise UserError(
+                f"[model] vocab_size {most} is too small: {given.path} has {size} entries"
+            )
     _check_directory(directory)
 
 
@@ -224,13 +163,13 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         recipe = recipes.load(source / RECIPE, overrides, name=directory.name)
         check_changes(old, recipe, allow_changes)
         record.state = state = read_state(checkpoint)
-        base, identity = _open_base(recipe, world) if recipe.lora is not None else (None, None)
+        base, identity = open_base(recipe, world) if recipe.lora is not None else (None, None)
         if base is not None:
             recipe = bases.complete(recipe, base)
             check_base(recipe, state, identity)
         run, fresh = build(recipe, directory, world, resources, bases.companions_in(checkpoint))
         if base is not None:
-            _load_base(recipe, base, run)
+            load_base(recipe, base, run)
             fresh.dataset["base"] = identity
         check_dataset(recipe, state, fresh, allow_changes)
         load_tensors(

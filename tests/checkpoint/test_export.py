@@ -167,22 +167,24 @@ def test_folders_that_have_such_names_by_chance_are_no_runs(tmp_path: Path, lice
     (tmp_path / "manifest.json").write_text("{}")
     export_model(open_base(directory), out, files={})
     assert (out / "model.safetensors").exists()
+    moved = tmp_path / "backup/step-00000004"
+    moved.mkdir(parents=True)
+    (moved / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="within a run's checkpoints"):
+        export_model(open_base(directory), moved / "out", files={})
 
 
-def test_a_final_that_is_a_link_stays_one(tmp_path: Path, recipe_file: Path):
-    """It was laid on a disk with more room."""
+def test_where_final_is_a_link_what_it_leads_to_is_left_alone(tmp_path: Path, recipe_file: Path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     for path in (run, elsewhere):
         path.mkdir()
+    (elsewhere / "precious").write_text("x")
     (run / "final").symlink_to(elsewhere)
-    for steps in (6, 12):
-        done = minigpt("resume", run, "--or-start", recipe_file, "--set", f"train.steps={steps}")
-        assert f"exported {run}/final, proven" in done.stderr
-        assert (run / "final").is_symlink()
-        assert json.loads((elsewhere / "minigpt.json").read_text())["checkpoint"].endswith(
-            f"-{steps:08d}"
-        )
-    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "run", "tiny.toml"]
+    done = minigpt("pretrain", recipe_file, "--out", run)
+    assert f"exported {run}/final, proven" in done.stderr
+    assert not (run / "final").is_symlink()
+    assert os.listdir(elsewhere) == ["precious"]
+    assert [name for name in os.listdir(run) if name.startswith(".final")] == []
 
 
 def test_final_is_of_the_checkpoint_that_the_run_ended_with(tmp_path: Path, recipe_file: Path):

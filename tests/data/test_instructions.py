@@ -350,7 +350,12 @@ BAD = [
     ({"messages": ["x"]}, "message 0 is not an object but str"),
     ({"messages": [{"role": "assistant"}]}, "'content' of message 0 is missing"),
     (
-        {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]},
+        {
+            "messages": [
+                {"role": "user", "content": ""},
+                {"role": "assistant", "content": "", "tool_calls": []},
+            ]
+        },
         "'content' of message 1 is empty",
     ),
     ({"messages": [{"content": "x"}]}, "'role' of message 0 is missing"),

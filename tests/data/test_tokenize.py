@@ -668,7 +668,7 @@ def test_what_others_left_is_not_written_over(quick: Path, tokenizer_file: str) 
     shutil.copy(tokenizer_file, model / "tokenizer.json")
     (model / "config.json").write_text("{}")
     before = (model / "tokenizer.json").read_bytes()
-    with pytest.raises(UserError, match=r"model holds another tokenizer\.json: choose another"):
+    with pytest.raises(UserError, match=r"model/tokenizer\.json is another one: choose another"):
         tokenize(source, model, train_vocab=300)
     chats = quick / "chats"
     chats.mkdir()

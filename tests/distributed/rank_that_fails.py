@@ -1,9 +1,11 @@
 """One of two ranks; where argv says, rank 1 has an error of its own."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ def fail() -> None:
     if when == "dies":
         world.rank or os.kill(os.getpid(), signal.SIGKILL)
         threading.Event().wait()
+    if when == "told":
+        tell_and_die(Path("heard")) if world.rank == 0 else fail_when_it_is_gone(Path("heard"))
     if when == "bug" and world.rank == 1:
         raise ZeroDivisionError("a bug")
     while True:
@@ -53,6 +57,25 @@ def hang_on_rank_1(world: worlds.World) -> None:
     with recorded(Path.cwd()) as record:
         record.state = RunState(step=7)
         world.largest(1)
+
+
+def tell_and_die(heard: Path) -> None:
+    """Rank 0 says why it fails and is gone, and the store with it, before rank 1 ends."""
+    worlds.end_with(UserError("the GPU of this one is gone"))
+    while not heard.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_when_it_is_gone(heard: Path) -> None:
+    while worlds._joined.told is None:
+        time.sleep(0.01)
+    heard.touch()
+    assert worlds._joined.store is not None
+    with contextlib.suppress(Exception):
+        while True:
+            worlds._joined.store.check(["x"])
+    raise UserError("a connection is gone")
 
 
 def wait_for_ever(_: Callable[[], Any] | None) -> None:

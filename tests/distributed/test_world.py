@@ -78,6 +78,13 @@ def test_a_rank_that_waits_for_one_that_failed_ends_too(tmp_path: Path):
     assert status["message"] == "rank 1: the GPU of this one is gone"
 
 
+def test_a_rank_that_has_heard_why_ends_so_though_the_store_has_gone(tmp_path: Path):
+    """As rank 0 would have, which is gone: not with the error that this has caused."""
+    with started(FAILS, "told", "fail", cwd=tmp_path) as (_, other):
+        said = other.communicate(timeout=240)[1]
+    assert (other.returncode, "minigpt: " in said) == (2, False), said  # but for what torch says
+
+
 def test_a_rank_ends_soon_after_rank_0_has_died():
     (killed, _), (code, said) = two_ranks(FAILS, "dies", "fail")
     assert killed == -signal.SIGKILL

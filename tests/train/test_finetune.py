@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_cli import recipe as recipes
+from minigpt_cli.checkpoint.base import chat_template, ends, open_base
 from minigpt_cli.checkpoint.load import load_model
+from minigpt_cli.data import chat
 from minigpt_cli.report import metrics
 from minigpt_cli.train import setup
 from minigpt_cli.train.step import train_step
@@ -475,6 +477,41 @@ def test_a_vocabulary_that_is_too_large_is_refused_before_the_data_is_made(
     assert done.returncode == 2
     assert "vocab_size 320 is too small" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "chats").exists()
+
+
+def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_rendered_with(
+    tmp_path: Path, base: Path, chats: str
+):
+    """Those of the tokenizer that the recipe names, where nothing else came with the weights."""
+    mine, run = tmp_path / "mine", tmp_path / "run"
+    mine.mkdir()
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|begin|>", "<|im_end|>"])
+    tokenizer.save(str(mine / "tokenizer.json"))
+    names = {"bos_token": "<|begin|>", "eos_token": "<|im_end|>"}
+    template = "{{ bos_token }}" + OWN_TEMPLATE
+    settings = {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (mine / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = recipe(tmp_path, base, tmp_path / "data", chats).read_text()
+    begin, end = text.index("[lora]"), text.index("[train]")
+    model = ('[model]\nfamily = "llama"\nhidden_size = 32\nnum_hidden_layers = 1\n'
+             'num_attention_heads = 4\n')  # fmt: skip
+    file = tmp_path / "chat.toml"
+    text = (text[:begin] + model + text[end:]).replace('chat_template = "chatml"\n', "")
+    file.write_text(text + f'[data.tokenizer]\npath = "{mine}/tokenizer.json"\n')
+    finished("pretrain", file, "--out", run, "--set", "train.sequence_length=96")
+    asked = [{"role": "user", "content": "What?"}]
+    expected = "<|begin|>user> What?<|im_end|>assistant> "
+    theirs = AutoTokenizer.from_pretrained(run / "final")
+    shown = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert shown == expected
+    for trained in (open_base(run), open_base(run / "final")):
+        template, variables = chat_template(trained.tokenizer, trained.companions)
+        assert template is not None
+        rendered = chat.render(template, asked, add_generation_prompt=True, variables=variables)
+        assert rendered == expected
+        assert theirs.eos_token_id in ends(trained)
+    assert AutoConfig.from_pretrained(run / "final").eos_token_id == [0, theirs.eos_token_id]
 
 
 @pytest.mark.parametrize(
