@@ -55,8 +55,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     if _Seen.is_handled:  # handlers interrupt one another, without an end in a hail of signals
         return
     _Seen.is_handled = True
-    if _is_importing(frame):
-        # There libraries catch every exception, or are left half-loaded: come again in a moment.
+    if _would_be_lost(frame):
+        # Libraries that are imported catch every exception, or are left half-loaded, and Python
+        # itself catches what __del__ raises: come again in a moment.
         threading.Timer(0.1, _again, (signum,)).start()
         return
     _Seen.is_handled = False
@@ -74,9 +75,10 @@ def _again(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
-def _is_importing(frame: FrameType | None) -> bool:
+def _would_be_lost(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        code = frame.f_code
+        if code.co_filename == "<frozen importlib._bootstrap>" or code.co_name == "__del__":
             return True
         frame = frame.f_back
     return False

@@ -90,6 +90,27 @@ except Stopped as error:
 """
 
 
+def test_a_signal_while_an_object_is_deleted_is_not_lost():
+    """Python ignores what __del__ raises, and prints a traceback of it."""
+    deleting = """
+class Large:
+    def __del__(self):
+        print("ready", flush=True)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end: pass
+"""
+    program = HAILED.replace("stopping.stop_at", deleting + "stopping.stop_at")
+    with subprocess.Popen(
+        [sys.executable, "-c", program.replace("import takes_long", "Large()")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        said = process.stdout.read()
+    assert said == "stopped by SIGUSR1; run the same command again to go on 75\n"
+
+
 def test_a_hail_of_signals_while_something_is_imported(tmp_path: Path):
     """Each had started a thread in its handler, and handlers had interrupted one another until
     Python's stack was full."""

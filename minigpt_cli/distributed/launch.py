@@ -163,12 +163,16 @@ def _pass_signals(
 
 @contextlib.contextmanager
 def _signals_to(put: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Signals that come when the workers have ended change nothing any more."""
     previous = {}
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup, or in the background
             previous[signum] = signal.signal(signum, lambda number, _: put(signal.Signals(number)))
     try:
         yield
-    finally:
+    except BaseException:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+        raise
+    for signum in previous:
+        signal.signal(signum, signal.SIG_IGN)

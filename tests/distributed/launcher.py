@@ -1,9 +1,11 @@
 """``python launcher.py '{"nproc": 2, ...}' COMMAND...``: what cli.main() does around launch()."""
 
 import json
+import os
 import sys
 
 from minigpt_cli.distributed.launch import launch, run
+from minigpt_cli.distributed.watch import SIGNALS
 from minigpt_cli.distributed.workers import Patience
 from minigpt_cli.errors import Stopped, UserError
 
@@ -16,5 +18,7 @@ try:
         code = run([sys.executable, *sys.argv[2:]], **settings, patience=patience)
 except (UserError, Stopped) as error:
     print(f"minigpt: {error}", file=sys.stderr)
-    code = error.exit_code
+    sys.exit(error.exit_code)
+for signum in SIGNALS:  # how it ends is decided: one that comes now changes nothing
+    os.kill(os.getpid(), signum)
 sys.exit(code)
