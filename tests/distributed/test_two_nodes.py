@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from minigpt_cli import recipe as recipes
-from minigpt_cli.distributed import rendezvous
 from minigpt_cli.report import metrics
 from minigpt_cli.train import setup
 from minigpt_cli.train.loop import fit
@@ -192,8 +191,7 @@ def assert_failed(run: Path) -> int:
 
 def test_where_nobody_answers_it_is_an_error_within_a_minute(unanswered: Any):
     for process, log, since in unanswered:
-        assert process.wait(timeout=150 - (time.monotonic() - since)) == 2
-        assert rendezvous._PATIENCE <= 45  # which leaves 15 s of the minute to start and to end
+        assert process.wait(timeout=60 - (time.monotonic() - since)) == 2
         print(log.read_text())
         (line,) = log.read_text().splitlines()
         assert line.startswith("minigpt: rank 1: can't reach ")
