@@ -13,6 +13,7 @@ from minigpt_cli.checkpoint.manifest import MANIFEST
 from minigpt_cli.checkpoint.pretrained import read_json
 from minigpt_cli.checkpoint.prove import Mismatch
 from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.errors import UserError
 from minigpt_cli.report.console import warn
 from minigpt_cli.train.run import Run
 
@@ -54,7 +55,8 @@ def _export(run: Run, checkpoint: Path, final: Path) -> str:
         return f"exported {final}, an adapter in PEFT's format"
     except Mismatch:
         raise
-    except Exception as error:  # all is trained and saved: a full disk or little memory is no loss
+    except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's: no memory
+        # All is trained and saved: a full disk or little memory is no loss.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         warn(f"{final} was not made: {reason}; make it with minigpt export {checkpoint} OUT")
         return f"everything is saved in {checkpoint}"
