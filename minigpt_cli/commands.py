@@ -147,7 +147,7 @@ def sample_model(
             num_samples=num_samples,
             seed=seed,
             eos_id=eos_id(trained.tokenizer),
-            end_ids=ends(trained.base),
+            end_ids=ends(trained.base, trained.tokenizer),
             stop=stop,
         )
         if stream:

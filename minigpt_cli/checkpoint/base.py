@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from minigpt_cli.model.config import ModelConfig, config_from_recipe
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.model.huggingface import config_from_huggingface
 from minigpt_cli.recipe import DataTokenizer, Origin, Recipe
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 COMPANIONS = "huggingface.json"  # in a checkpoint: the Companions of what it started from
 _GENERATION = "generation_config.json"
@@ -185,24 +188,30 @@ def chat_template(tokenizer: Path, companions: Companions) -> tuple[str | None, 
         tokenizer: its file or directory, where there are no companions to ask.
     """
     loaded = load_tokenizer(tokenizer)
-    tokenizer = tokenizer if tokenizer.is_dir() else tokenizer.parent
     names = {"eos_token": str(loaded.id_to_token(eos_id(loaded)))}
+    with _folder_of(tokenizer, companions) as folder:
+        return chat.tokenizer_template(folder), names | chat.special_tokens(folder)
+
+
+@contextlib.contextmanager
+def _folder_of(tokenizer: Path, companions: Companions) -> Iterator[Path]:
+    """A directory with the companions' files; where there are none, the tokenizer's own."""
     if not companions.files:
-        return chat.tokenizer_template(tokenizer), names | chat.special_tokens(tokenizer)
+        yield tokenizer if tokenizer.is_dir() else tokenizer.parent
+        return
     with tempfile.TemporaryDirectory() as folder:
         for name, text in companions.files.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        return chat.tokenizer_template(Path(folder)), names | chat.special_tokens(Path(folder))
+        yield Path(folder)
 
 
-def ends(base: Base) -> frozenset[int]:
-    """The tokens that end what a model writes, as its config.json, its generation settings and its
-    tokenizer say."""
-    _, names = chat_template(base.tokenizer, base.companions)
-    found = [
-        base.companions.special_tokens.get("eos_token_id"),
-        load_tokenizer(base.tokenizer).token_to_id(names["eos_token"]),
-    ]
+def ends(base: Base, tokenizer: "Tokenizer") -> frozenset[int]:
+    """The tokens that end what a model writes, as its config.json, its generation settings and
+    what stands beside its tokenizer say."""
+    found = [base.companions.special_tokens.get("eos_token_id")]
+    with _folder_of(base.tokenizer, base.companions) as folder:
+        if (name := chat.special_tokens(folder).get("eos_token")) is not None:
+            found.append(tokenizer.token_to_id(name))
     with contextlib.suppress(ValueError, AttributeError, KeyError):
         settings = json.loads(base.companions.files[_GENERATION])
         found.append(settings.get("eos_token_id"))

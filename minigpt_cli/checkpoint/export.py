@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from minigpt_cli.errors import UserError
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.model.huggingface import huggingface_config, huggingface_name, is_transposed
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FINAL = "final"  # in a run directory: its export
 SHARD_BYTES = 5_000_000_000
@@ -65,9 +68,8 @@ def export_model(
         if (free := shutil.disk_usage(folder).free) < size:
             raise UserError(f"{out}: it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
         parameters = _write_weights(base, folder, DTYPES[dtype], shard_bytes)
-        write_tokenizer(base, folder)
+        tokens = write_tokenizer(base, folder)
         name = str(DTYPES[dtype]).removeprefix("torch.")
-        tokens = special_tokens(base)
         _write_json(folder / CONFIG, huggingface_config(base.config, tokens, name))
         _write_texts(folder, files)
         proof = prove(base, folder, DTYPES[dtype])
@@ -113,10 +115,10 @@ def _write_texts(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def special_tokens(base: Base) -> dict[str, Any]:
+def _special_tokens(base: Base, tokenizer: "Tokenizer") -> dict[str, Any]:
     """The ids that config.json names. A text of minigpt's begins and ends with the same token."""
-    end = eos_id(load_tokenizer(base.tokenizer))
-    last = sorted({end} | ends(base))  # of a text, and of an answer where that is another one
+    end = eos_id(tokenizer)
+    last = sorted({end} | ends(base, tokenizer))  # of a text, and of an answer if that is another
     return {
         "bos_token_id": end,
         "eos_token_id": last if len(last) > 1 else end,
@@ -124,9 +126,11 @@ def special_tokens(base: Base) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(base: Base, folder: Path) -> None:
-    """The tokenizer's files, and what else came with the base."""
+def write_tokenizer(base: Base, folder: Path) -> dict[str, Any]:
+    """The tokenizer's files, and what else came with the base; returns the ids of special tokens
+    that config.json names."""
     tokenizer = load_tokenizer(base.tokenizer)
+    tokens = _special_tokens(base, tokenizer)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     for name, text in base.companions.files.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -142,10 +146,10 @@ def write_tokenizer(base: Base, folder: Path) -> None:
         }
         _write_json(folder / "tokenizer_config.json", settings)
     if "generation_config.json" not in base.companions.files:
-        tokens = special_tokens(base)
-        ends = tokens["eos_token_id"]
-        padding = {"pad_token_id": ends[0] if isinstance(ends, list) else ends}
+        last = tokens["eos_token_id"]
+        padding = {"pad_token_id": last[0] if isinstance(last, list) else last}
         _write_json(folder / "generation_config.json", padding | tokens)
+    return tokens
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

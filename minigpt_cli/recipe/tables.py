@@ -68,7 +68,8 @@ def build(cls: type, table: Any, section: str, problems: list[str], locate: Loca
 
 def _dataclass_in(hint: Any) -> type | None:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+    kinds = (option for option in options if isinstance(option, type))
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def _convert(hint: Any, value: Any) -> Any:

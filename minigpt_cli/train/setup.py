@@ -24,11 +24,7 @@ from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
 from minigpt_cli.data.instructions import is_instructions
 from minigpt_cli.data.manifest import MANIFEST, write_atomically
 from minigpt_cli.data.packing import PackedSplit
-from minigpt_cli.data.tokenizer import (
-    fingerprint,
-    load_tokenizer,
-    vocabulary_size,
-)
+from minigpt_cli.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed import world as worlds
 from minigpt_cli.distributed.world import World
@@ -40,6 +36,13 @@ from minigpt_cli.recipe import Distributed, Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.report.console import say, warn
 from minigpt_cli.train import finish, guard
+from minigpt_cli.train.base import (
+    check_tokenizer,
+    companions_of,
+    load_base,
+    open_base,
+    with_tokenizer,
+)
 from minigpt_cli.train.build import build, warm_up
 from minigpt_cli.train.changes import (
     check_base,
@@ -47,13 +50,6 @@ from minigpt_cli.train.changes import (
     check_dataset,
     environment,
     warn_of_another_machine,
-)
-from minigpt_cli.train.origin import (
-    check_tokenizer,
-    companions_of,
-    load_base,
-    open_base,
-    with_tokenizer,
 )
 from minigpt_cli.train.prepare import prepare_data
 from minigpt_cli.train.run import Run
@@ -79,8 +75,9 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         if recipe.lora is not None:  # before the data is made, which may take hours
             with torch.device("meta"):
                 lora.targets(GPT(base.config), recipe.lora.target_modules)
-        if (tokenizer := recipe.data.tokenizer) is not None and tokenizer.path is not None:
-            check_tokenizer(tokenizer.path, base, fingerprint(load_tokenizer(tokenizer.path)))
+        given = recipe.data.tokenizer.path if recipe.data.tokenizer is not None else None
+        if given is not None and given != str(base.tokenizer):
+            check_tokenizer(given, base, fingerprint(load_tokenizer(given)))
     with ExitStack() as resources:
         companions = companions_of(recipe, base)
         record = _claim(directory, world, resources, recipe, companions)

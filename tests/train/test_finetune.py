@@ -18,6 +18,7 @@ from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint.base import chat_template, ends, open_base
 from minigpt_cli.checkpoint.load import load_model
 from minigpt_cli.data import chat
+from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.report import metrics
 from minigpt_cli.train import setup
 from minigpt_cli.train.step import train_step
@@ -510,7 +511,7 @@ def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_render
         assert template is not None
         rendered = chat.render(template, asked, add_generation_prompt=True, variables=variables)
         assert rendered == expected
-        assert theirs.eos_token_id in ends(trained)
+        assert theirs.eos_token_id in ends(trained, load_tokenizer(trained.tokenizer))
     assert AutoConfig.from_pretrained(run / "final").eos_token_id == [0, theirs.eos_token_id]
 
 
