@@ -103,6 +103,10 @@ def test_missing_sections_and_files():
     assert "not valid TOML" in problems("[train\n")
     assert "not valid TOML" in problems(BASE + f"\n[log]\nevery_steps = {'9' * 5000}\n")
     assert "not valid TOML" in problems(BASE + f"\n[log]\nevery_steps = {'[' * 100_000}\n")
+    for value in ("9" * 5000, "[" * 100_000):
+        assert "--set log.every_steps: must be a whole" in problems(
+            BASE, f"log.every_steps={value}"
+        )
     with pytest.raises(UserError, match="no such recipe"):
         recipes.load("no/such/recipe.toml")
 

@@ -458,6 +458,10 @@ def test_special_tokens_stand_before_a_prompt_as_they_did_in_training(
     finished("export", run, tmp_path / "merged")
     for model in ((run,), (run / "final",), (base, "--adapter", run), (tmp_path / "merged",)):
         assert written(*model) == expected[1], model
+    told = json.loads((tmp_path / "merged/minigpt.json").read_text())
+    assert told == {"checkpoint": "step-00000012"}
+    (run / "checkpoints/step-00000012/recipe.toml").unlink()  # which says what the base is
+    assert written(run) == expected[1]
 
 
 def test_a_vocabulary_that_is_too_large_is_refused_before_the_data_is_made(
