@@ -10,13 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
+from tests.distributed.conftest import train_many
+from tests.processes import ROOT
+
+from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.tokenize import tokenize
 from minigpt_cli.report import metrics
 from tests.conftest import TINY
-from tests.distributed.conftest import train_many
 from tests.distributed.test_parallel import COMMON, SETTINGS, STRATEGIES
-from tests.processes import ROOT
 
 
 def worst(run: Path, reference: Path) -> float:

@@ -18,11 +18,11 @@ import torch
 
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.checkpoint.tensors import tensors_of
-from minigpt_cli.distributed import world as worlds
+from minigpt_cli.distributed.world import start_world
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.recipe import Checkpoint, Optimizer
+from minigpt_cli.recipe import CheckpointSettings, OptimizerSettings
 from minigpt_cli.train import guard, optimizer
 
 
@@ -38,15 +38,15 @@ def main() -> None:
         family="gpt2", vocab_size=a.vocab, hidden_size=a.hidden, num_hidden_layers=a.layers,
         num_attention_heads=12, max_position_embeddings=1024,
     )  # fmt: skip
-    world = worlds.start()
+    world = start_world()
     model = GPT(config).to(world.device)
     initialize(model, 0)
-    optimizers = optimizer.build(model, Optimizer(lr=1e-4))
+    optimizers = optimizer.build(model, OptimizerSettings(lr=1e-4))
     directory = Path(tempfile.mkdtemp(dir=a.directory))
     result = {"parameters": parameter_count(config), "device": str(world.device)}
     try:
         for kind in ("synchronous", "asynchronous"):
-            keep = Checkpoint(keep_last=1, asynchronous=kind == "asynchronous")
+            keep = CheckpointSettings(keep_last=1, asynchronous=kind == "asynchronous")
             saver = Saver(directory / kind, world, keep)
             (directory / kind).mkdir()
             blocked, whole = [], []

@@ -23,14 +23,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from minigpt_cli.data.manifest import read_manifest  # noqa: E402
-from minigpt_cli.data.sources import Source, source_files  # noqa: E402
-from minigpt_cli.data.tokenizer import load_tokenizer, train_bpe  # noqa: E402
+from minigpt_cli.data.dataset_manifest import read_manifest  # noqa: E402
+from minigpt_cli.data.tokenizer import load_tokenizer  # noqa: E402
+from minigpt_cli.prepare.bpe import train_bpe  # noqa: E402
+from minigpt_cli.prepare.sources import Source, source_files  # noqa: E402
 
 TOKENIZE = """
 import sys
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
+from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.tokenize import tokenize
 corpus, out, tokenizer, workers = sys.argv[1:]
 tokenize(Source("jsonl", (corpus,)), out, tokenizer_path=tokenizer, workers=int(workers) or None)
 """

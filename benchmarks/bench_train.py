@@ -9,17 +9,18 @@ import time
 
 import torch
 
-from minigpt_cli.data.batches import Batch
-from minigpt_cli.distributed import device as devices
-from minigpt_cli.distributed.parallel import Layout
+from minigpt_cli.data.loader import Batch
+from minigpt_cli.distributed.device import device_name, find_device, use_deterministic_kernels
+from minigpt_cli.distributed.parallel import ParallelDims
 from minigpt_cli.distributed.world import World
+from minigpt_cli.model import precision
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.recipe import Optimizer, Precision
-from minigpt_cli.train import guard, optimizer, precision
-from minigpt_cli.train.build import compile_blocks, warm_up
-from minigpt_cli.train.step import Trainer, train_step
+from minigpt_cli.recipe import OptimizerSettings, PrecisionSettings
+from minigpt_cli.train import guard, optimizer
+from minigpt_cli.train.step import StepContext, train_step
+from minigpt_cli.train.trainer import compile_blocks, warm_up
 
 
 def main() -> None:
@@ -39,9 +40,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     a = parser.parse_args()
 
-    device = devices.find_device()
+    device = find_device()
     if a.deterministic:
-        devices.use_deterministic_kernels(device, a.compile)
+        use_deterministic_kernels(device, a.compile)
     config = model_config(
         family=a.family,
         vocab_size=a.vocab,
@@ -54,12 +55,12 @@ def main() -> None:
     initialize(model, 0)
     if a.compile:
         compile_blocks(model)
-    dtype = precision.computing_dtype(Precision(dtype=a.dtype), device)
-    trainer = Trainer(
+    dtype = precision.compute_dtype(PrecisionSettings(dtype=a.dtype), device)
+    trainer = StepContext(
         model=model,
         forward=model,
-        layout=Layout("single", World(rank=0, size=1, device=device)),
-        optimizers=optimizer.build(model, Optimizer(lr=3e-4, name=a.optimizer)),
+        parallel_dims=ParallelDims("single", World(rank=0, size=1, device=device)),
+        optimizers=optimizer.build(model, OptimizerSettings(lr=3e-4, name=a.optimizer)),
         scaler=precision.grad_scaler(dtype, device),
         guard=guard.new_guard(device),
         dtype=dtype,
@@ -78,12 +79,12 @@ def main() -> None:
         times.append(time.perf_counter() - began)
     median = sorted(times[5:])[a.steps // 2]
     rate = a.batch * a.sequence_length / median
-    peak = peak_flops(devices.device_name(device))
+    peak = peak_flops(device_name(device))
     print(
         json.dumps(
             {
                 **vars(a),
-                "device": devices.device_name(device),
+                "device": device_name(device),
                 "torch": torch.__version__,
                 "parameters": parameter_count(config),
                 "median_step_seconds": median,

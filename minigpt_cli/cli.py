@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from minigpt_cli import __version__, stopping
+from minigpt_cli import __version__
+from minigpt_cli.core.console import error_line
+from minigpt_cli.core.errors import Damaged, Outcome, Stopped, UserError, describe, exit_code_of
+from minigpt_cli.core.signals import ignore_signals, stop_at_signals
 from minigpt_cli.distributed.watch import follow_parent
-from minigpt_cli.errors import Damaged, Outcome, Stopped, UserError, describe, exit_code_of, tell
 
 app = typer.Typer(
     name="minigpt",
@@ -95,8 +97,8 @@ def tokenize(
     as_json: Json = False,
 ) -> None:
     """Make a token dataset from text."""
-    from minigpt_cli.data.sources import detect_source
-    from minigpt_cli.train.prepare import make_dataset, summary
+    from minigpt_cli.prepare.from_recipe import make_dataset, summary
+    from minigpt_cli.prepare.sources import detect_source
 
     manifest = make_dataset(
         detect_source(sources, text_field, split, config),
@@ -150,9 +152,9 @@ def finetune_lora(
 
 
 def _load(recipe: Path, overrides: list[str] | None, lora: bool = False) -> Any:
-    from minigpt_cli import recipe as recipes
+    from minigpt_cli.recipe import load_recipe
 
-    loaded = recipes.load(recipe, overrides)
+    loaded = load_recipe(recipe, overrides)
     if loaded.lora is not None and not lora:
         raise UserError(f"{recipe}: trains adapters, [lora]: run it with minigpt finetune-lora")
     if loaded.lora is None and lora:
@@ -161,11 +163,12 @@ def _load(recipe: Path, overrides: list[str] | None, lora: bool = False) -> Any:
 
 
 def _start(loaded: Any, recipe_file: Path, out: Path | None, as_json: bool) -> None:
-    from minigpt_cli.train import setup
+
+    from minigpt_cli.train.start import check_recipe_is_elsewhere, start_run
 
     directory = out or Path("runs") / loaded.name
-    setup.check_recipe_is_elsewhere(recipe_file, directory)
-    _fit(*setup.start_run(loaded, directory), as_json)
+    check_recipe_is_elsewhere(recipe_file, directory)
+    _fit(*start_run(loaded, directory), as_json)
 
 
 @app.command()
@@ -189,24 +192,27 @@ def resume(
     as_json: Json = False,
 ) -> int:
     """Go on with a run from its newest valid checkpoint, as if it had never stopped."""
-    from minigpt_cli import recipe as recipes
+    from minigpt_cli.recipe import load_recipe
 
     if _is_to_launch(nproc, nnodes):
         if or_start is not None:
-            recipes.load(or_start, overrides)
+            load_recipe(or_start, overrides)
         return _launch(nproc, nnodes, rdzv_endpoint)
     _join()
     from minigpt_cli.checkpoint import store
-    from minigpt_cli.distributed import world as worlds
-    from minigpt_cli.train import setup
+    from minigpt_cli.distributed.world import start_world
 
     if or_start is not None:
-        loaded = recipes.load(or_start, overrides)
-        world = worlds.start(loaded.distributed.timeout_minutes)
-        if not world.from_first(lambda: store.is_checkpoint(run) or store.holds_a_checkpoint(run)):
+        loaded = load_recipe(or_start, overrides)
+        world = start_world(loaded.distributed.timeout_minutes)
+        if not world.run_on_rank0(
+            lambda: store.is_checkpoint(run) or store.holds_a_checkpoint(run)
+        ):
             _start(loaded, or_start, run, as_json)
             return 0
-    _fit(*setup.resume_run(run, overrides or [], allow_change or []), as_json)
+    from minigpt_cli.train.start import resume_run
+
+    _fit(*resume_run(run, overrides or [], allow_change or []), as_json)
     return 0
 
 
@@ -252,12 +258,12 @@ def _join() -> None:
     if _is_one_of_many():
         # Of what is lost torch tells in pages of C++, and we in one line. Read at its import.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from minigpt_cli.distributed import world as worlds
-        from minigpt_cli.report import console
+        from minigpt_cli.core import console
+        from minigpt_cli.distributed.world import is_rank0, join
 
-        worlds.join()
-        if not worlds.is_first():
-            console.be_quiet()
+        join()
+        if not is_rank0():
+            console.set_quiet()
 
 
 def _fit(run: Any, state: Any, as_json: bool) -> None:
@@ -391,9 +397,9 @@ def verify(
 ) -> None:
     """Check every file against the size and sha256 that were recorded when it was written."""
     from minigpt_cli.checkpoint import store
-    from minigpt_cli.data.instructions import is_instructions, verify_instructions
-    from minigpt_cli.data.manifest import MANIFEST
-    from minigpt_cli.data.shards import verify_dataset
+    from minigpt_cli.data.dataset import verify_dataset
+    from minigpt_cli.data.dataset_manifest import MANIFEST
+    from minigpt_cli.data.instruction_dataset import is_instructions, verify_instructions
 
     if (path / MANIFEST).exists():
         checked, damaged = 1, verify_dataset(path)
@@ -431,7 +437,7 @@ def main() -> None:
     try:
         code = _run(arguments)
     except (Exception, Stopped) as error:
-        stopping.ignore_signals()
+        ignore_signals()
         if debug:
             traceback.print_exc()
         code = _report(error)
@@ -443,19 +449,19 @@ def main() -> None:
 def _run(arguments: list[str]) -> int:
     """Run a command; returns its exit code. Signals stop it, and are ignored when it is over."""
     try:
-        stopping.stop_at_signals()
+        stop_at_signals()
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
     finally:
-        stopping.ignore_signals()
+        ignore_signals()
     return code if isinstance(code, int) else 0
 
 
 def _leave(code: int) -> NoReturn:
     """End one of several processes; the interpreter's own end may trip over gloo's threads."""
-    from minigpt_cli.distributed import world as worlds
+    from minigpt_cli.distributed.world import leave_world
 
-    worlds.leave(patience=30 if code == 0 else 4)
+    leave_world(patience=30 if code == 0 else 4)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -469,7 +475,7 @@ def _report_usage(error: Any) -> int:
     else:
         context = getattr(error, "ctx", None)
         command = "minigpt" if context is None else context.command_path
-        tell(f"{error.format_message().rstrip('.')} (see {command} --help)")
+        error_line(f"{error.format_message().rstrip('.')} (see {command} --help)")
     return int(error.exit_code)
 
 
@@ -482,9 +488,9 @@ def _report(error: Exception | Stopped) -> int:
         return 0
     outcome = Outcome(exit_code_of(error), describe(error))
     if "minigpt_cli.distributed.world" in sys.modules:
-        from minigpt_cli.distributed import world as worlds
+        from minigpt_cli.distributed.world import end_with
 
-        outcome = worlds.end_with(error)
+        outcome = end_with(error)
     if outcome.is_shown_here:
-        tell(outcome.message)
+        error_line(outcome.message)
     return outcome.code

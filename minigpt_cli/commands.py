@@ -7,7 +7,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from minigpt_cli.checkpoint.adapter import (
+from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.data.chat import render
+from minigpt_cli.data.dataset import open_dataset, require_same_tokenizer
+from minigpt_cli.data.dataset_manifest import SPLITS
+from minigpt_cli.data.instruction_dataset import is_instructions, open_instructions
+from minigpt_cli.data.packing import pack
+from minigpt_cli.data.tokenizer import eos_id, token_byte_lengths, tokenizer_fingerprint
+from minigpt_cli.distributed.device import find_device
+from minigpt_cli.evaluate.loss import evaluate, sequence_batches, stream_batches
+from minigpt_cli.generate.sampling import SamplingOptions
+from minigpt_cli.generate.text import TextChunk, complete, stream_text
+from minigpt_cli.huggingface.base_model import Base, chat_template, ends
+from minigpt_cli.huggingface.card import model_card
+from minigpt_cli.huggingface.export import export_adapter, export_model
+from minigpt_cli.huggingface.load import TrainedModel, load_model, newest_run
+from minigpt_cli.huggingface.peft import (
     ORIGIN,
     LoadedAdapter,
     apply,
@@ -16,24 +32,8 @@ from minigpt_cli.checkpoint.adapter import (
     open_model,
     origin_of,
 )
-from minigpt_cli.checkpoint.base import Base, chat_template, ends
-from minigpt_cli.checkpoint.card import model_card
-from minigpt_cli.checkpoint.export import export_adapter, export_model
-from minigpt_cli.checkpoint.load import TrainedModel, load_model, newest_run
-from minigpt_cli.data.chat import render
-from minigpt_cli.data.instructions import is_instructions, open_instructions
-from minigpt_cli.data.manifest import SPLITS
-from minigpt_cli.data.packing import pack
-from minigpt_cli.data.shards import check_tokenizer, open_dataset
-from minigpt_cli.data.tokenizer import eos_id, fingerprint, token_byte_lengths
-from minigpt_cli.distributed.device import find_device
-from minigpt_cli.errors import UserError
-from minigpt_cli.evaluate.loss import evaluate, stream_batches, window_batches
-from minigpt_cli.generate.sampling import SamplingOptions
-from minigpt_cli.generate.text import Piece, complete, stream_text
-from minigpt_cli.recipe import Precision
-from minigpt_cli.report.console import say, warn
-from minigpt_cli.train import precision
+from minigpt_cli.model import precision
+from minigpt_cli.recipe import PrecisionSettings
 
 LONGEST = 1024  # tokens of a window, where no recipe says how many
 
@@ -68,17 +68,17 @@ def evaluate_model(
         folder = data if data is not None else Path(recipe.data_path if recipe else "")
         if split not in SPLITS:
             raise UserError(f"{folder}: has no split {split}, but {', '.join(SPLITS)}")
-        tokenizer = fingerprint(trained.tokenizer)
+        tokenizer = tokenizer_fingerprint(trained.tokenizer)
         where = f"{folder}, {split}"
         if is_instructions(folder):
             examples = open_instructions(folder, verify=True)
-            check_tokenizer(folder, examples.manifest.tokenizer_fingerprint, tokenizer)
+            require_same_tokenizer(folder, examples.manifest.tokenizer_fingerprint, tokenizer)
             rows = pack(examples.splits[split], length, seed=0)
-            if not rows.windows:
+            if not rows.num_sequences:
                 raise UserError(f"{where}: holds no example of at most {length} tokens")
             counts = examples.manifest.splits[split]
             tokens, text_bytes = counts.trained_tokens, counts.trained_bytes
-            batches = window_batches(rows, np.arange(rows.windows), batch_size)
+            batches = sequence_batches(rows, np.arange(rows.num_sequences), batch_size)
             if rows.left_out:
                 warn(f"{where}: {rows.left_out:,} examples are longer than {length} tokens")
         else:
@@ -93,7 +93,7 @@ def evaluate_model(
     result = evaluate(
         trained.model,
         batches,
-        dtype=precision.computing_dtype(recipe.precision if recipe else Precision(), device),
+        dtype=precision.compute_dtype(recipe.precision if recipe else PrecisionSettings(), device),
         token_bytes=lengths,
         bytes_per_token=bytes_per_token,
     )
@@ -137,7 +137,7 @@ def sample_model(
         if adapter is not None and len(trained.adapters) > 1:
             apply(trained.model, adapter)
             trained.model.eval()
-            say(f"adapter {adapter.name}")
+            log(f"adapter {adapter.name}")
         pieces = stream_text(
             trained.model,
             trained.tokenizer,
@@ -147,7 +147,7 @@ def sample_model(
             num_samples=num_samples,
             seed=seed,
             eos_id=eos_id(trained.tokenizer),
-            end_ids=ends(trained.base, trained.tokenizer),
+            stop_token_ids=ends(trained.base, trained.tokenizer),
             stop=stop,
         )
         if stream:
@@ -181,7 +181,7 @@ def _text_ids(trained: TrainedModel, prompt: str, special: bool | None = None) -
 def _chat_ids(trained: TrainedModel, prompt: str) -> list[int]:
     """The prompt as a user's message, up to where the assistant begins."""
     base = trained.base
-    template, variables = chat_template(base.tokenizer, base.companions)
+    template, variables = chat_template(base.tokenizer, base.auxiliary_files)
     if template is None:
         raise UserError(f"{base.name}: has no chat template; leave out --chat")
     messages = [{"role": "user", "content": prompt}]
@@ -205,12 +205,12 @@ def export(
         if adapter is None:
             raise UserError(f"{path}: is a whole model, so there is no adapter to export")
         export_adapter(base, adapter, out, files=files)
-        say(f"{out}: an adapter of rank {adapter.shape.rank}, in PEFT's format")
+        log(f"{out}: an adapter of rank {adapter.shape.rank}, in PEFT's format")
         return {"path": str(out), "files": sorted(file.name for file in out.iterdir())}
     if is_ours(base, adapter):
         files[ORIGIN] = json.dumps(origin_of(base, adapter)) + "\n"
     exported = export_model(merge(base, adapter) if adapter else base, out, dtype, files=files)
-    say(f"{exported.path}: {exported.parameters:,} parameters, {exported.proof}")
+    log(f"{exported.path}: {exported.parameters:,} parameters, {exported.proof}")
     return {
         "path": str(exported.path),
         "files": exported.files,
@@ -227,7 +227,7 @@ def _printed(samples: list[int], prompt: str, pieces: Any) -> Any:
     ended: set[int] = set()
     current = 0
     print(prompt, end="", flush=True)
-    piece: Piece
+    piece: TextChunk
     for piece in pieces:
         yield piece
         waiting[piece.sample].append(piece.text)
@@ -251,9 +251,9 @@ def _load(path: Path, adapters: list[Path]) -> TrainedModel:
 
 
 def _tell_of(base: Base) -> None:
-    for problem in base.passed_over:
+    for problem in base.skipped_checkpoints:
         warn(problem)
-    say(base.report)
+    log(base.report)
 
 
 def _read_text(path: Path) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY
-from tests.processes import ROOT, SHARED, environment, minigpt
+from tests.helpers.processes import ROOT, SHARED, environment, minigpt
+from tests.helpers.recipes import TINY
 
 
 @pytest.fixture(scope="module")

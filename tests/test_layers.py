@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.processes import ROOT, minigpt
+from tests.helpers.processes import ROOT, minigpt
 
 PACKAGE = ROOT / "minigpt_cli"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.errors import Damaged
+from minigpt_cli.core.errors import Damaged
 
 MANIFEST = "manifest.json"
 SMALL_FILES = ("state.json", "recipe.toml", "tokenizer.json", "huggingface.json")
@@ -17,7 +17,7 @@ NAME = re.compile(r"step-(\d{8,})$")  # of a checkpoint's directory
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """What a checkpoint holds."""
 
     step: int
@@ -26,7 +26,7 @@ class Manifest:
     val_loss: float | None  # where an evaluation was made at this step
 
 
-def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
+def write_checkpoint_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
     content: dict[str, Any] = {
         "format": FORMAT,
         "step": manifest.step,
@@ -38,11 +38,11 @@ def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
     (checkpoint / MANIFEST).write_text(_text(content))
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
+def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest, its form checked but not the files that it names.
 
     Raises:
-        Damaged: there is none, or it can't be what ``write_manifest`` wrote.
+        Damaged: there is none, or it can't be what ``write_checkpoint_manifest`` wrote.
     """
     file = checkpoint / MANIFEST
     if not file.exists() and not file.is_symlink():
@@ -62,7 +62,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         whole = text == _text(raw)
         if raw.pop("checksum") != _checksum(raw) or not whole:
             raise Damaged(f"{file}: its content doesn't match its checksum")
-        manifest = Manifest(raw["step"], raw["files"], raw["tensors"], raw["val_loss"])
+        manifest = CheckpointManifest(raw["step"], raw["files"], raw["tensors"], raw["val_loss"])
         _check_types(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{file}: is not a manifest ({error!r})") from None
@@ -76,7 +76,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return manifest
 
 
-def _check_types(manifest: Manifest) -> None:
+def _check_types(manifest: CheckpointManifest) -> None:
     """Raise TypeError where a value isn't of its type: somebody may mean to deceive."""
     if type(manifest.step) is not int:
         raise TypeError("step")

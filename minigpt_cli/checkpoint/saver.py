@@ -22,9 +22,9 @@ from minigpt_cli.checkpoint.tensors import (
     save_tensors,
     start_saving_tensors,
 )
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.world import World, is_lost_rank
-from minigpt_cli.errors import UserError
-from minigpt_cli.recipe import Checkpoint as CheckpointRecipe
+from minigpt_cli.recipe import CheckpointSettings
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class _Stager(DefaultStager):
         try:
             copy = super().stage(state_dict, **kwargs)
         except Exception as error:
-            problem = store.why(error)
-        if any(self._world.largest(problem is not None)):
-            raise UserError(next(filter(None, self._world.gather(problem))))
+            problem = store.failure_reason(error)
+        if any(self._world.all_reduce_max(problem is not None)):
+            raise UserError(next(filter(None, self._world.all_gather_json(problem))))
         assert isinstance(copy, dict)
         return copy
 
 
 class Saver:
-    def __init__(self, run: Path, world: World, keep: CheckpointRecipe):
+    def __init__(self, run: Path, world: World, keep: CheckpointSettings):
         self._run = run
         self._world = world
         self._keep = keep
@@ -94,7 +94,7 @@ class Saver:
             else:
                 written = self._thread.submit(save_tensors, directory, tensors, group)
         except BaseException as error:  # the engine's errors are not Exceptions
-            written, problem = None, store.why(error)
+            written, problem = None, store.failure_reason(error)
         if not self._keep.asynchronous:
             self._await(written)
         self._running = self._thread.submit(
@@ -120,7 +120,7 @@ class Saver:
         It may take as long as it takes, but the ranks must answer: what they do for the save they
         do with a patience of an hour, which nobody should have to wait for where one is lost.
         """
-        while any(self._world.largest(work is not None and not work.done())):
+        while any(self._world.all_reduce_max(work is not None and not work.done())):
             wait([] if work is None else [work], timeout=0.5)
 
     def close(self) -> None:
@@ -145,8 +145,8 @@ class Saver:
                 if (free := store.free_bytes(self._run)) < size:
                     problem = f"it takes {_size(size)}, and {_size(free)} are free"
             except OSError as error:
-                problem = store.why(error)
-        where, problem = self._world.gather([str(directory), problem])[0]
+                problem = store.failure_reason(error)
+        where, problem = self._world.all_gather_json([str(directory), problem])[0]
         return Path(where), problem
 
     def _finish(
@@ -168,24 +168,24 @@ class Saver:
                 own += [directory / name for name in small_files]
             files = store.flush_files(own)
         except BaseException as error:
-            problem = problem or store.why(error)
-        answers = world.gather([files, problem], world.saving)
+            problem = problem or store.failure_reason(error)
+        answers = world.all_gather_json([files, problem], world.saving)
         problems = [each for _, each in answers if each is not None]
         if not problems and world.rank == 0:
             files = {name: entry for each, _ in answers for name, entry in each.items()}
             try:
                 store.finish(self._run, step, files, tensors, val_loss)
             except OSError as error:
-                problems = [store.why(error)]
+                problems = [store.failure_reason(error)]
             else:
                 with contextlib.suppress(OSError):  # tried again after the next save
-                    store.retain(
+                    store.prune(
                         self._run,
                         keep_last=self._keep.keep_last,
                         keep_best=self._keep.keep_best,
                         keep_every=self._keep.keep_every,
                     )
-        problems = world.gather(problems, world.saving)[0]
+        problems = world.all_gather_json(problems, world.saving)[0]
         return self._failed(step, problems[0]) if problems else self._saved(step, None)
 
     def _failed(self, step: int, problem: str) -> Saved:
@@ -197,7 +197,7 @@ class Saver:
         return Saved(step, store.checkpoint_path(self._run, step), problem)
 
 
-def check_room(run: Path, size: int, keep: CheckpointRecipe) -> str | None:
+def check_room(run: Path, size: int, keep: CheckpointSettings) -> str | None:
     """A warning if the disk can't hold all the checkpoints that will be kept.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from minigpt_cli.errors import Damaged
+from minigpt_cli.core.errors import Damaged
 
 STATE_FILE = "state.json"
 
@@ -36,7 +36,7 @@ class RunState:
     dataset: dict[str, Any] = field(default_factory=dict)  # fingerprints of what it trains on
 
 
-def nonsense(directory: Path, step: int, files: Iterable[str]) -> list[str]:
+def invalid_state(directory: Path, step: int, files: Iterable[str]) -> list[str]:
     """Which of the small ``files`` can't be what minigpt writes, whoever vouches for them."""
     problems = []
     parsers = {

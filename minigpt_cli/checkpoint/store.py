@@ -16,14 +16,14 @@ from typing import Any
 from minigpt_cli.checkpoint.manifest import (
     MANIFEST,
     NAME,
-    Manifest,
-    read_manifest,
-    write_manifest,
+    CheckpointManifest,
+    read_checkpoint_manifest,
+    write_checkpoint_manifest,
 )
-from minigpt_cli.checkpoint.state import nonsense
-from minigpt_cli.checkpoint.tensors import cause_of, misfits
+from minigpt_cli.checkpoint.state import invalid_state
+from minigpt_cli.checkpoint.tensors import cause_of, mismatched_shards
+from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.distributed.world import World
-from minigpt_cli.errors import Damaged, UserError
 
 
 def checkpoints_dir(run: Path) -> Path:
@@ -62,7 +62,7 @@ def begin(run: Path, step: int, small_files: dict[str, bytes]) -> Path:
     """
     temporary = _temporary(run, step)
     temporary.parent.mkdir(parents=True, exist_ok=True)
-    sweep(run)  # what couldn't be removed when it should have been wants its room, too
+    remove_stale(run)  # what couldn't be removed when it should have been wants its room, too
     temporary.mkdir()
     for name, content in small_files.items():
         (temporary / name).write_bytes(content)
@@ -74,7 +74,7 @@ def flush_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     entries = {}
     for path in files:
         _flush(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return entries
 
 
@@ -99,11 +99,11 @@ def finish(
     for name, entry in files.items():  # of another rank, whose disk may be another
         if (size := (temporary / name).stat().st_size) != entry["bytes"]:
             raise OSError(errno.EIO, f"{name} holds {size} bytes, {entry['bytes']} were written")
-    write_manifest(temporary, Manifest(step, files, tensors, val_loss))
+    write_checkpoint_manifest(temporary, CheckpointManifest(step, files, tensors, val_loss))
     _flush(temporary / MANIFEST)
     _flush(temporary)
     try:
-        if final.exists():  # the same step again, now with its evaluation; see sweep()
+        if final.exists():  # the same step again, now with its evaluation; see remove_stale()
             final.rename(replaced)
         temporary.rename(final)
         _flush(final.parent)
@@ -120,7 +120,7 @@ def abandon(run: Path, step: int) -> None:
     _remove(_temporary(run, step))
 
 
-def why(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
     """Why a save failed, in a few words."""
     cause = cause_of(error)
     if isinstance(cause, UserError):
@@ -144,7 +144,7 @@ def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
         rank, ranks: the part of the files whose content is looked at, where several share the work.
     """
     try:
-        manifest = read_manifest(checkpoint)
+        manifest = read_checkpoint_manifest(checkpoint)
     except Damaged as error:
         return [str(error)]
     problems = []
@@ -155,7 +155,7 @@ def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
                 problems.append(f"{path}: missing")
             elif (size := path.stat().st_size) != entry["bytes"]:
                 problems.append(f"{path}: {size} bytes, {entry['bytes']} were written")
-            elif number % ranks == rank and file_sha256(path) != entry["sha256"]:
+            elif number % ranks == rank and sha256_of(path) != entry["sha256"]:
                 problems.append(f"{path}: its content is not what was written (sha256 differs)")
         except OSError as error:
             problems.append(f"{path}: can't be read: {_reason(error)}")
@@ -165,8 +165,8 @@ def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
             problems.append(f"{path}: is not in the manifest")
     if not problems and rank == 0:
         tensor_files = [name for name in manifest.files if name.endswith(".safetensors")]
-        problems = nonsense(checkpoint, manifest.step, manifest.files)
-        problems += misfits(checkpoint, tensor_files, manifest.tensors)
+        problems = invalid_state(checkpoint, manifest.step, manifest.files)
+        problems += mismatched_shards(checkpoint, tensor_files, manifest.tensors)
     return problems
 
 
@@ -174,11 +174,11 @@ def verify_together(checkpoint: Path, world: World | None) -> list[str]:
     """``verify``, where each rank reads some of the files and all get the same answer."""
     if world is None:
         return verify(checkpoint)
-    answers = world.gather(verify(checkpoint, world.rank, world.size))
+    answers = world.all_gather_json(verify(checkpoint, world.rank, world.size))
     return sorted({problem for answer in answers for problem in answer})
 
 
-def require_valid(checkpoint: Path, world: World | None = None) -> Manifest:
+def require_valid(checkpoint: Path, world: World | None = None) -> CheckpointManifest:
     """The manifest of a checkpoint whose every file is what was written.
 
     Raises:
@@ -188,10 +188,12 @@ def require_valid(checkpoint: Path, world: World | None = None) -> Manifest:
         raise Damaged(
             "; ".join(problems) + ". Use another checkpoint of the run; minigpt verify shows which"
         )
-    return read_manifest(checkpoint)
+    return read_checkpoint_manifest(checkpoint)
 
 
-def newest_valid(run: Path, world: World | None = None) -> tuple[Path, Manifest, list[str]]:
+def newest_valid(
+    run: Path, world: World | None = None
+) -> tuple[Path, CheckpointManifest, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that were passed over.
 
     Args:
@@ -203,19 +205,19 @@ def newest_valid(run: Path, world: World | None = None) -> tuple[Path, Manifest,
     """
     skipped: list[str] = []
     names = [checkpoint.name for _, checkpoint in list_steps(run)]
-    names = world.gather(names)[0] if world else names
+    names = world.all_gather_json(names)[0] if world else names
     for name in reversed(names):
         checkpoint = checkpoints_dir(run) / name
         problems = verify_together(checkpoint, world)
         if not problems:
-            return checkpoint, read_manifest(checkpoint), skipped
+            return checkpoint, read_checkpoint_manifest(checkpoint), skipped
         skipped.append(f"{name} passed over: {'; '.join(problems)}")
     if names:
         raise Damaged(f"{run}: no valid checkpoint. " + ". ".join(skipped))
     raise UserError(f"{run}: no checkpoint yet; start it again with minigpt pretrain")
 
 
-def retain(run: Path, *, keep_last: int, keep_best: bool, keep_every: int | None) -> None:
+def prune(run: Path, *, keep_last: int, keep_best: bool, keep_every: int | None) -> None:
     """Delete the checkpoints that no rule keeps: the last ones, the best one, the milestones."""
     steps = list_steps(run)
     keep = {step for step, _ in steps[-keep_last:]}
@@ -225,7 +227,7 @@ def retain(run: Path, *, keep_last: int, keep_best: bool, keep_every: int | None
         losses = []
         for step, path in steps:
             try:
-                val_loss = read_manifest(path).val_loss
+                val_loss = read_checkpoint_manifest(path).val_loss
             except Damaged:
                 continue
             if val_loss is not None:
@@ -260,7 +262,9 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     raise UserError(f"{path}: neither a run directory nor a checkpoint")
 
 
-def choose(path: Path, world: World | None = None) -> tuple[Path, Path, Manifest, list[str]]:
+def choose(
+    path: Path, world: World | None = None
+) -> tuple[Path, Path, CheckpointManifest, list[str]]:
     """(run directory, checkpoint, its manifest, what was passed over) for a user's ``path``.
 
     Raises:
@@ -282,7 +286,7 @@ def set_aside(checkpoint: Path) -> Path:
     return aside
 
 
-def sweep(run: Path) -> None:
+def remove_stale(run: Path) -> None:
     """Remove what a killed process, or a disk that failed, left half written or half deleted; put
     back what it had moved out of the way of a new checkpoint that never came."""
     if checkpoints_dir(run).is_dir():
@@ -294,7 +298,7 @@ def sweep(run: Path) -> None:
                 _remove(path)
 
 
-def file_sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from minigpt_cli.errors import Stopped, UserError
+from minigpt_cli.core.errors import Stopped, UserError
 
 # Frozen weights are not a run's own: they stay in the base.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
@@ -222,7 +222,7 @@ def whole_reader(
     return read
 
 
-def misfits(directory: Path, files: list[str], recorded: dict[str, Any]) -> list[str]:
+def mismatched_shards(directory: Path, files: list[str], recorded: dict[str, Any]) -> list[str]:
     """Where the safetensors files hold something else than the tensors that are recorded.
 
     The engine would silently cast, or leave out what no file holds; so the shards that the files'

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt_cli.errors import UserError, first_line
+from minigpt_cli.core.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from jinja2 import Template

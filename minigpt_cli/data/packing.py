@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt_cli.data.instructions import ExampleSplit
+from minigpt_cli.core.constants import IGNORE_INDEX
+from minigpt_cli.data.instruction_dataset import ExampleSplit
 from minigpt_cli.data.order import permute
-
-IGNORED = -100  # the target of a position that the loss doesn't count
 
 
 @dataclass(frozen=True)
-class PackedSplit:
+class PackedSequences:
     """Whole examples of ``split`` in rows of ``sequence_length`` predicted tokens.
 
     ``left_out`` counts the examples that are too long for a row, ``fill`` is the share of all rows'
@@ -31,7 +30,7 @@ class PackedSplit:
     _starts: NDArray[np.int64] = field(repr=False)  # [rows + 1]: examples before each row
 
     @property
-    def windows(self) -> int:
+    def num_sequences(self) -> int:
         """The number of rows."""
         return len(self._starts) - 1
 
@@ -42,23 +41,26 @@ class PackedSplit:
     def gather(
         self, ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return (inputs, targets, segments), each int64 [n, sequence_length], of the rows with
+        """Return (inputs, targets, segment_ids), each int64 [n, sequence_length], of the rows with
         these numbers (int64 [n]).
 
         A row's examples follow each other; of one with n tokens, n - 1 are inputs and n - 1
-        targets. ``targets`` is ``IGNORED`` where the loss doesn't count: prompts and padding.
-        ``segments`` numbers the row's examples from 0; padding, whose inputs are end-of-text, has
-        the number after the last one's.
+        targets. ``targets`` is ``IGNORE_INDEX`` where the loss doesn't count: prompts and padding.
+        ``segment_ids`` numbers the row's examples from 0; padding, whose inputs are end-of-text,
+        has the number after the last one's.
 
         Raises ``Damaged`` when a token isn't in the vocabulary.
         """
         ids = np.asarray(ids, dtype=np.int64)
         assert ids.ndim == 1, ids.shape
-        assert not len(ids) or (ids.min() >= 0 and ids.max() < self.windows), (ids, self.windows)
+        assert not len(ids) or (ids.min() >= 0 and ids.max() < self.num_sequences), (
+            ids,
+            self.num_sequences,
+        )
         shape = (len(ids), self.sequence_length)
         inputs = np.full(shape, self.split.eos_id, dtype=np.int64)
-        targets = np.full(shape, IGNORED, dtype=np.int64)
-        segments = np.empty(shape, dtype=np.int64)
+        targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        segment_ids = np.empty(shape, dtype=np.int64)
         for i, row in enumerate(ids.tolist()):
             members = self._members(row)
             at = 0
@@ -66,22 +68,22 @@ class PackedSplit:
                 tokens, trained = self.split.example(example)
                 here = slice(at, at + len(tokens) - 1)
                 inputs[i, here] = tokens[:-1]
-                targets[i, here] = np.where(trained[1:], tokens[1:], IGNORED)
-                segments[i, here] = segment
+                targets[i, here] = np.where(trained[1:], tokens[1:], IGNORE_INDEX)
+                segment_ids[i, here] = segment
                 at = here.stop
-            segments[i, at:] = len(members)
-        return inputs, targets, segments
+            segment_ids[i, at:] = len(members)
+        return inputs, targets, segment_ids
 
     def texts(self, row: int) -> list[tuple[int, list[int]]]:
         """Return (example's number in the split, its tokens) for every example of a row."""
         return [(number, self.split.example(number)[0].tolist()) for number in self._members(row)]
 
     def _members(self, row: int) -> list[int]:
-        assert 0 <= row < self.windows, (row, self.windows)
+        assert 0 <= row < self.num_sequences, (row, self.num_sequences)
         return self._order[self._starts[row] : self._starts[row + 1]].tolist()
 
 
-def pack(split: ExampleSplit, sequence_length: int, seed: int) -> PackedSplit:
+def pack(split: ExampleSplit, sequence_length: int, seed: int) -> PackedSequences:
     """Put the examples of at most ``sequence_length + 1`` tokens into rows.
 
     Deterministic in the examples' lengths, ``sequence_length`` and ``seed``, by which examples of
@@ -96,7 +98,7 @@ def pack(split: ExampleSplit, sequence_length: int, seed: int) -> PackedSplit:
     rows = _best_fit(needs[longest_first].tolist(), sequence_length)
     count = int(rows.max()) + 1 if len(rows) else 0
     taken = int(needs[longest_first].sum())
-    return PackedSplit(
+    return PackedSequences(
         split,
         sequence_length,
         left_out=split.examples - len(fitting),

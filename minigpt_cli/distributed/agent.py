@@ -33,9 +33,9 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousTimeout,
 )
 
+from minigpt_cli.core.errors import Stopped, UserError
 from minigpt_cli.distributed.endpoint import Endpoint
 from minigpt_cli.distributed.workers import DONE, Ending, Patience, Workers
-from minigpt_cli.errors import Stopped, UserError
 
 RUN_ID = "minigpt"
 

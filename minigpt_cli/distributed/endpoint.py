@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 
 
 @dataclass(frozen=True)

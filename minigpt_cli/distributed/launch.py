@@ -13,10 +13,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-from minigpt_cli.distributed import endpoint as endpoints
+from minigpt_cli.core.console import error_line
+from minigpt_cli.core.errors import Stopped, UserError
+from minigpt_cli.distributed.endpoint import ONE_NODE, find, parse
 from minigpt_cli.distributed.watch import LAUNCHER, SIGNALS
 from minigpt_cli.distributed.workers import Ending, Patience, Workers
-from minigpt_cli.errors import Stopped, UserError, tell
 
 GIVE_UP_SECONDS = 30.0
 """How long the agent may take to stop what it does before there are workers."""
@@ -77,7 +78,7 @@ def run(
     if nnodes < 1:
         raise UserError(f"--nnodes must be at least 1, not {nnodes}")
     if rdzv_endpoint is not None:
-        endpoints.parse(rdzv_endpoint)
+        parse(rdzv_endpoint)
     elif nnodes > 1:
         raise UserError(
             f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT: the name or address of one of the "
@@ -90,13 +91,11 @@ def run(
         # The workers inherit it; also, a signal is the main thread's.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            endpoint = endpoints.ONE_NODE
+            endpoint = ONE_NODE
             if rdzv_endpoint is not None:
-                endpoint = endpoints.find(
-                    rdzv_endpoint, patience.reach, lambda: workers.signum is not None
-                )
+                endpoint = find(rdzv_endpoint, patience.reach, lambda: workers.signum is not None)
             if nnodes > 1:
-                tell(f"waiting for {nnodes} nodes at {endpoint}")
+                error_line(f"waiting for {nnodes} nodes at {endpoint}")
             events.put(
                 _import_agent()(
                     command,
@@ -118,7 +117,7 @@ def run(
     finally:
         del os.environ[LAUNCHER]
     if end.message:
-        tell(end.message)
+        error_line(end.message)
     return end.code
 
 

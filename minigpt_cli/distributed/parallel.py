@@ -19,16 +19,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.device import memory
 from minigpt_cli.distributed.world import World
-from minigpt_cli.errors import UserError
 
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
 BYTES_PER_FROZEN = 4
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelDims:
     """A strategy that fits the ranks."""
 
     strategy: str  # single, ddp, zero2, fsdp or hsdp
@@ -51,7 +51,9 @@ class Layout:
         return squares.sqrt()
 
 
-def choose_layout(world: World, strategy: str, shard_size: int | None, state_bytes: int) -> Layout:
+def choose_parallel_dims(
+    world: World, strategy: str, shard_size: int | None, state_bytes: int
+) -> ParallelDims:
     """The layout that a recipe's ``[distributed]`` means on these ranks.
 
     ``auto`` replicates a model whose training state takes up to 40% of a rank's memory, and shards
@@ -64,12 +66,12 @@ def choose_layout(world: World, strategy: str, shard_size: int | None, state_byt
         UserError: ``shard_size`` doesn't divide the ranks.
     """
     if world.size == 1:
-        return Layout("single", world)
+        return ParallelDims("single", world)
     if strategy == "auto":
         fits = state_bytes <= 0.4 * memory(world.device, world.local_size)
-        strategy = "fsdp" if any(world.largest(not fits)) else "ddp"  # also for the smallest
+        strategy = "fsdp" if any(world.all_reduce_max(not fits)) else "ddp"  # also for the smallest
     if strategy == "ddp":
-        return Layout("ddp", world)
+        return ParallelDims("ddp", world)
     kind = world.device.type
     if strategy == "hsdp":
         size = shard_size or world.local_size
@@ -78,13 +80,17 @@ def choose_layout(world: World, strategy: str, shard_size: int | None, state_byt
                 f"[distributed] shard_size {size} does not divide the {world.size} ranks"
             )
         shape = (world.size // size, size)
-        return Layout(
+        return ParallelDims(
             "hsdp", world, init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
         )
-    return Layout(strategy, world, init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",)))
+    return ParallelDims(
+        strategy, world, init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    )
 
 
-def spread(model: nn.Module, blocks: nn.ModuleList, layout: Layout, dtype: torch.dtype) -> None:
+def apply_fsdp(
+    model: nn.Module, blocks: nn.ModuleList, layout: ParallelDims, dtype: torch.dtype
+) -> None:
     """Shard a model on the meta device, in place, where the layout asks for it.
 
     Args:
@@ -107,7 +113,7 @@ def spread(model: nn.Module, blocks: nn.ModuleList, layout: Layout, dtype: torch
     fully_shard(model, mesh=layout.mesh, reshard_after_forward=False)
 
 
-def replicate(model: nn.Module, layout: Layout) -> nn.Module:
+def apply_ddp(model: nn.Module, layout: ParallelDims) -> nn.Module:
     """What to call for training: under DDP its wrapper, else the model itself."""
     if layout.strategy != "ddp":
         return model
@@ -130,13 +136,13 @@ def gradient_sync(forward: nn.Module, last: bool) -> AbstractContextManager[None
     return contextlib.nullcontext()
 
 
-def clear_gradients(model: nn.Module, layout: Layout) -> None:
+def zero_grad(model: nn.Module, layout: ParallelDims) -> None:
     """Before the next step. DDP's gradients stay what they are, views of the buckets that travel:
     new ones would be summed beside these."""
     model.zero_grad(set_to_none=layout.strategy != "ddp")
 
 
-def local(tensors: list[Tensor]) -> list[Tensor]:
+def to_local(tensors: list[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, sharing its memory."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
@@ -149,7 +155,7 @@ def shards(parameter: Tensor) -> int:
 
 
 @torch.no_grad()
-def assign(parameter: Tensor, values: Tensor) -> None:
+def copy_full_tensor(parameter: Tensor, values: Tensor) -> None:
     """Fill a parameter, sharded or not, from the whole of its values."""
     if isinstance(parameter, DTensor):
         # Every rank has the same values and cuts out its shard: nothing is sent.

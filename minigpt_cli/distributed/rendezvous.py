@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 
 T = TypeVar("T")
 _PATIENCE = 40.0  # seconds: where nobody answers, that is an error within a minute

@@ -20,10 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minigpt_cli.distributed import rendezvous
-from minigpt_cli.distributed.device import find_device
-from minigpt_cli.distributed.workers import RESUME
-from minigpt_cli.errors import (
+from minigpt_cli.core.console import error_line
+from minigpt_cli.core.errors import (
     Diverged,
     Outcome,
     RankLost,
@@ -31,8 +29,10 @@ from minigpt_cli.errors import (
     UserError,
     describe,
     exit_code_of,
-    tell,
 )
+from minigpt_cli.distributed import rendezvous
+from minigpt_cli.distributed.device import find_device
+from minigpt_cli.distributed.workers import RESUME
 
 T = TypeVar("T")
 _FAILURE, _LEFT = "failure", "left"  # the store's keys: what ended the run first; ranks that ended
@@ -53,7 +53,7 @@ class World:
     control: dist.ProcessGroup | None = None  # for decisions, on CPUs; None in a single process
     saving: dist.ProcessGroup | None = None  # for checkpoints, written while others talk
 
-    def largest(self, *values: int) -> list[int]:
+    def all_reduce_max(self, *values: int) -> list[int]:
         """The largest of each value over all ranks: a flag that one rank raises, all see."""
         if self.size == 1:
             return list(values)
@@ -61,13 +61,13 @@ class World:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
         return tensor.tolist()
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor on the device over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    def all_gather_json(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
         """Every rank's value (something JSON can hold), by rank."""
         if self.size == 1:
             return [value]
@@ -84,7 +84,7 @@ class World:
             for part, size in zip(parts, sizes, strict=True)
         ]
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def run_on_rank0(self, make: Callable[[], T]) -> T:
         """What ``make`` gives on rank 0 (something JSON can hold), on every rank.
 
         It may take hours: the others ask for it now and then, where a collective would time out.
@@ -159,12 +159,12 @@ def _watch(store: dist.Store) -> None:
     if _joined.record is not None:
         _joined.record(outcome)
     if outcome.is_shown_here:
-        tell(outcome.message)
-    leave(patience=4)
+        error_line(outcome.message)
+    leave_world(patience=4)
     os._exit(outcome.code)
 
 
-def start(timeout_minutes: float = 10.0) -> World:
+def start_world(timeout_minutes: float = 10.0) -> World:
     """This process's World; the same one however often it is asked for.
 
     Args:
@@ -211,7 +211,7 @@ def start(timeout_minutes: float = 10.0) -> World:
     return world
 
 
-def leave(patience: float = 0) -> None:
+def leave_world(patience: float = 0) -> None:
     """Part from the other ranks at the end; rank 0, which keeps the store, goes last.
 
     Args:
@@ -229,12 +229,12 @@ def leave(patience: float = 0) -> None:
             time.sleep(0.02)
 
 
-def is_first() -> bool:
+def is_rank0() -> bool:
     """Whether this is the process that speaks for all: rank 0, or the only one."""
     return _joined.place is None or _joined.place.rank == 0
 
 
-def rank() -> int:
+def own_rank() -> int:
     return _joined.place.rank if _joined.place else 0
 
 
@@ -278,7 +278,7 @@ def _announced(error: BaseException, place: rendezvous.Place) -> Outcome:
 def _told(failure: bytes) -> Outcome:
     """What the store holds of the first rank that failed, as the outcome of this one."""
     first = json.loads(failure)
-    return Outcome(first["code"], first["message"], is_shown_here=first["rank"] == rank())
+    return Outcome(first["code"], first["message"], is_shown_here=first["rank"] == own_rank())
 
 
 @contextlib.contextmanager

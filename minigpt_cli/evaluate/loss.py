@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minigpt_cli.data.batches import Gathered, Rows
+from minigpt_cli.core.constants import IGNORE_INDEX
+from minigpt_cli.data.loader import Gathered, Sequences
 from minigpt_cli.distributed.world import World
-from minigpt_cli.model.cross_entropy import IGNORE
 from minigpt_cli.model.gpt import GPT
 
 
@@ -32,14 +32,14 @@ class Evaluation:
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
 
-def fixed_windows(available: int, wanted: int) -> NDArray[np.int64]:
+def fixed_sequences(available: int, wanted: int) -> NDArray[np.int64]:
     """The same ``wanted`` windows every time, spread evenly over all that there are."""
     count = min(available, wanted)
     return np.arange(count, dtype=np.int64) * available // max(1, count)
 
 
-def window_batches(
-    rows: Rows, ids: NDArray[np.int64], batch: int, rank: int = 0, ranks: int = 1
+def sequence_batches(
+    rows: Sequences, ids: NDArray[np.int64], batch: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[Gathered]:
     """Up to ``batch`` rows at a time of those of ``ids`` that are this rank's.
 
@@ -48,8 +48,8 @@ def window_batches(
     """
     for start in range(0, len(ids), batch * ranks):
         own = ids[start + rank * batch : min(start + (rank + 1) * batch, len(ids))]
-        inputs, targets, segments = rows.gather(own if len(own) else ids[:1])
-        yield inputs, targets if len(own) else np.full_like(targets, IGNORE), segments
+        inputs, targets, segment_ids = rows.gather(own if len(own) else ids[:1])
+        yield inputs, targets if len(own) else np.full_like(targets, IGNORE_INDEX), segment_ids
 
 
 def stream_batches(
@@ -88,7 +88,7 @@ def evaluate(
     """Loss over batches of windows, without dropout; the model's mode is put back.
 
     Args:
-        batches: inputs, targets (``IGNORE`` counts for nothing) and segments, each (n, T).
+        batches: inputs, targets (``IGNORE_INDEX`` counts for nothing) and segment_ids, each (n, T).
         dtype: what matrix products are computed in.
         token_bytes: (V,) UTF-8 bytes that each token stands for; where a tokenizer has no such
             table, ``bytes_per_token`` counts instead.
@@ -104,13 +104,13 @@ def evaluate(
         for batch in batches:
             if stop():
                 return None
-            inputs, targets, *segments = (
+            inputs, targets, *segment_ids = (
                 torch.from_numpy(each).to(device) for each in batch if each is not None
             )
             half = dtype in (torch.bfloat16, torch.float16)
             with torch.autocast(device.type, dtype if half else None, enabled=half):
-                total += model(inputs, targets, *segments)
-            counted = batch[1][batch[1] != IGNORE]
+                total += model(inputs, targets, *segment_ids)
+            counted = batch[1][batch[1] != IGNORE_INDEX]
             tokens += counted.size
             text_bytes += (
                 counted.size * bytes_per_token
@@ -121,6 +121,6 @@ def evaluate(
         model.train(training)
     counts = torch.tensor([tokens, text_bytes], dtype=torch.float64, device=device)
     sums = torch.cat([total[None], counts])
-    loss, all_tokens, all_bytes = (world.sum_(sums) if world else sums).tolist()
+    loss, all_tokens, all_bytes = (world.all_reduce_sum(sums) if world else sums).tolist()
     assert all_tokens, "nothing to evaluate on"
     return Evaluation(loss / all_tokens, int(all_tokens), all_bytes)

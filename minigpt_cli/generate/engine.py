@@ -9,13 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from minigpt_cli.errors import Diverged, UserError
-from minigpt_cli.generate.sampling import (
-    NOT_FINITE,
-    SamplingOptions,
-    draw_uniforms,
-    next_tokens,
-)
+from minigpt_cli.core.errors import Diverged, UserError
+from minigpt_cli.generate.sampling import NOT_FINITE, SamplingOptions, draw_uniforms, next_tokens
 from minigpt_cli.model.gpt import GPT, KVCache, new_cache
 
 
@@ -28,7 +23,7 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     eos_id: int | None = None,
-    end_ids: frozenset[int] = frozenset(),
+    stop_token_ids: frozenset[int] = frozenset(),
     use_cache: bool = True,
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
@@ -46,7 +41,7 @@ def generate(
             an empty prompt starts from ``eos_id``, as documents did in training.
         seed: sample i depends on (seed, i) alone, not on ``num_samples``.
         eos_id: ends a sample; yielded as its last token.
-        end_ids: others that do, such as the end of a turn.
+        stop_token_ids: others that do, such as the end of a turn.
         dtype: autocast's dtype and the cache's; None computes in that of the weights.
         vocab_size: ids from here on are never chosen (embeddings padded beyond the tokenizer).
         finished: S flags; the caller may set one between steps to end that sample.
@@ -85,7 +80,7 @@ def generate(
         prompt_ids,
         options,
         uniforms,
-        end_ids | {eos_id},
+        stop_token_ids | {eos_id},
         use_cache,
         dtype,
         vocab_size,
@@ -98,7 +93,7 @@ def _decode(
     prompt_ids: list[int],
     options: SamplingOptions,
     uniforms: Tensor,
-    end_ids: frozenset[int | None],
+    stop_token_ids: frozenset[int | None],
     use_cache: bool,
     dtype: torch.dtype,
     vocab_size: int | None,
@@ -122,13 +117,13 @@ def _decode(
             if window.shape[1] > context:
                 window, cache = window[:, -max(1, context // 2) :], None
             if not use_cache:
-                logits = model(window, last_only=True)
+                logits = model(window, logits_to_keep=1)
             elif cache is None:
                 capacity = min(context, window.shape[1] + max_new_tokens - step)
                 cache = new_cache(model.config, len(window), capacity, device, dtype)
-                logits = model(window, cache=cache, last_only=True)
+                logits = model(window, cache=cache, logits_to_keep=1)
             else:
-                logits = model(window[:, -1:], cache=cache, last_only=True)
+                logits = model(window[:, -1:], cache=cache, logits_to_keep=1)
             if step == 0 and samples > 1:
                 every = torch.zeros(samples, dtype=torch.int64, device=device)
                 logits, window, seen, cache = logits[every], *_take(every, window, seen, cache)
@@ -153,7 +148,7 @@ def _decode(
         for sample, token in zip(rows, chosen, strict=True):
             if not finished[sample]:
                 new[sample] = token
-                finished[sample] = token in end_ids
+                finished[sample] = token in stop_token_ids
         yield new
 
         alive = [row for row, sample in enumerate(rows) if not finished[sample]]

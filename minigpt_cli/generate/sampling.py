@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 
 NOT_FINITE = -1  # stands for the token of a row whose logits are NaN or infinite
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.tokenizer import vocabulary_size
-from minigpt_cli.errors import UserError
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.model.gpt import GPT
@@ -22,7 +22,7 @@ _CONTEXT = 8  # tokens kept before the new ones; a character has at most 4
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """More text of one sample; ``finish_reason`` is set on its last piece and on no other."""
 
     sample: int
@@ -113,11 +113,11 @@ def stream_text(
     num_samples: int = 1,
     seed: int = 0,
     eos_id: int | None = None,
-    end_ids: frozenset[int] = frozenset(),
+    stop_token_ids: frozenset[int] = frozenset(),
     stop: Sequence[str] = (),
     use_cache: bool = True,
     dtype: torch.dtype | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[TextChunk]:
     """Continue a prompt ``num_samples`` times and yield the text as soon as it is certain.
 
     The arguments are those of ``generate``; ``stop`` are strings that end a sample and are not
@@ -138,7 +138,7 @@ def stream_text(
         num_samples=num_samples,
         seed=seed,
         eos_id=eos_id,
-        end_ids=end_ids,
+        stop_token_ids=stop_token_ids,
         use_cache=use_cache,
         dtype=dtype,
         vocab_size=vocabulary_size(tokenizer),
@@ -148,7 +148,7 @@ def stream_text(
         steps,
         detokenizer(tokenizer, prompt_ids),
         max_new_tokens,
-        end_ids | {eos_id},
+        stop_token_ids | {eos_id},
         stop,
         finished,
     )
@@ -158,10 +158,10 @@ def _pieces(
     steps: Iterator[list[int | None]],
     start: Detokenizer,
     max_new_tokens: int,
-    end_ids: frozenset[int | None],
+    stop_token_ids: frozenset[int | None],
     stop: Sequence[str],
     finished: list[bool],
-) -> Iterator[Piece]:
+) -> Iterator[TextChunk]:
     """The loop behind ``stream_text``."""
     decoders = [
         Detokenizer(start.tokenizer, start.special, list(start.window), start.emitted)
@@ -173,7 +173,7 @@ def _pieces(
             if token is None:
                 continue
             reason: FinishReason | None = None
-            if token in end_ids:
+            if token in stop_token_ids:
                 reason = "eos"
             else:
                 held[sample] += decoders[sample].push(token)
@@ -187,10 +187,10 @@ def _pieces(
                 finished[sample] = True
             held[sample] = kept
             if shown or reason is not None:
-                yield Piece(sample, shown, reason)
+                yield TextChunk(sample, shown, reason)
 
 
-def complete(pieces: Iterable[Piece]) -> list[Completion]:
+def complete(pieces: Iterable[TextChunk]) -> list[Completion]:
     """All of the pieces of ``stream_text``, joined: one completion for each sample."""
     texts: dict[int, list[str]] = {}
     reasons: dict[int, FinishReason] = {}

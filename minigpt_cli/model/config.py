@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.recipe import Recipe, RopeScaling
 
 Family = Literal["gpt2", "llama", "qwen3"]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
+from minigpt_cli.core.constants import IGNORE_INDEX
 
 # Bytes of float32 logits that live at once. On a CPU a chunk should stay in cache, on a GPU it
 # should be large enough to fill the device with one matrix product.
@@ -32,7 +32,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            rows, kept = hidden[part], (targets[part] != IGNORE)[:, None]
+            rows, kept = hidden[part], (targets[part] != IGNORE_INDEX)[:, None]
             index = targets[part, None].where(kept, 0)
             logits = rows @ weight.T  # (n, V)
             probabilities = logits.softmax(-1, dtype=dtype)
@@ -75,7 +75,7 @@ def projected_cross_entropy(
     Args:
         hidden: (N, H), in the computing dtype.
         weight: (V, H), the output projection; cast to hidden's dtype.
-        targets: (N,) int64; ``IGNORE`` marks tokens that count for nothing.
+        targets: (N,) int64; ``IGNORE_INDEX`` marks tokens that count for nothing.
         chunk_tokens: rows of logits that exist at once; by default what the device likes.
 
     Returns:

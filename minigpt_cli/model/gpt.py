@@ -58,7 +58,7 @@ def new_cache(
     )
 
 
-def computing_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of x are computed in: autocast's dtype where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -104,16 +104,16 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def positions_in(segments: Tensor) -> Tensor:
+def positions_in(segment_ids: Tensor) -> Tensor:
     """The place of each token in its segment, (B, T) int64: 0, 1, 2 ... and anew in the next."""
-    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+    places = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    begins = torch.nn.functional.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
     return places - places.where(begins, 0).cummax(dim=1).values
 
 
-def mask_of(segments: Tensor) -> Tensor:
+def mask_of(segment_ids: Tensor) -> Tensor:
     """Whether a token (row) sees another (column), (B, 1, T, T): of its segment, not later."""
-    same = segments[:, :, None] == segments[:, None, :]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return same.tril()[:, None]
 
 
@@ -218,7 +218,7 @@ class Block(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         # Cast once: autocast would cast anew for each of the projections that follow.
-        dtype = computing_dtype(x)
+        dtype = compute_dtype(x)
         attended = self.self_attn(self.input_layernorm(x).to(dtype), rope, cache, mask)
         x = x + F.dropout(attended, self.dropout, self.training)
         out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
@@ -255,20 +255,20 @@ class GPT(nn.Module):
         self,
         input_ids: Tensor,
         targets: Tensor | None = None,
-        segments: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         *,
         cache: KVCache | None = None,
-        last_only: bool = False,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """The sum of the token losses, or the logits where there are no targets.
 
         Args:
             input_ids: (B, T) int64.
             targets: (B, T) int64, the token after each input; -100 counts for nothing.
-            segments: (B, T) int64, which example of its row each token belongs to: it sees no
+            segment_ids: (B, T) int64, which example of its row each token belongs to: it sees no
                 other, and its positions begin anew with it. Not with a cache.
             cache: keys and values of the tokens before these; extended in place.
-            last_only: logits of the last position alone.
+            logits_to_keep: compute logits for so many last positions only; 0: for all.
 
         Returns:
             A float32 scalar (float64 for a float64 model), or logits (B, T or 1, V).
@@ -281,9 +281,9 @@ class GPT(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, H)
         rope = mask = None
         positions: slice | Tensor = slice(past, end)
-        if segments is not None:
+        if segment_ids is not None:
             assert cache is None
-            positions, mask = positions_in(segments), mask_of(segments)
+            positions, mask = positions_in(segment_ids), mask_of(segment_ids)
         if self.config.family == "gpt2":
             x = x + self.embed_positions.weight[positions]
         else:
@@ -297,9 +297,9 @@ class GPT(nn.Module):
                 x = layer(x, rope, cache.layer(index) if cache is not None else None, mask)
         if cache is not None:
             cache.length = end
-        if last_only:
-            x = x[:, -1:]
-        x = self.norm(x).to(computing_dtype(x))
+        if logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        x = self.norm(x).to(compute_dtype(x))
         if targets is not None:
             return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
         return F.linear(x, self.head_weight())

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import GPT
-from minigpt_cli.model.huggingface import huggingface_name
-from minigpt_cli.recipe import Adapter
+from minigpt_cli.model.hf_names import huggingface_name
+from minigpt_cli.recipe import AdapterSettings
 
 ALL = "all-linear"  # PEFT's name for every linear layer but the head
 MARK = "lora_"  # in the names of the parameters that are trained
@@ -25,7 +25,7 @@ MARK = "lora_"  # in the names of the parameters that are trained
 class LoraLinear(nn.Linear):
     """A linear layer with an adapter; its weight and bias keep their names."""
 
-    def __init__(self, linear: nn.Linear, adapter: Adapter):
+    def __init__(self, linear: nn.Linear, adapter: AdapterSettings):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.training = linear.weight, linear.bias, linear.training
@@ -98,7 +98,7 @@ def module_name(config: ModelConfig, name: str) -> str:
     return huggingface_name(config, f"{name}.weight").removesuffix(".weight")
 
 
-def attach(model: GPT, adapter: Adapter, names: list[str] | None = None) -> None:
+def attach(model: GPT, adapter: AdapterSettings, names: list[str] | None = None) -> None:
     """Put adapters beside the model's linear layers and freeze all else; they have no values yet.
 
     Adapters that the model has already are dropped.

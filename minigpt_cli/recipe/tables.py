@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from minigpt_cli.recipe.sections import Origin
+from minigpt_cli.recipe.schema import Origin
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Locator:
         return f"{self.where}: [{section}] {key}" if section else f"{self.where}: [{key}]"
 
 
-def build(cls: type, table: Any, section: str, problems: list[str], locate: Locator) -> Any:
+def from_table(cls: type, table: Any, section: str, problems: list[str], locate: Locator) -> Any:
     """An instance of the dataclass ``cls`` from a TOML table, or None with ``problems`` added."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
@@ -57,7 +57,7 @@ def build(cls: type, table: Any, section: str, problems: list[str], locate: Loca
             problems.append(f"{locate(section, key)}: must be a table, [{key}]")
         else:
             inner = f"{section}.{key}" if section else key
-            values[key] = build(kind, value, inner, problems, locate)
+            values[key] = from_table(kind, value, inner, problems, locate)
     for key, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and key not in table:

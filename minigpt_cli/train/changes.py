@@ -7,12 +7,11 @@ from typing import Any
 import torch
 
 import minigpt_cli
-from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.distributed import device as devices
-from minigpt_cli.errors import UserError
-from minigpt_cli.recipe import Recipe
-from minigpt_cli.report.console import say, warn
+from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.distributed.device import device_name
+from minigpt_cli.recipe import Recipe, changed_settings, setting_names
 from minigpt_cli.train.run import Run
 
 # What a run has already been shaped by: ``resume`` changes these only if told to by name ...
@@ -36,12 +35,12 @@ NEVER_CHANGED = (
 
 def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
     """Print what the command line changes; refuse what would alter what was already trained."""
-    known = {"data", *recipes.settings(new)}
+    known = {"data", *setting_names(new)}
     if unknown := [key for key in allowed if key not in known]:
         raise UserError(f"--allow-change {unknown[0]}: no such setting")
     never, refused = [], []
-    for key, before, after in recipes.differences(old, new):
-        say(f"changed: {key} = {after} (was {before})")
+    for key, before, after in changed_settings(old, new):
+        log(f"changed: {key} = {after} (was {before})")
         if key in CHANGED_BY_NAME:
             refused += [] if key in allowed else [key]
         elif key.startswith(NEVER_CHANGED):
@@ -87,13 +86,13 @@ def environment(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": devices.device_name(device),
+        "device": device_name(device),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
-        "computing_dtype": str(run.trainer.dtype).removeprefix("torch."),
+        "computing_dtype": str(run.context.dtype).removeprefix("torch."),
         "ranks": run.world.size,
-        "strategy": run.trainer.layout.strategy,
+        "strategy": run.context.parallel_dims.strategy,
     }
 
 

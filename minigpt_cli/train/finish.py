@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.adapter import ORIGIN, open_model
-from minigpt_cli.checkpoint.card import model_card
-from minigpt_cli.checkpoint.directory import sweep
-from minigpt_cli.checkpoint.export import FINAL, export_adapter, export_model
 from minigpt_cli.checkpoint.manifest import MANIFEST
-from minigpt_cli.checkpoint.pretrained import read_json
-from minigpt_cli.checkpoint.prove import Mismatch
 from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.errors import UserError
-from minigpt_cli.report.console import warn
+from minigpt_cli.core.console import warn
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.huggingface.card import model_card
+from minigpt_cli.huggingface.check_export import Mismatch
+from minigpt_cli.huggingface.directory import sweep
+from minigpt_cli.huggingface.export import FINAL, export_adapter, export_model
+from minigpt_cli.huggingface.peft import ORIGIN, open_model
+from minigpt_cli.huggingface.weights import read_json
 from minigpt_cli.train.run import Run
 
 
@@ -28,7 +28,7 @@ def write_final(run: Run, state: RunState) -> str:
         Mismatch: transformers reads another model from it.
     """
     checkpoint = store.checkpoint_path(run.directory, state.step)
-    return run.world.from_first(lambda: _export(run, checkpoint, run.directory / FINAL))
+    return run.world.run_on_rank0(lambda: _export(run, checkpoint, run.directory / FINAL))
 
 
 def clear(directory: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.errors import Diverged
-from minigpt_cli.recipe import Guard as Settings
+from minigpt_cli.core.errors import Diverged
+from minigpt_cli.recipe import GuardSettings
 
 # The scale is halved at every skip: after so many of them in a row it is not the scale's fault.
 SKIPS_IN_A_ROW = 60
@@ -78,8 +78,8 @@ class Seen:
     rollback_at: int  # the step at which bad steps became too many in a row; 0: they did not
 
 
-def new_guard(device: torch.device, settings: Settings | None = None) -> Guard:
-    settings = settings or Settings()
+def new_guard(device: torch.device, settings: GuardSettings | None = None) -> Guard:
+    settings = settings or GuardSettings()
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -127,7 +127,7 @@ def watch(
     now = torch.stack([loss, grad_norm]).double()
     finite = torch.isfinite(now)
     nothing = now.new_full((), math.nan)
-    call_off = bad = ~finite.all()
+    skip_update = bad = ~finite.all()
     if scale is not None:
         overflow = finite[0] & ~finite[1]
         guard.skipped_in_a_row.add_(1).mul_(overflow)
@@ -139,7 +139,7 @@ def watch(
     if guard.spikes is not None:
         limits = _limits(guard.spikes)
         spike = ((now > limits) & finite).any()
-        bad, call_off = _count(guard.spikes, step, now, bad | spike, call_off | spike)
+        bad, skip_update = _count(guard.spikes, step, now, bad | spike, skip_update | spike)
     numbers = torch.stack(
         [*now, local_loss.double(), nothing if scale is None else scale.double(), *limits]
     )
@@ -147,7 +147,7 @@ def watch(
     guard.steps.copy_(torch.where(here, step, guard.steps))
     guard.numbers.copy_(torch.where(here[:, None], numbers, guard.numbers))
     guard.bad += bad
-    return call_off.float()
+    return skip_update.float()
 
 
 def _limits(spikes: Spikes) -> Tensor:
@@ -163,7 +163,7 @@ def _limits(spikes: Spikes) -> Tensor:
 
 
 def _count(
-    spikes: Spikes, step: int, now: Tensor, bad: Tensor, call_off: Tensor
+    spikes: Spikes, step: int, now: Tensor, bad: Tensor, skip_update: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Put one step into the history; returns (is bad, is called off).
 
@@ -173,13 +173,13 @@ def _count(
     over = spikes.rollback_at > 0
     bad = bad & ~over
     # Called off but not bad is an overflow of fp16: neither a bad step nor an ordinary one.
-    spikes.in_a_row.add_(bad).mul_(call_off | over)
+    spikes.in_a_row.add_(bad).mul_(skip_update | over)
     too_many = bad & (spikes.in_a_row >= spikes.rollback_after)
     spikes.rollback_at.add_(torch.where(too_many, step, 0))
     shifted = torch.cat([spikes.recent[:, 1:], now[:, None]], dim=1)
-    spikes.recent.copy_(torch.where(call_off, spikes.recent, shifted))
-    spikes.ordinary.add_(~call_off).clamp_(max=spikes.recent.shape[1])
-    return bad, call_off | over
+    spikes.recent.copy_(torch.where(skip_update, spikes.recent, shifted))
+    spikes.ordinary.add_(~skip_update).clamp_(max=spikes.recent.shape[1])
+    return bad, skip_update | over
 
 
 def _places(row: Tensor) -> Tensor:

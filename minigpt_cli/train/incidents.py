@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.data.batches import Rows
-from minigpt_cli.data.manifest import write_atomically
+from minigpt_cli.core.files import write_atomically
+from minigpt_cli.data.loader import Sequences
 from minigpt_cli.data.order import sample_ids
-from minigpt_cli.data.packing import PackedSplit
+from minigpt_cli.data.packing import PackedSequences
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.guard import BadStep, Seen
 from minigpt_cli.train.run import Run
@@ -55,8 +55,8 @@ def write(run: Run, kind: str, step: int, data_offset: int, content: dict[str, A
     return name
 
 
-def windows_of(
-    rows: Rows, tokenizer: "Tokenizer", *, seed: int, position: int, global_batch_size: int
+def sequences_of_batch(
+    rows: Sequences, tokenizer: "Tokenizer", *, seed: int, position: int, global_batch_size: int
 ) -> list[dict[str, Any]]:
     """The windows of one batch, in its order: number, shard's file, offset of the first token in
     it, and the beginning of the text. A window may reach into the next shard. Of packed examples,
@@ -65,12 +65,12 @@ def windows_of(
     Args:
         position: the batch's place in the order of the data, in steps.
     """
-    ids = sample_ids(seed, position, global_batch_size, rows.windows).tolist()
+    ids = sample_ids(seed, position, global_batch_size, rows.num_sequences).tolist()
 
     def text(tokens: list[int]) -> str:
         return tokenizer.decode(tokens[:TEXT], skip_special_tokens=False)[:TEXT]
 
-    if isinstance(rows, PackedSplit):
+    if isinstance(rows, PackedSequences):
         return [
             {
                 "window": row,
@@ -101,7 +101,7 @@ def _describe(run: Run, state: RunState, bad: BadStep) -> dict[str, Any]:
         "loss_scale": _number(bad.loss_scale) if scaled else None,
         "data_position": position,
         "window_tokens": recipe.train.sequence_length + 1,
-        "windows": windows_of(
+        "windows": sequences_of_batch(
             run.batches.rows,
             run.prompts.tokenizer,
             seed=recipe.train.seed,

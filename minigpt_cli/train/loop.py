@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.base import COMPANIONS
 from minigpt_cli.checkpoint.saver import Saved
 from minigpt_cli.checkpoint.state import STATE_FILE, RunState, state_bytes
 from minigpt_cli.checkpoint.tensors import tensors_of
-from minigpt_cli.distributed.parallel import local
-from minigpt_cli.errors import Diverged, Stopped, UserError
-from minigpt_cli.evaluate.loss import evaluate, fixed_windows, window_batches
-from minigpt_cli.recipe import Recipe, dump
-from minigpt_cli.report.console import TrainingDisplay, say
+from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.errors import Diverged, Stopped, UserError
+from minigpt_cli.distributed.parallel import to_local
+from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
+from minigpt_cli.huggingface.base_model import AUXILIARY_FILES
+from minigpt_cli.recipe import Recipe, dump_recipe
+from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.train import guard, rollback
 from minigpt_cli.train.finish import write_final
 from minigpt_cli.train.run import Run
@@ -72,7 +73,7 @@ def fit(run: Run, state: RunState) -> None:
     """
     with run.resources:
         _train(run, state)
-        say(write_final(run, state))  # here a signal stops at once: all is saved
+        log(write_final(run, state))  # here a signal stops at once: all is saved
 
 
 def _train(run: Run, state: RunState) -> None:
@@ -84,12 +85,12 @@ def _train(run: Run, state: RunState) -> None:
             _evaluate(run, state, display, stop)
             if state.evaluated_step == state.step:
                 saved_step = _save(run, state, display) or saved_step
-        (signum,) = run.world.largest(stop.signum or 0)  # whichever rank it came to
+        (signum,) = run.world.all_reduce_max(stop.signum or 0)  # whichever rank it came to
         while not is_finished(recipe, state) and not signum:
             clock.start()
             batch = run.batches(state.step + state.data_offset)
             lr = lr_at(recipe.schedule, peak, total, state.step + 1)
-            loss, grad_norm = train_step(run.trainer, batch, state.step, lr / peak)
+            loss, grad_norm = train_step(run.context, batch, state.step, lr / peak)
             state.step += 1
             state.tokens += recipe.tokens_per_step
             lap_steps += 1
@@ -108,7 +109,7 @@ def _train(run: Run, state: RunState) -> None:
 
             minutes = recipe.checkpoint.every_minutes
             timed = bool(minutes) and time.monotonic() - saved_at >= 60 * minutes
-            signum, timed_out = run.world.largest(stop.signum or 0, timed)
+            signum, timed_out = run.world.all_reduce_max(stop.signum or 0, timed)
             every = recipe.checkpoint.every_steps
             best = is_best and recipe.checkpoint.keep_best
             if timed_out or best or (every is not None and state.step % every == 0):
@@ -132,7 +133,7 @@ def _train(run: Run, state: RunState) -> None:
                 else f"stopped by {name} before the first step; run the same command again",
                 signum,
             )
-        display.say(
+        log(
             f"finished at step {state.step}: {state.tokens:,} tokens, {clock.total:.1f} s of "
             f"training in this process; {run.directory}"
         )
@@ -143,12 +144,12 @@ def _settle(run: Run, state: RunState, display: TrainingDisplay, clock: Clock) -
 
     Returns True if the guard has seen spikes without an end and the run went back to a checkpoint.
     """
-    seen = guard.look(run.trainer.guard)
+    seen = guard.look(run.context.guard)
     clock.pause()
     if not seen.bad:
         return False
     _tell(run.saver.wait(), display)  # it may be the one to go back to
-    return rollback.handle(run, state, seen, last_good=_last_good(run), say=display.say)
+    return rollback.handle(run, state, seen, last_good=_last_good(run))
 
 
 def _log(
@@ -171,17 +172,17 @@ def _log(
         "tokens_per_second": rate,
         "mfu": None if peak is None else rate * run.flops_per_token / peak,
     }
-    if run.trainer.scaler.is_enabled():
-        values["loss_scale"] = run.trainer.scaler.get_scale()
-        values["skip_rate"] = skip_rate = guard.skip_rate(run.trainer.guard, state.step)
-        if warning := guard.warn_about_skips(run.trainer.guard, skip_rate, state.step):
-            display.say(f"warning: {warning}")
+    if run.context.scaler.is_enabled():
+        values["loss_scale"] = run.context.scaler.get_scale()
+        values["skip_rate"] = skip_rate = guard.skip_rate(run.context.guard, state.step)
+        if warning := guard.warn_about_skips(run.context.guard, skip_rate, state.step):
+            warn(f"{warning}")
     _write_metrics(run, display, values)
     display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
     if (state.step == 1 and run.recipe.base is None) and (
-        warning := guard.warn_about_first_loss(loss, run.trainer.model.config.vocab_size)
+        warning := guard.warn_about_first_loss(loss, run.context.model.config.vocab_size)
     ):
-        display.say(f"warning: {warning}")
+        warn(f"{warning}")
 
 
 def _evaluation_is_due(run: Run, state: RunState) -> bool:
@@ -194,14 +195,14 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
     """Evaluate and complete the prompts; True if this is the lowest loss so far."""
     assert run.validation is not None
     recipe, v = run.recipe, run.validation
-    ids = fixed_windows(v.rows.windows, recipe.eval.windows)
+    ids = fixed_sequences(v.rows.num_sequences, recipe.eval.windows)
     result = evaluate(
-        run.trainer.model,
-        window_batches(v.rows, ids, run.trainer.micro_batch_size, run.world.rank, run.world.size),
-        dtype=run.trainer.dtype,
+        run.context.model,
+        sequence_batches(v.rows, ids, run.context.micro_batch_size, run.world.rank, run.world.size),
+        dtype=run.context.dtype,
         token_bytes=v.token_bytes,
         bytes_per_token=v.bytes_per_token,
-        stop=lambda: any(run.world.largest(bool(stop))),
+        stop=lambda: any(run.world.all_reduce_max(bool(stop))),
         world=run.world,
     )
     if result is None:
@@ -225,13 +226,13 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
         "val_bits_per_byte": result.bits_per_byte,
     }
     _write_metrics(run, display, values)
-    display.say(
+    log(
         f"step {state.step}  validation: loss {result.loss:.4f}  perplexity "
         f"{result.perplexity:.2f}  bits per byte {result.bits_per_byte:.4f}"
         + ("  (best)" if is_best else f"  (best: step {state.best_step})")
     )
-    for prompt, completion in run.prompts.complete(run.trainer.model):
-        display.say(f"  | {prompt}{completion}".replace("\n", "\n  | "))
+    for prompt, completion in run.prompts.complete(run.context.model):
+        log(f"  | {prompt}{completion}".replace("\n", "\n  | "))
     return is_best
 
 
@@ -240,7 +241,7 @@ def _write_metrics(run: Run, display: TrainingDisplay, values: dict[str, Any]) -
         if run.metrics is not None:
             run.metrics.write(values)
     except OSError as error:  # a full disk; the run itself can go on
-        display.say(f"warning: metrics.jsonl could not be written: {error.strerror}")
+        warn(f"metrics.jsonl could not be written: {error.strerror}")
 
 
 def _flush_metrics(run: Run, display: TrainingDisplay) -> None:
@@ -248,7 +249,7 @@ def _flush_metrics(run: Run, display: TrainingDisplay) -> None:
         if run.metrics is not None:
             run.metrics.flush()
     except OSError as error:
-        display.say(f"warning: metrics.jsonl could not be written: {error.strerror}")
+        warn(f"metrics.jsonl could not be written: {error.strerror}")
 
 
 def _save(
@@ -262,15 +263,15 @@ def _save(
     Raises:
         UserError: it ``must_be_there`` and could not be written.
     """
-    trainer = run.trainer
+    trainer = run.context
     _tell(run.saver.poll(), display)
     began = time.monotonic()
     _tell(run.saver.wait(), display)  # also where it isn't busy: on another rank it may be
     if (waited := time.monotonic() - began) >= 0.1:
-        display.say(f"waited {waited:.1f} s for the save before this one")
+        log(f"waited {waited:.1f} s for the save before this one")
     guard.check(trainer.guard, _last_good(run))
     tensors = tensors_of(trainer.model, trainer.optimizers)
-    if any(run.world.largest(not guard.are_finite(local(list(tensors.values()))))):
+    if any(run.world.all_reduce_max(not guard.are_finite(to_local(list(tensors.values()))))):
         raise Diverged(
             f"training diverged: weights or optimizer state are not finite at step {state.step}; "
             f"this step is not saved. {_last_good(run)} Try a lower optimizer.lr, or "
@@ -287,9 +288,9 @@ def _save(
         tensors,
         {
             STATE_FILE: state_bytes(state),
-            "recipe.toml": dump(run.recipe).encode(),
+            "recipe.toml": dump_recipe(run.recipe).encode(),
             "tokenizer.json": run.tokenizer_json,
-            **({COMPANIONS: run.companions.dump()} if run.companions else {}),
+            **({AUXILIARY_FILES: run.auxiliary_files.dump()} if run.auxiliary_files else {}),
         },
         state.val_loss if state.evaluated_step == state.step else None,
     )
@@ -307,7 +308,7 @@ def _tell(saved: Saved | None, display: TrainingDisplay, must_be_there: bool = F
     if saved is None:
         return None
     if saved.problem is None:
-        display.say(f"saved {saved.path}")
+        log(f"saved {saved.path}")
         return saved.step
     problem = f"{saved.path}: the checkpoint could not be written: {saved.problem}"
     if must_be_there:
@@ -315,7 +316,7 @@ def _tell(saved: Saved | None, display: TrainingDisplay, must_be_there: bool = F
             f"{problem}; older checkpoints are untouched: make room or mend the path, then minigpt "
             "resume"
         )
-    display.say(f"warning: {problem}; training goes on and saves again at the next interval")
+    warn(f"{problem}; training goes on and saves again at the next interval")
     return None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.distributed.parallel import local, over_whole_matrices, shards
+from minigpt_cli.distributed.parallel import over_whole_matrices, shards, to_local
 
 # Elements of the matrices that a rank orthogonalises together: enough to fill a GPU, few for a
 # CPU's cache.
@@ -19,11 +19,11 @@ class Muon(torch.optim.Muon):
 
     Small matrices leave a device idle, so those of one shape go through Newton-Schulz as one batch.
     Of sharded matrices each rank orthogonalises its share.
-    Set ``call_off`` before a step to a scalar on the device: where it is 1, weights and momentum
+    Set ``skip_update`` before a step to a scalar on the device: where it is 1, weights and momentum
     stay as they are, and nothing waits to find out.
     """
 
-    call_off: Tensor | None = None
+    skip_update: Tensor | None = None
 
     def __init__(self, params: Sequence[Tensor], **settings: Any):
         """Momenta are there from the beginning, as zeros; see torch.optim.Muon for the settings."""
@@ -38,15 +38,15 @@ class Muon(torch.optim.Muon):
                 self._update(batch, group)
 
     def _update(self, batch: list[Tensor], group: dict[str, Any]) -> None:
-        grads = local([p.grad for p in batch if p.grad is not None])
-        momenta = local([self.state[p]["momentum_buffer"] for p in batch])
-        weights = local(batch)
+        grads = to_local([p.grad for p in batch if p.grad is not None])
+        momenta = to_local([self.state[p]["momentum_buffer"] for p in batch])
+        weights = to_local(batch)
         lr: float | Tensor = group["lr"]
-        if self.call_off is not None:
-            off = self.call_off.bool()
+        if self.skip_update is not None:
+            off = self.skip_update.bool()
             # Where it is called off, a gradient equal to the momentum leaves the momentum as it is.
             grads = [torch.where(off, m, g) for m, g in zip(momenta, grads, strict=True)]
-            lr = lr * (1 - self.call_off)
+            lr = lr * (1 - self.skip_update)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         if group["nesterov"]:
             grads = list(torch._foreach_lerp(grads, momenta, group["momentum"]))

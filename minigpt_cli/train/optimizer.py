@@ -5,11 +5,11 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from minigpt_cli.model.gpt import GPT
-from minigpt_cli.recipe import Optimizer as OptimizerRecipe
+from minigpt_cli.recipe import OptimizerSettings
 from minigpt_cli.train.muon import Muon
 
 
-def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
+def build(model: GPT, recipe: OptimizerSettings) -> list[torch.optim.Optimizer]:
     """The optimizers of a run.
 
     AdamW (Loshchilov and Hutter 2019) decays matrices and embeddings, not biases and norms. Muon
@@ -53,21 +53,21 @@ def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
 
 
 @torch.no_grad()
-def update(optimizers: list[torch.optim.Optimizer], lr_share: float, call_off: Tensor) -> None:
-    """One update of all weights and moments, or none at all where ``call_off`` is 1.
+def update(optimizers: list[torch.optim.Optimizer], lr_factor: float, skip_update: Tensor) -> None:
+    """One update of all weights and moments, or none at all where ``skip_update`` is 1.
 
     The decision stays on the device: nothing here waits for it.
 
     Args:
-        lr_share: the schedule's value, as a share of each group's peak learning rate.
-        call_off: float32 scalar on the device, 0.0 or 1.0.
+        lr_factor: the schedule's value, as a share of each group's peak learning rate.
+        skip_update: float32 scalar on the device, 0.0 or 1.0.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_share
+            group["lr"] = group["peak_lr"] * lr_factor
         if isinstance(optimizer, Muon):
-            optimizer.call_off = call_off
+            optimizer.skip_update = skip_update
         else:
             # The fused kernel leaves everything as it was, its step count too, as under GradScaler.
-            optimizer.found_inf = call_off  # type: ignore[attr-defined]
+            optimizer.found_inf = skip_update  # type: ignore[attr-defined]
         optimizer.step()

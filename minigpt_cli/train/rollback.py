@@ -1,13 +1,13 @@
 """What the host does about bad steps: report them, end the run, or go back to a checkpoint."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.checkpoint.tensors import load_tensors
-from minigpt_cli.errors import Diverged, UserError
+from minigpt_cli.core.console import warn
+from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.train import guard, incidents
 from minigpt_cli.train.guard import BadStep, Seen
 from minigpt_cli.train.run import Run
@@ -21,7 +21,6 @@ def handle(
     seen: Seen,
     *,
     last_good: str,
-    say: Callable[[str], None],
 ) -> bool:
     """Report the bad steps that were seen, on every rank; True if the run went back to a
     checkpoint.
@@ -32,29 +31,29 @@ def handle(
     Raises:
         Diverged: nothing can be done about them.
     """
-    finite = run.world.gather(math.isfinite(seen.steps[0].local_loss))
+    finite = run.world.all_gather_json(math.isfinite(seen.steps[0].local_loss))
     file = ""
     try:
         if run.world.rank == 0:
             ranks = [rank for rank, is_finite in enumerate(finite) if not is_finite]
             file = incidents.report(run, state, seen, ranks or list(range(run.world.size)))
     except (OSError, UserError) as error:  # a full disk must not hide what is being reported
-        say(f"warning: the incident at step {seen.steps[0].step} could not be written: {error}")
-    file = run.world.gather(file)[0]
-    if run.trainer.guard.spikes is None:
+        warn(f"the incident at step {seen.steps[0].step} could not be written: {error}")
+    file = run.world.all_gather_json(file)[0]
+    if run.context.guard.spikes is None:
         where = f" Its batch: {run.directory / file}." if file else ""
         raise guard.diverged(seen, last_good + where)
     first = seen.steps[0]
     more = f", and {seen.bad - 1} more up to step {_last(seen)}" if seen.bad > 1 else ""
-    say(f"warning: step {first.step}{more}: update skipped: {_reason(first)}; {file}")
+    warn(f"step {first.step}{more}: update skipped: {_reason(first)}; {file}")
     if seen.rollback_at:
-        roll_back(run, state, seen.rollback_at, say)
+        roll_back(run, state, seen.rollback_at)
         return True
-    guard.forget(run.trainer.guard)
+    guard.forget(run.context.guard)
     return False
 
 
-def roll_back(run: Run, state: RunState, step: int, say: Callable[[str], None]) -> None:
+def roll_back(run: Run, state: RunState, step: int) -> None:
     """Put the run back to its last checkpoint, and past the data that was met up to ``step``.
 
     ``state`` becomes what it was there, but for the place in the data: the next step trains on what
@@ -63,11 +62,11 @@ def roll_back(run: Run, state: RunState, step: int, say: Callable[[str], None]) 
     Raises:
         Diverged: there is no checkpoint, or going back to it has not helped before.
     """
-    trainer, directory = run.trainer, run.directory
+    trainer, directory = run.context, run.directory
     assert trainer.guard.spikes is not None
     in_a_row = f"{trainer.guard.spikes.rollback_after} spikes in a row up to step {step}"
     try:
-        checkpoint, manifest, passed_over = store.newest_valid(directory, run.world)
+        checkpoint, manifest, skipped_checkpoints = store.newest_valid(directory, run.world)
     except UserError as error:
         raise Diverged(
             f"training diverged: {in_a_row}, and there is no checkpoint to roll back to ({error}). "
@@ -80,8 +79,8 @@ def roll_back(run: Run, state: RunState, step: int, say: Callable[[str], None]) 
             "guard.rollback_after, to skip more steps before a rollback, or look at the data in "
             f"{directory / 'incidents'}"
         )
-    for problem in passed_over:
-        say(f"warning: {problem}")
+    for problem in skipped_checkpoints:
+        warn(f"{problem}")
     saved = read_state(checkpoint)
     assert saved.step < step, (saved.step, step)
     load_tensors(checkpoint, manifest.tensors, trainer.model, trainer.optimizers, run.world.control)
@@ -96,9 +95,9 @@ def roll_back(run: Run, state: RunState, step: int, say: Callable[[str], None]) 
         setattr(state, name, value)
 
     if run.world.rank == 0:
-        _record(run, state, step, old_offset, checkpoint, say)
-    say(
-        f"warning: {in_a_row}: rolled back to {checkpoint.name}, and on past the data of steps "
+        _record(run, state, step, old_offset, checkpoint)
+    warn(
+        f"{in_a_row}: rolled back to {checkpoint.name}, and on past the data of steps "
         f"{state.step + 1} to {step}; see incidents/"
     )
 
@@ -109,7 +108,6 @@ def _record(
     step: int,
     old_offset: int,
     checkpoint: Path,
-    say: Callable[[str], None],
 ) -> None:
     """Make the run directory hold one curve again, and tell what happened."""
     for later, path in store.list_steps(run.directory):
@@ -133,7 +131,7 @@ def _record(
             },
         )
     except OSError as error:
-        say(f"warning: the rollback could not be recorded: {error.strerror}")
+        warn(f"the rollback could not be recorded: {error.strerror}")
 
 
 def _last(seen: Seen) -> str:

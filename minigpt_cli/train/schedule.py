@@ -2,10 +2,10 @@
 
 import math
 
-from minigpt_cli.recipe import Schedule
+from minigpt_cli.recipe import ScheduleSettings
 
 
-def lr_at(schedule: Schedule, peak: float, total: int, update: int) -> float:
+def lr_at(schedule: ScheduleSettings, peak: float, total: int, update: int) -> float:
     """The learning rate of one update.
 
     Updates are counted from 1: the rate rises linearly from 0 at ``update`` 0, which nothing uses,

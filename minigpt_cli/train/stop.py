@@ -3,7 +3,7 @@
 import signal
 from types import FrameType
 
-from minigpt_cli import stopping
+from minigpt_cli.core.signals import first_signal
 
 
 class StopRequest:
@@ -12,7 +12,7 @@ class StopRequest:
     to a process that has just saved."""
 
     def __init__(self) -> None:
-        self.signum = stopping.first_signal()  # whose exception a library has swallowed
+        self.signum = first_signal()  # whose exception a library has swallowed
         self._previous: dict[int, signal._HANDLER] = {}
 
     def __bool__(self) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from minigpt_cli.checkpoint import state, store
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.checkpoint.tensors import describe, read_tensors, save_tensors
-from minigpt_cli.errors import Damaged, UserError
+from minigpt_cli.core.errors import Damaged, UserError
 
 TENSORS = {
     "weights.a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -198,7 +198,7 @@ def test_a_pickle_is_refused_even_if_the_manifest_names_it(tmp_path: Path):
     torch.save({"weights.a": torch.zeros(3, 4)}, path / "model.pt")
     assert "is not in the manifest" in store.verify(path)[0]
     entry = {"bytes": (path / "model.pt").stat().st_size,
-             "sha256": store.file_sha256(path / "model.pt")}  # fmt: skip
+             "sha256": store.sha256_of(path / "model.pt")}  # fmt: skip
     lie(path, files=files | {"model.pt": entry})
     assert "names model.pt, which no checkpoint holds" in store.verify(path)[0]
     (path / "model.pt").rename(path / "model.safetensors")
@@ -223,10 +223,10 @@ def test_newest_valid_walks_back(tmp_path: Path):
         save(tmp_path, step)
     (tmp_path / "checkpoints/step-00000003/state.json").write_text("{}")
     (tmp_path / "checkpoints/.writing-step-00000004").mkdir()
-    path, manifest, passed_over = store.newest_valid(tmp_path)
+    path, manifest, skipped_checkpoints = store.newest_valid(tmp_path)
     assert (path.name, manifest.step) == ("step-00000002", 2)
-    assert len(passed_over) == 1
-    assert passed_over[0].startswith("step-00000003 passed over: ")
+    assert len(skipped_checkpoints) == 1
+    assert skipped_checkpoints[0].startswith("step-00000003 passed over: ")
     for step in (1, 2):
         (tmp_path / f"checkpoints/step-0000000{step}/manifest.json").unlink()
     with pytest.raises(Damaged, match="no valid checkpoint"):
@@ -253,7 +253,7 @@ def test_retention(
     for step, loss in enumerate(losses, 1):
         directory = store.begin(run, step, {"state.json": b"x"})
         store.finish(run, step, store.flush_files(directory.iterdir()), {}, loss)
-    store.retain(run, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+    store.prune(run, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
     steps = range(1, len(losses) + 1)
     expected = set(list(steps)[-keep_last:])
     if keep_every:
@@ -269,7 +269,7 @@ def test_sweep_removes_what_a_kill_left(tmp_path: Path):
     for name in (".writing-step-00000002", ".deleting-step-00000000"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "x").write_text("x")
-    store.sweep(tmp_path)
+    store.remove_stale(tmp_path)
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
 
 
@@ -289,7 +289,7 @@ def test_a_checkpoint_that_a_kill_left_out_of_the_way_is_one(tmp_path: Path):
     assert store.holds_a_checkpoint(tmp_path)
     path.rename(path.with_name(f".replaced-{path.name}"))
     assert store.holds_a_checkpoint(tmp_path)
-    store.sweep(tmp_path)
+    store.remove_stale(tmp_path)
     assert kept(tmp_path) == [1]
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from minigpt_cli.prepare.bpe import train_bpe
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import (
     CHATML,
     check_template,
@@ -18,9 +20,8 @@ from minigpt_cli.data.chat import (
     special_tokens,
     tokenizer_template,
 )
-from minigpt_cli.data.tokenizer import load_tokenizer, train_bpe
-from minigpt_cli.errors import UserError
-from tests.processes import ROOT
+from minigpt_cli.data.tokenizer import load_tokenizer
+from tests.helpers.processes import ROOT
 
 LLAMA3 = (
     "{{- bos_token }}\n"
@@ -215,7 +216,7 @@ def test_time_stands_still_within_a_conversation() -> None:
     ("template", "message"),
     [
         ("{% for %}", "can't be parsed: .*line 1"),
-        ("a\n{% nonsense %}", "can't be parsed: .*nonsense.*line 2"),
+        ("a\n{% invalid_state %}", "can't be parsed: .*invalid_state.*line 2"),
         ("{{ messages[0].content.missing.again }}", "refuses a conversation"),
         ("{{ raise_exception('not\nthis') }}", "refuses a conversation: not$"),
         ("{{ messages.append(1) }}", "refuses a conversation"),

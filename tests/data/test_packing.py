@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minigpt_cli.data.instructions import ExampleSplit
-from minigpt_cli.data.packing import PackedSplit, pack
-from minigpt_cli.errors import Damaged
+from minigpt_cli.core.errors import Damaged
+from minigpt_cli.data.instruction_dataset import ExampleSplit
+from minigpt_cli.data.packing import PackedSequences, pack
 
 EOS = 7
 VOCAB = 500
@@ -27,21 +27,21 @@ def split_of(lengths: list[int] | NDArray[np.int64], seed: int = 0) -> ExampleSp
     return ExampleSplit(Path("data"), "train", VOCAB, EOS, tokens, trained, offsets)
 
 
-def unpacked(packed: PackedSplit, length: int) -> list[tuple[list[int], list[int]]]:
+def unpacked(packed: PackedSequences, length: int) -> list[tuple[list[int], list[int]]]:
     """(inputs, targets) of every segment in every row; checks the padding on the way."""
     found = []
-    for row in range(packed.windows):
-        inputs, targets, segments = (each[0] for each in packed.gather(np.array([row])))
-        assert inputs.dtype == targets.dtype == segments.dtype == np.int64
-        assert inputs.shape == targets.shape == segments.shape == (length,)
+    for row in range(packed.num_sequences):
+        inputs, targets, segment_ids = (each[0] for each in packed.gather(np.array([row])))
+        assert inputs.dtype == targets.dtype == segment_ids.dtype == np.int64
+        assert inputs.shape == targets.shape == segment_ids.shape == (length,)
         members = len(packed.texts(row))
-        padding = segments == members
+        padding = segment_ids == members
         assert (inputs[padding] == EOS).all()
         assert (targets[padding] == -100).all()
-        assert (np.diff(segments) >= 0).all()  # each in one piece, one after the other
-        assert set(segments[~padding]) == set(range(members))
+        assert (np.diff(segment_ids) >= 0).all()  # each in one piece, one after the other
+        assert set(segment_ids[~padding]) == set(range(members))
         for segment in range(members):
-            here = segments == segment
+            here = segment_ids == segment
             found.append((inputs[here].tolist(), targets[here].tolist()))
         assert (targets != -100).any()
     return found
@@ -70,31 +70,31 @@ def test_every_example_that_fits_is_in_one_row_as_it_is(
     assert packed.examples == len(expected)
     assert packed.left_out == len(lengths) - len(expected)
     positions = sum(len(inputs) for inputs, _ in expected)
-    assert packed.fill == (positions / (packed.windows * length) if expected else 0)
+    assert packed.fill == (positions / (packed.num_sequences * length) if expected else 0)
 
 
 def test_rows_are_gathered_in_the_order_that_is_asked_for() -> None:
     packed = pack(split_of([9, 8, 7, 6, 5, 9]), 10, 0)
-    assert packed.windows > 3
+    assert packed.num_sequences > 3
     alone = [packed.gather(np.array([row])) for row in (2, 0, 2)]
     together = packed.gather(np.array([2, 0, 2]))
     for i in range(3):
         assert np.array_equal(np.concatenate([each[i] for each in alone]), together[i])
     assert packed.gather(np.array([], dtype=np.int64))[0].shape == (0, 10)
     with pytest.raises(AssertionError):
-        packed.gather(np.array([packed.windows]))
+        packed.gather(np.array([packed.num_sequences]))
 
 
 def test_texts_name_the_examples_of_a_row() -> None:
     split = split_of([5, 30, 3, 6])
     packed = pack(split, 12, 0)
-    seen = [entry for row in range(packed.windows) for entry in packed.texts(row)]
+    seen = [entry for row in range(packed.num_sequences) for entry in packed.texts(row)]
     assert sorted(number for number, _ in seen) == [0, 2, 3]
     for number, tokens in seen:
         assert tokens == split.tokens[split.offsets[number] : split.offsets[number + 1]].tolist()
-    inputs, _, segments = packed.gather(np.array([0]))
+    inputs, _, segment_ids = packed.gather(np.array([0]))
     first = packed.texts(0)[0][1]
-    assert inputs[0][segments[0] == 0].tolist() == first[:-1]
+    assert inputs[0][segment_ids[0] == 0].tolist() == first[:-1]
 
 
 def test_packing_depends_on_lengths_and_seed_alone() -> None:
@@ -102,7 +102,9 @@ def test_packing_depends_on_lengths_and_seed_alone() -> None:
     packed = [
         pack(split_of(lengths, tokens), 64, seed) for tokens, seed in ((0, 5), (1, 5), (0, 6))
     ]
-    rows = [[[n for n, _ in each.texts(row)] for row in range(each.windows)] for each in packed]
+    rows = [
+        [[n for n, _ in each.texts(row)] for row in range(each.num_sequences)] for each in packed
+    ]
     assert rows[0] == rows[1]
     assert rows[0] != rows[2]
 
@@ -122,7 +124,7 @@ def test_random_lengths_leave_little_padding(draw: object) -> None:
 
 def test_nothing_that_fits_makes_no_row() -> None:
     packed = pack(split_of([12, 13]), 10, 0)
-    assert (packed.windows, packed.examples, packed.left_out, packed.fill) == (0, 0, 2, 0.0)
+    assert (packed.num_sequences, packed.examples, packed.left_out, packed.fill) == (0, 0, 2, 0.0)
 
 
 def test_a_token_outside_of_the_vocabulary_is_located() -> None:

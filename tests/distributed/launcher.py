@@ -4,10 +4,10 @@ import json
 import os
 import sys
 
+from minigpt_cli.core.errors import Stopped, UserError
 from minigpt_cli.distributed.launch import launch, run
 from minigpt_cli.distributed.watch import SIGNALS
 from minigpt_cli.distributed.workers import Patience
-from minigpt_cli.errors import Stopped, UserError
 
 settings = json.loads(sys.argv[1])
 patience = Patience(**settings.pop("patience", {}))

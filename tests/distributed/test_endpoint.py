@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.endpoint import Endpoint, find, parse
-from minigpt_cli.errors import UserError
 
 ELSEWHERE = "192.0.2.1"  # reserved for documentation: no machine has it
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.launch import launch
-from minigpt_cli.errors import UserError
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 HERE = Path(__file__).parent
 AGAIN = "before training began; run the same command again to go on"

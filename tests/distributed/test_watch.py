@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import environment
+from tests.helpers.processes import environment
 
 FOLLOW = "from minigpt_cli.distributed.watch import follow_launcher; follow_launcher()\n"
 STAY = "import time\nwhile True: time.sleep(0.1)\n"

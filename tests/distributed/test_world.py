@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from minigpt_cli.checkpoint import store
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.rendezvous import Place, find_place
-from minigpt_cli.errors import UserError
-from tests.distributed.conftest import free_port, place
-from tests.distributed.nodes import until
-from tests.processes import ROOT, command, environment, fork, minigpt
-from tests.train.test_resume import curve
+from tests.helpers.nodes import until
+from tests.helpers.processes import ROOT, command, environment, fork, minigpt
+from tests.helpers.ranks import free_port, place
+from tests.helpers.runs import curve
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"
 WITHOUT_MEMORY = Path(__file__).parent / "rank_without_memory.py"

@@ -18,7 +18,7 @@ from tests.faults.scene import (
     newest,
     steps_saved,
 )  # fmt: skip
-from tests.processes import NOBODY, until
+from tests.helpers.processes import NOBODY, until
 
 NOT_WRITTEN = "the checkpoint could not be written: "
 GOES_ON = "; training goes on and saves again at the next interval"

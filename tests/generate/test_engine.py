@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minigpt_cli.errors import Diverged, UserError
+from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.model.huggingface import huggingface_config
-from tests.model.layout import to_huggingface
+from minigpt_cli.model.hf_names import huggingface_config
+from tests.helpers.parallel_dims import to_huggingface
 
 FAMILIES = ["gpt2", "llama", "qwen3"]
 GREEDY = SamplingOptions(temperature=0)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from minigpt_cli.prepare.bpe import train_bpe
 from tokenizers import Tokenizer, decoders, models
 
-from minigpt_cli.data.tokenizer import EOS, eos_id, train_bpe, vocabulary_size
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.data.tokenizer import EOS, eos_id, vocabulary_size
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.generate.text import complete, detokenizer, split_at_stop, stream_text

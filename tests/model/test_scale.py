@@ -10,13 +10,13 @@ from minigpt_cli.model.config import ModelConfig, model_config
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.scale import Traffic, Workload
 from minigpt_cli.train import muon
-from tests import measure
+from tests.helpers import measure
 
 STRATEGIES = ("ddp", "zero2", "fsdp", "hsdp")
 
 
 def config(family: str = "llama", **changes: int) -> ModelConfig:
-    """Rows that 4 ranks, let alone 64, can't share evenly."""
+    """Sequences that 4 ranks, let alone 64, can't share evenly."""
     kv_heads = 4 if family == "gpt2" else 2
     sizes = {"vocab_size": 331, "hidden_size": 72, "num_hidden_layers": 3, "head_dim": 18,
              "num_attention_heads": 4, "num_key_value_heads": kv_heads, "intermediate_size": 162,

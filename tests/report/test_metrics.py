@@ -3,7 +3,7 @@ import math
 from pathlib import Path
 
 from minigpt_cli.report import metrics
-from minigpt_cli.report.console import duration, step_line
+from minigpt_cli.report.live import duration, step_line
 
 
 def test_lines_are_whole_json_and_cut_back_to_one_curve(tmp_path: Path):

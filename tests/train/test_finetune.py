@@ -14,18 +14,18 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from minigpt_cli import recipe as recipes
-from minigpt_cli.checkpoint.base import chat_template, ends, open_base
-from minigpt_cli.checkpoint.load import load_model
 from minigpt_cli.data import chat
 from minigpt_cli.data.tokenizer import load_tokenizer
+from minigpt_cli.huggingface.base_model import chat_template, ends, open_base
+from minigpt_cli.huggingface.load import load_model
+from minigpt_cli.recipe import load_recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train import setup
+from minigpt_cli.train import trainer
+from minigpt_cli.train.start import start_run
 from minigpt_cli.train.step import train_step
-from tests.checkpoint.conftest import saved_model
-from tests.faults.scene import steps_logged, steps_saved
-from tests.processes import fork, minigpt, until
-from tests.train.test_resume import curve
+from tests.helpers.models import saved_model
+from tests.helpers.processes import fork, minigpt, until
+from tests.helpers.runs import curve, steps_logged, steps_saved
 
 RECIPE = """
 [data]
@@ -143,7 +143,7 @@ def test_peft_loads_what_a_run_leaves(tmp_path: Path, base: Path, license_datase
         done = minigpt("eval", *model, "--data", license_dataset, "--json")
         losses.append(json.loads(done.stdout)["loss"])
     assert losses[0] == losses[1]
-    # Windows as long as the context, where no recipe says how long.
+    # TokenSequences as long as the context, where no recipe says how long.
     assert losses[2] == pytest.approx(losses[3], rel=1e-2)
     assert losses[2] < losses[4] - 0.1
     prompt = ("--prompt", "The ", "--greedy", "--max-new-tokens", 8, "--json")
@@ -175,13 +175,13 @@ def test_gradients_and_moments_are_of_adapters_only(
     license_dataset: Path,
 ):
     file = recipe(tmp_path, base, license_dataset)
-    run, _ = setup.start_run(recipes.load(file, ["precision.dtype=bf16"]), tmp_path / "run")
+    run, _ = start_run(load_recipe(file, ["precision.dtype=bf16"]), tmp_path / "run")
     try:
-        train_step(run.trainer, run.batches(0), 0, 1.0)
-        model = run.trainer.model
+        train_step(run.context, run.batches(0), 0, 1.0)
+        model = run.context.model
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert {name for name in trained if "lora_" in name} == trained
-        state = run.trainer.optimizers[0].state
+        state = run.context.optimizers[0].state
         moments = sum(m.numel() for s in state.values() for m in s.values() if m.ndim)
         assert moments == 2 * sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
         dtypes = {name: p.dtype for name, p in model.named_parameters()}
@@ -220,16 +220,15 @@ def test_a_base_kept_in_bf16_computes_what_autocast_would(
     license_dataset: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    from minigpt_cli.train import build
 
     file = recipe(tmp_path, base, license_dataset)
     losses = []
     for name in ("rounded", "whole"):
         if name == "whole":
-            monkeypatch.setattr(build, "round_frozen", lambda *_: None)
-        loaded = recipes.load(file, ["precision.dtype=bf16"])
-        run, _ = setup.start_run(loaded, tmp_path / name)
-        losses.append([train_step(run.trainer, run.batches(s), s, 1.0)[0].item() for s in range(3)])
+            monkeypatch.setattr(trainer, "round_frozen", lambda *_: None)
+        loaded = load_recipe(file, ["precision.dtype=bf16"])
+        run, _ = start_run(loaded, tmp_path / name)
+        losses.append([train_step(run.context, run.batches(s), s, 1.0)[0].item() for s in range(3)])
         run.resources.close()
     assert losses[0] == losses[1]
 
@@ -511,7 +510,7 @@ def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_render
     shown = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert shown == expected
     for trained in (open_base(run), open_base(run / "final")):
-        template, variables = chat_template(trained.tokenizer, trained.companions)
+        template, variables = chat_template(trained.tokenizer, trained.auxiliary_files)
         assert template is not None
         rendered = chat.render(template, asked, add_generation_prompt=True, variables=variables)
         assert rendered == expected

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.errors import Diverged
-from minigpt_cli.recipe import Guard as Settings
-from minigpt_cli.recipe import Recipe
+from minigpt_cli.core.errors import Diverged
+from minigpt_cli.recipe import GuardSettings, Recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train import guard, setup
+from minigpt_cli.train import guard
 from minigpt_cli.train.loop import fit
+from minigpt_cli.train.start import start_run
 from minigpt_cli.train.step import train_step
-from tests.train.conftest import SPIKES, incidents, poisoned
-from tests.train.test_resume import tensors
-from tests.train.test_step import CPU, batch, everything, trainer
+from tests.helpers.poison import SPIKES, incidents, poisoned
+from tests.helpers.runs import tensors
+from tests.helpers.steps import CPU, batch, everything, tiny_context
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -54,7 +54,7 @@ def test_spikes_are_those_of_the_rule(
 ):
     data = poisoned(regular, tmp_path / "data", [24, 25, 31])
     recipe = make_recipe(*SPIKES, f"optimizer.name={name}", "guard.rollback_after=100", data=data)
-    fit(*setup.start_run(recipe, tmp_path / "run"))
+    fit(*start_run(recipe, tmp_path / "run"))
     losses, norms = (curve_of(tmp_path / "run", key) for key in ("loss", "grad_norm"))
     assert len(losses) == 40
     expected = spikes_by_the_rule(losses, norms, sigma=6, window=16)
@@ -66,7 +66,7 @@ def test_spikes_are_those_of_the_rule(
 def test_the_rule_over_many_more_steps_than_the_window():
     """The device's verdicts on random numbers with outliers and trends equal NumPy's."""
     random = np.random.default_rng(3)
-    g = guard.new_guard(CPU, Settings(spike_sigma=2.5, spike_window=9, rollback_after=1000))
+    g = guard.new_guard(CPU, GuardSettings(spike_sigma=2.5, spike_window=9, rollback_after=1000))
     losses = 3 + random.normal(size=400) + 9 * (random.random(400) < 0.05)
     norms = random.gamma(2.0, size=400)
     called_off = []
@@ -85,9 +85,9 @@ def test_the_rule_over_many_more_steps_than_the_window():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_spike_changes_nothing(name: str):
-    settings = Settings(spike_sigma=4, spike_window=8)
+    settings = GuardSettings(spike_sigma=4, spike_window=8)
     one, other = (
-        replace(trainer(torch.float32, name=name), guard=guard.new_guard(CPU, settings))
+        replace(tiny_context(torch.float32, name=name), guard=guard.new_guard(CPU, settings))
         for _ in range(2)
     )
     for step in range(7):
@@ -112,7 +112,7 @@ def test_a_spike_changes_nothing(name: str):
 
 
 def test_an_overflow_of_fp16_is_neither_a_spike_nor_ordinary():
-    settings = Settings(spike_sigma=3, spike_window=8, rollback_after=5)
+    settings = GuardSettings(spike_sigma=3, spike_window=8, rollback_after=5)
     g = guard.new_guard(CPU, settings)
     one, scale = torch.ones(()), torch.tensor(2.0**16)
 
@@ -137,7 +137,7 @@ def test_an_overflow_of_fp16_is_neither_a_spike_nor_ordinary():
 
 
 def test_once_a_rollback_is_due_everything_is_called_off():
-    g = guard.new_guard(CPU, Settings(spike_sigma=3, spike_window=8, rollback_after=2))
+    g = guard.new_guard(CPU, GuardSettings(spike_sigma=3, spike_window=8, rollback_after=2))
 
     def step(number: int, norm: float) -> bool:
         loss = torch.tensor(4 + 0.1 * (number % 3))
@@ -154,7 +154,7 @@ def test_once_a_rollback_is_due_everything_is_called_off():
 
 
 def test_what_is_saved_restores_the_same_decisions():
-    settings = Settings(spike_sigma=2, spike_window=16, rollback_after=4)
+    settings = GuardSettings(spike_sigma=2, spike_window=16, rollback_after=4)
     random = np.random.default_rng(1)
     numbers = random.gamma(1.5, size=(3000, 2))
     overflows = random.random(3000) < 0.1
@@ -189,9 +189,9 @@ def test_fp16s_skip_rate_is_logged_and_warned_about_once(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     recipe = make_recipe("precision.dtype=fp16", "train.steps=60", "eval.every_steps=100")
-    run, state = setup.start_run(recipe, tmp_path)
+    run, state = start_run(recipe, tmp_path)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    fit(replace(run, trainer=replace(run.trainer, scaler=scaler)), state)
+    fit(replace(run, trainer=replace(run.context, scaler=scaler)), state)
     lines = [line for line in metrics.read(tmp_path) if "loss" in line]
     skipped = np.cumsum([line["grad_norm"] is None for line in lines])
     assert skipped[-1] > 12
@@ -207,7 +207,7 @@ def test_fp16s_skip_rate_is_logged_and_warned_about_once(
 def test_no_skip_rate_without_a_scaler_and_no_warning_below_five_percent(
     tmp_path: Path, make_recipe: MakeRecipe
 ):
-    fit(*setup.start_run(make_recipe("precision.dtype=fp32", "train.steps=4"), tmp_path))
+    fit(*start_run(make_recipe("precision.dtype=fp32", "train.steps=4"), tmp_path))
     assert not any("skip_rate" in line for line in metrics.read(tmp_path))
     g = guard.new_guard(CPU)
     assert guard.warn_about_skips(g, 0.049, 1000) is None
@@ -225,7 +225,7 @@ def test_an_update_that_overflows_is_never_saved(tmp_path: Path, make_recipe: Ma
         "schedule.name=step", "schedule.milestones=[1]", "schedule.warmup_steps=0",
         "schedule.gamma=1e42",
     )  # fmt: skip
-    run, state = setup.start_run(recipe, tmp_path)
+    run, state = start_run(recipe, tmp_path)
     with pytest.raises(Diverged, match=r"weights or .* not finite at step 2;.*step-00000001"):
         fit(run, state)
     ((step, checkpoint),) = store.list_steps(tmp_path)
