@@ -10,7 +10,7 @@ from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize
 from minigpt_cli.model.hf_names import huggingface_config
-from tests.helpers.parallel_dims import to_huggingface
+from tests.helpers.hf_layout import to_huggingface
 
 FAMILIES = ["gpt2", "llama", "qwen3"]
 GREEDY = SamplingOptions(temperature=0)

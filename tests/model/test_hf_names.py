@@ -19,7 +19,7 @@ from minigpt_cli.model.hf_names import (
     is_transposed,
 )
 from minigpt_cli.recipe import RopeScaling
-from tests.helpers.parallel_dims import from_huggingface, to_huggingface
+from tests.helpers.hf_layout import from_huggingface, to_huggingface
 
 BASE = {
     "vocab_size": 83,

@@ -17,8 +17,8 @@ from minigpt_cli.model.gpt import GPT, copy
 from minigpt_cli.model.gpt import initialize as initialize_model
 from minigpt_cli.model.hf_names import config_from_huggingface
 from minigpt_cli.recipe import AdapterSettings
+from tests.helpers.hf_layout import from_huggingface
 from tests.helpers.models import random_model
-from tests.helpers.parallel_dims import from_huggingface
 
 KINDS = {
     "plain": AdapterSettings(rank=4, alpha=8.0),
