@@ -285,7 +285,7 @@ def test_a_run_that_diverges_exits_with_3(tmp_path: Path, dataset: Path):
             "--set", "schedule.warmup_steps=0", "--set", "train.steps=1",
             "--set", "schedule.name=constant", cwd=tmp_path)  # fmt: skip
     assert not list((tmp_path / "runs/tiny").glob("checkpoints/step-*"))
-    refused(2, "must be finite", "pretrain", "tiny.toml", "--set", "optimizer.lr=inf",
+    refused(2, "expected a finite number", "pretrain", "tiny.toml", "--set", "optimizer.lr=inf",
             cwd=tmp_path)  # fmt: skip
 
 

@@ -1,30 +1,33 @@
-"""A recipe's text to settings and back, with the origin of each."""
+"""TOML -> Recipe: the file, the command line's overrides over it, and the origin of each value."""
 
 import dataclasses
+import difflib
 import re
 import tomllib
+import types
 import typing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import tomli_w
+from typing import Any, Literal, Union, get_args, get_origin
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.recipe.dump import FORMAT, OLD_FIRST_LINE, leaves, to_tables
 from minigpt_cli.recipe.schema import Origin, Recipe
-from minigpt_cli.recipe.tables import Locator, assign, from_table, leaves, toml_value
-from minigpt_cli.recipe.validate import contradictions
+from minigpt_cli.recipe.validate import find_problems
 
 
 def load_recipe(
     path: Path | str, overrides: list[str] | None = None, name: str | None = None
 ) -> Recipe:
-    """Read a recipe, put the command line's ``section.key=value`` overrides over it, check it.
+    """Read a recipe's file, apply overrides and check the result.
 
     Args:
-        name: what to call it; by default the file's name without its ending.
+        path: the TOML file.
+        overrides: ``section.key=value`` from the command line; they win over the file.
+        name: the recipe's name; default: the file's name without its ending.
 
     Raises:
-        UserError: the file can't be read, or a list of everything that is wrong in it.
+        UserError: the file can't be read; or a list of all problems in it.
     """
     path = Path(path)
     try:
@@ -39,30 +42,35 @@ def load_recipe(
 def parse_recipe(
     text: str, overrides: list[str], *, where: str = "recipe", name: str = "recipe"
 ) -> Recipe:
-    """The recipe in ``text``; see ``load``."""
+    """Parse a recipe's text; see ``load_recipe``.
+
+    Args:
+        where: the file's name, for messages.
+    """
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers and nesting beyond Python's limits
         raise UserError(f"{where}: not valid TOML: {error}") from None
-
     problems: list[str] = []
+    resolved = tables.pop("format", None)
+    if resolved not in (None, FORMAT):
+        problems.append(f"{where}: format {resolved!r} is not {FORMAT!r}: remove this line")
     origin: dict[str, Origin] = dict.fromkeys(leaves(tables), "recipe")
-    origin.update(_origins_in_comments(text))
+    if resolved == FORMAT or OLD_FIRST_LINE in text.partition("\n")[0]:
+        origin.update(_origins_in_comments(text))
     for override in overrides:
-        key, equals, raw = override.partition("=")
-        key = key.strip()
+        key, equals, raw = (part.strip() for part in override.partition("="))
         if not equals or "." not in key:
             problems.append(f"--set {override}: write it as --set section.key=value")
             continue
-        assign(tables, key.split("."), toml_value(raw.strip()))
+        _set_leaf(tables, key.split("."), _toml_value(raw))
         origin[key] = "command line"
 
-    locate = Locator(where, text, origin)
     if not tables.keys() & {"model", "lora"}:
         problems.append(f"{where}: the section [model] is missing")
-    recipe = from_table(Recipe, tables, "", problems, locate)
+    recipe = _from_table(Recipe, tables, "", problems, _Locator(where, text, origin))
     if recipe is not None:
-        problems += contradictions(recipe)
+        problems += find_problems(recipe)
     if problems:
         if len(problems) == 1:
             (problem,) = problems
@@ -70,74 +78,14 @@ def parse_recipe(
         raise UserError("\n  ".join([f"{where}: {len(problems)} problems", *problems]))
     assert recipe is not None
     data = dataclasses.replace(recipe.data, path=recipe.data.path or f"data/{name}")
-    recipe = dataclasses.replace(recipe, data=data)
-    all_leaves = leaves(to_tables(recipe))
-    origin = {leaf: origin.get(leaf, "default") for leaf in all_leaves}
-    return dataclasses.replace(recipe, name=name, origin=origin)
-
-
-def to_tables(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested plain dictionaries; settings that are not set are None."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            fields = [f.name for f in dataclasses.fields(value) if not f.metadata.get("internal")]
-            return {name: plain(getattr(value, name)) for name in fields}
-        return list(value) if isinstance(value, tuple) else value
-
-    tables: dict[str, Any] = plain(recipe)
-    return tables
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as TOML, each value's origin in a comment."""
-    lines = [f"# {recipe.name}: the resolved recipe; where each value came from stands behind it"]
-
-    def section(table: dict[str, Any], prefix: str) -> None:
-        values = {key: value for key, value in table.items() if not isinstance(value, dict)}
-        if not prefix:
-            values = {}  # a whole section that is not set
-        if values:
-            lines.append(f"\n[{prefix}]")
-        for key, value in values.items():
-            origin = recipe.origin.get(f"{prefix}.{key}", "default")
-            if value is None:
-                lines.append(f"# {key} is not set  # {origin}")
-            else:
-                if isinstance(value, list):  # on one line, unlike tomli_w's arrays
-                    items = (tomli_w.dumps({"x": item}).strip()[4:] for item in value)
-                    shown = f"{key} = [{', '.join(items)}]"
-                else:
-                    shown = tomli_w.dumps({key: value}).strip()
-                lines.append(f"{shown}  # {origin}")
-        for key, value in table.items():
-            if isinstance(value, dict):
-                section(value, f"{prefix}.{key}" if prefix else key)
-
-    section(to_tables(recipe), "")
-    return "\n".join(lines) + "\n"
-
-
-def setting_names(recipe: Recipe) -> list[str]:
-    """The names of all settings, as ``--set`` takes them."""
-    return list(leaves(to_tables(recipe)))
-
-
-def changed_settings(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of every setting that differs."""
-    before, after = (leaves(to_tables(recipe)) for recipe in (old, new))
-    return [
-        (key, before.get(key), after.get(key))
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-    ]
+    recipe = dataclasses.replace(recipe, data=data, name=name)
+    origin = {leaf: origin.get(leaf, "default") for leaf in leaves(to_tables(recipe))}
+    return dataclasses.replace(recipe, origin=origin)
 
 
 def _origins_in_comments(text: str) -> dict[str, Origin]:
-    """The origins that ``dump`` wrote; nothing in a recipe that a person wrote."""
+    """Read the origins that ``dump_recipe`` wrote behind the values."""
     found: dict[str, Origin] = {}
-    if "the resolved recipe; where each value came from" not in text.partition("\n")[0]:
-        return found
     section = ""
     for line in text.splitlines():
         if header := re.match(r"\[([\w.\-]+)\]", line):
@@ -145,3 +93,114 @@ def _origins_in_comments(text: str) -> dict[str, Origin]:
         elif value := re.match(r"(\w+) = .*  # (default|recipe|command line|base)$", line):
             found[f"{section}.{value[1]}"] = typing.cast(Origin, value[2])
     return found
+
+
+@dataclass(frozen=True)
+class _Locator:
+    """Finds the line of the file, or the ``--set``, that gave a setting."""
+
+    where: str
+    text: str
+    origin: dict[str, Origin]
+
+    def __call__(self, section: str, key: str) -> str:
+        dotted = f"{section}.{key}" if section else key
+        if self.origin.get(dotted) == "command line":
+            return f"--set {dotted}"
+        current = ""
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[([\w.\- ]+)\]", line):
+                current = header[1].replace(" ", "")
+                if current == dotted:
+                    return f"{self.where}:{number}: [{dotted}]"
+            elif current == section and re.match(rf"\s*{re.escape(key)}\s*=", line):
+                return f"{self.where}:{number}: [{section}] {key}"
+        return f"{self.where}: [{section}] {key}" if section else f"{self.where}: [{key}]"
+
+
+def _from_table(cls: type, table: Any, section: str, problems: list[str], locate: _Locator) -> Any:
+    """Build the dataclass ``cls`` from a TOML table; None if ``problems`` got longer."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
+    values: dict[str, Any] = {}
+    before = len(problems)
+    for key, value in table.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            known = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
+            problems.append(f"{locate(section, key)}: unknown; {known}")
+            continue
+        kind = _dataclass_in(hints[key])
+        if kind is None:
+            try:
+                values[key] = _convert(hints[key], value)
+            except TypeError as error:
+                problems.append(f"{locate(section, key)}: expected {error}, got {value!r}")
+        elif not isinstance(value, dict):
+            problems.append(f"{locate(section, key)}: expected a table, [{key}]")
+        else:
+            inner = f"{section}.{key}" if section else key
+            values[key] = _from_table(kind, value, inner, problems, locate)
+    for key, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and key not in table:
+            missing = f"[{section}] {key}" if section else f"the section [{key}]"
+            problems.append(f"{locate.where}: {missing} is missing")
+    return cls(**values) if len(problems) == before else None
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = (option for option in options if isinstance(option, type))
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Convert a TOML value to the type ``hint``.
+
+    Raises:
+        TypeError: with the expected type in words.
+    """
+    kind = get_origin(hint)
+    if kind in (Union, types.UnionType):
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+        return _convert(hint, value)
+    if kind is Literal:
+        if value in get_args(hint):
+            return value
+        options = [str(option) for option in get_args(hint)]
+        near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.6)
+        hint_at = f" (did you mean {near[0]}?)" if near else ""
+        raise TypeError(f"one of {', '.join(options)}{hint_at}")
+    if kind is tuple:
+        inner = get_args(hint)
+        if isinstance(value, str) and inner == (str, ...):
+            return (value,)
+        if not isinstance(value, list):
+            raise TypeError("a list")
+        if inner[-1] is ...:
+            return tuple(_convert(inner[0], item) for item in value)
+        if len(value) != len(inner):
+            raise TypeError(f"a list of {len(inner)}")
+        return tuple(_convert(each, item) for each, item in zip(inner, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is hint:
+        return value
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    raise TypeError(names[hint])
+
+
+def _toml_value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except (ValueError, RecursionError):
+        return raw  # a bare word: --set precision.dtype=bf16
+
+
+def _set_leaf(tables: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(tables.get(key), dict):
+            tables[key] = {}
+        tables = tables[key]
+    tables[keys[-1]] = value

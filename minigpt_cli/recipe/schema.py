@@ -1,178 +1,265 @@
-"""The settings of a recipe, section by section, with their defaults."""
+"""The settings of a recipe, section by section: type, default, range and meaning of each."""
 
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+# Where a value comes from. "base": the config.json of the model that the run starts from.
+Origin = Literal["default", "recipe", "command line", "base"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting accepts, beside its type. None: no bound on that side."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        names = {"above": "above", "at_least": "at least", "below": "below", "at_most": "at most"}
+        bounds = [
+            f"{words} {bound:g}"
+            for name, words in names.items()
+            if (bound := getattr(self, name)) is not None
+        ]
+        return "number " + " and ".join(bounds)
+
+
+POSITIVE = Range(above=0)
+NOT_NEGATIVE = Range(at_least=0)
+PROBABILITY = Range(at_least=0, below=1)
+RATIO = Range(at_least=0, at_most=1)
+
+
+def setting(help: str, default: Any = dataclasses.MISSING, range: Range | None = None) -> Any:
+    """Declare a field of a section.
+
+    Args:
+        help: the meaning, for people.
+        default: left out for a setting that a recipe must give.
+        range: the numbers that are accepted; None: all.
+    """
+    metadata = {"help": help, "range": range}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where the text comes from, when ``[data] path`` is not there yet."""
+    """The text that the dataset is made from, when ``[data] path`` doesn't exist yet."""
 
-    kind: Literal["files", "jsonl", "parquet", "huggingface", "python-stdlib"]
-    path: tuple[str, ...] = ()  # files, globs, a dataset's directory or its id on the Hub
-    field: str = "text"
-    split: str = "train"  # huggingface only
-    config: str | None = None  # huggingface only: the dataset's configuration
-    val_fraction: float = 0.05
-    # instructions: records with prompt and completion, or messages; the loss is on the answers
-    format: Literal["text", "instructions"] = "text"
-    chat_template: str | None = None  # a file, or chatml; default: the tokenizer's own
+    kind: Literal["files", "jsonl", "parquet", "huggingface", "python-stdlib"] = setting(
+        "where documents come from"
+    )
+    path: tuple[str, ...] = setting("files, globs, a dataset's directory or its Hub id", ())
+    field: str = setting("the field or column that holds the text", "text")
+    split: str = setting("huggingface only: the split to read", "train")
+    config: str | None = setting("huggingface only: the dataset's configuration", None)
+    val_fraction: float = setting("share of the documents for validation", 0.05, PROBABILITY)
+    format: Literal["text", "instructions"] = setting(
+        "instructions: records with prompt and completion, or messages; the loss is on the answers",
+        "text",
+    )
+    chat_template: str | None = setting(
+        "instructions only: a file, or chatml; default: the tokenizer's own", None
+    )
 
 
 @dataclass(frozen=True)
 class DataTokenizer:
-    """One of the two: a tokenizer's files, or the size of a vocabulary to train."""
+    """Exactly one of the two."""
 
-    path: str | None = None
-    train_vocab: int | None = None
+    path: str | None = setting("a tokenizer.json, or a directory with a tokenizer", None)
+    train_vocab: int | None = setting("train a byte-level BPE with so many entries", None, POSITIVE)
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    path: str | None = None  # default: data/<recipe's name>
+    path: str | None = setting("the token dataset; default: data/<recipe's name>", None)
     source: DataSource | None = None
     tokenizer: DataTokenizer | None = None
-    verify: bool = True  # compare every shard's sha256 before training
+    verify: bool = setting("compare every shard's sha256 before training", True)
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """Rotary angles for contexts longer than a model was first trained on."""
 
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float | None = None  # these three: llama3 only, and needed there
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    rope_type: Literal["linear", "llama3"] = setting("how the angles are scaled")
+    factor: float = setting("how many times longer the context is")
+    low_freq_factor: float | None = setting("llama3 only, required there", None)
+    high_freq_factor: float | None = setting("llama3 only, required there", None)
+    original_max_position_embeddings: int | None = setting("llama3 only, required there", None)
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The first four are needed, unless ``init_from`` brings them."""
+    """The first four are required, unless ``init_from`` or ``[lora] base`` brings them.
 
-    family: Literal["gpt2", "llama", "qwen3"] | None = None
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None  # default: num_attention_heads
-    head_dim: int | None = None  # default: hidden_size / num_attention_heads
-    intermediate_size: int | None = None  # default: 4 h (gpt2) or 8/3 h
-    max_position_embeddings: int | None = None  # default: [train] sequence_length
-    vocab_size: int | None = None  # default: the tokenizer's; more is padding
-    rope_theta: float | None = None
-    norm_eps: float | None = None
-    tie_word_embeddings: bool | None = None  # default: true for gpt2
-    attention_bias: bool | None = None  # llama, qwen3; default: false
-    mlp_bias: bool | None = None  # llama; default: false
-    initializer_range: float = 0.02
-    dropout: float = 0.0
+    model/config.py checks that the sizes fit together.
+    """
+
+    family: Literal["gpt2", "llama", "qwen3"] | None = setting("the architecture", None)
+    hidden_size: int | None = setting("width of the residual stream", None)
+    num_hidden_layers: int | None = setting("number of blocks", None)
+    num_attention_heads: int | None = setting("number of query heads", None)
+    num_key_value_heads: int | None = setting("default: num_attention_heads", None)
+    head_dim: int | None = setting("default: hidden_size / num_attention_heads", None)
+    intermediate_size: int | None = setting("default: 4 h (gpt2) or 8/3 h", None)
+    max_position_embeddings: int | None = setting("default: [train] sequence_length", None)
+    vocab_size: int | None = setting("default: the tokenizer's; more is padding", None)
+    rope_theta: float | None = setting("base of the rotary angles; default: 10000", None)
+    norm_eps: float | None = setting("default: 1e-5, qwen3 1e-6", None)
+    tie_word_embeddings: bool | None = setting("default: true for gpt2 only", None)
+    attention_bias: bool | None = setting("llama and qwen3; default: false", None)
+    mlp_bias: bool | None = setting("llama; default: false", None)
+    initializer_range: float = setting("standard deviation of the initial weights", 0.02)
+    dropout: float = setting("of embeddings, attention weights and residual branches", 0.0)
     rope_scaling: RopeScaling | None = None
-    init_from: str | None = None  # a Hugging Face directory or a Hub id to take the weights from
+    init_from: str | None = setting("a Hugging Face directory, Hub id or run to start from", None)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    global_batch_size: int  # sequences per optimizer step, over all devices
-    sequence_length: int
-    steps: int | None = None
-    tokens: int | None = None  # instead of steps
-    micro_batch_size: int | None = None  # sequences per forward pass; default: all at once
-    seed: int = 1337
-    activation_checkpointing: bool = False
-    deterministic: bool = True  # the same bits every time, also where a device needs slower kernels
+    """The length is given once: as ``steps`` or as ``tokens``."""
+
+    global_batch_size: int = setting(
+        "sequences per optimizer step, over all devices", range=POSITIVE
+    )
+    sequence_length: int = setting("tokens per sequence", range=POSITIVE)
+    steps: int | None = setting("optimizer steps", None, POSITIVE)
+    tokens: int | None = setting("tokens to train on, instead of steps", None, POSITIVE)
+    micro_batch_size: int | None = setting(
+        "sequences per forward pass; default: all of a rank's", None, POSITIVE
+    )
+    seed: int = setting("of weights, data order and dropout", 1337, NOT_NEGATIVE)
+    activation_checkpointing: bool = setting("recompute blocks in the backward pass", False)
+    deterministic: bool = setting("the same bits every time, also with slower kernels", True)
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    lr: float
-    name: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.1  # of matrices only
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    clip_norm: float = 1.0  # 0 switches clipping off
-    muon_lr: float | None = None  # of the hidden matrices under Muon; default: lr
-    muon_momentum: float = 0.95
+    lr: float = setting("the peak learning rate", range=POSITIVE)
+    name: Literal["adamw", "muon"] = setting("muon: for the matrices in the blocks", "adamw")
+    weight_decay: float = setting("of matrices only", 0.1, NOT_NEGATIVE)
+    betas: tuple[float, float] = setting("of AdamW", (0.9, 0.95), PROBABILITY)
+    eps: float = setting("of AdamW", 1e-8, POSITIVE)
+    clip_norm: float = setting("of the whole gradient; 0: no clipping", 1.0, NOT_NEGATIVE)
+    muon_lr: float | None = setting("peak rate of Muon's matrices; default: lr", None, POSITIVE)
+    muon_momentum: float = setting("of Muon", 0.95, PROBABILITY)
 
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    name: Literal["cosine", "linear", "constant", "wsd", "step"] = "cosine"
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.1
-    decay_ratio: float = 0.2  # wsd: the share of all steps in which the rate falls
-    milestones: tuple[int, ...] = ()  # step: where the rate is multiplied by gamma
-    gamma: float = 0.1
+    name: Literal["cosine", "linear", "constant", "wsd", "step"] = setting(
+        "how the rate falls", "cosine"
+    )
+    warmup_steps: int = setting("steps in which the rate rises to its peak", 0, NOT_NEGATIVE)
+    min_lr_ratio: float = setting("the lowest rate, as a share of the peak", 0.1, RATIO)
+    decay_ratio: float = setting("wsd: share of all steps in which the rate falls", 0.2, RATIO)
+    milestones: tuple[int, ...] = setting(
+        "step: where the rate is multiplied by gamma", (), NOT_NEGATIVE
+    )
+    gamma: float = setting("step: the factor at each milestone", 0.1, POSITIVE)
 
 
 @dataclass(frozen=True)
 class PrecisionSettings:
-    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
-    compile: bool = False
+    dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = setting(
+        "of matrix products; auto: bf16 where the device has it", "auto"
+    )
+    compile: bool = setting("torch.compile for each block", False)
 
 
 @dataclass(frozen=True)
 class DistributedSettings:
-    strategy: Literal["auto", "ddp", "zero2", "fsdp", "hsdp"] = "auto"
-    shard_size: int | None = None  # hsdp: ranks that share one copy; default: those of a machine
-    timeout_minutes: float = 10.0  # how long to wait for a rank that doesn't answer
+    strategy: Literal["auto", "ddp", "zero2", "fsdp", "hsdp"] = setting(
+        "auto: ddp where the training state fits a rank, else fsdp", "auto"
+    )
+    shard_size: int | None = setting(
+        "hsdp: ranks that share one copy; default: those of a machine", None, POSITIVE
+    )
+    timeout_minutes: float = setting(
+        "how long to wait for a rank that doesn't answer", 10.0, Range(above=0, at_most=10_000)
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    every_steps: int | None = None
-    every_minutes: float = 15.0  # 0: never
-    keep_last: int = 2
-    keep_best: bool = True  # the one with the lowest validation loss
-    keep_every: int | None = None  # keep for good each checkpoint at a multiple of this step
-    asynchronous: bool = True  # training goes on while a copy is written; takes memory for the copy
+    every_steps: int | None = setting("save at multiples of this step", None, POSITIVE)
+    every_minutes: float = setting("save after so many minutes; 0: never", 15.0, NOT_NEGATIVE)
+    keep_last: int = setting("keep so many of the newest checkpoints", 2, POSITIVE)
+    keep_best: bool = setting("keep the one with the lowest validation loss", True)
+    keep_every: int | None = setting("keep those at multiples of this step", None, POSITIVE)
+    asynchronous: bool = setting("train on while a copy in memory is written", True)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    every_steps: int | None = None  # default: only at the end
-    windows: int = 64  # validation windows of sequence_length tokens, the same ones every time
-    patience: int | None = None  # stop after this many evaluations without a new best
-    prompts: tuple[str, ...] = ()  # completed at each evaluation
-    prompt_tokens: int = 48
+    every_steps: int | None = setting("default: only at the end", None, POSITIVE)
+    windows: int = setting("validation sequences, the same ones every time", 64, POSITIVE)
+    patience: int | None = setting(
+        "stop after so many evaluations without a new best", None, POSITIVE
+    )
+    prompts: tuple[str, ...] = setting("completed at each evaluation", ())
+    prompt_tokens: int = setting("tokens to add to each prompt", 48, POSITIVE)
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What to do about spikes of the loss or the gradient's norm; by default nothing."""
+    """Loss and gradient spikes; by default they are not looked for."""
 
-    spike_sigma: float | None = None  # a spike: so many standard deviations above the mean ...
-    spike_window: int = 128  # ... of so many ordinary steps
-    rollback_after: int = 3  # so many spikes in a row: back to the last checkpoint
+    spike_sigma: float | None = setting(
+        "a spike lies so many standard deviations above the mean", None, POSITIVE
+    )
+    spike_window: int = setting(
+        "mean and deviation are of so many ordinary steps", 128, Range(at_least=8, at_most=100_000)
+    )
+    rollback_after: int = setting(
+        "so many spikes in a row: back to the last checkpoint", 3, POSITIVE
+    )
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    every_steps: int = 10
+    every_steps: int = setting("log at multiples of this step", 10, POSITIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
     """Low-rank adapters (Hu et al. 2021), in PEFT's terms."""
 
-    rank: int = 16
-    alpha: float = 32.0  # what an adapter adds is multiplied by alpha / rank
-    dropout: float = 0.0  # of what goes into an adapter
-    target_modules: tuple[str, ...] = ("all-linear",)  # or names as q_proj, attn.c_proj
-    use_rslora: bool = False  # alpha / sqrt(rank) instead (Kalajdzievski 2023)
-    use_dora: bool = False  # also train the length of each row (Liu et al. 2024)
+    rank: int = setting("rows of A, columns of B", 16, POSITIVE)
+    alpha: float = setting("the adapter's output is multiplied by alpha / rank", 32.0, POSITIVE)
+    dropout: float = setting("of the adapter's input", 0.0, PROBABILITY)
+    target_modules: tuple[str, ...] = setting("or names as q_proj, attn.c_proj", ("all-linear",))
+    use_rslora: bool = setting("alpha / sqrt(rank) instead (Kalajdzievski 2023)", False)
+    use_dora: bool = setting("also train the length of each row (Liu et al. 2024)", False)
 
     @property
     def scale(self) -> float:
+        """The factor of an adapter's output."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings(AdapterSettings):
-    """An adapter, and what it is trained on."""
+    """An adapter, and the base model that it is trained on."""
 
-    base: str  # a Hugging Face directory, a Hub id, or a run of minigpt's
+    base: str = setting("a Hugging Face directory, a Hub id or a run")
 
     @property
     def adapter(self) -> AdapterSettings:
@@ -180,12 +267,10 @@ class LoraSettings(AdapterSettings):
         return AdapterSettings(**{name: getattr(self, name) for name in names})
 
 
-# "base": from the config.json of what the run started from.
-Origin = Literal["default", "recipe", "command line", "base"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
+    """A whole recipe: one field for each section, its name, and each value's origin."""
+
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     train: TrainSettings
@@ -197,7 +282,7 @@ class Recipe:
     eval: EvalSettings = field(default_factory=EvalSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
     log: LogSettings = field(default_factory=LogSettings)
-    lora: LoraSettings | None = None  # finetune-lora
+    lora: LoraSettings | None = None  # finetune-lora only
     name: str = field(default="recipe", metadata={"internal": True})
     origin: dict[str, Origin] = field(
         default_factory=dict, compare=False, metadata={"internal": True}
@@ -216,10 +301,10 @@ class Recipe:
 
     @property
     def base(self) -> str | None:
-        """What the weights come from, if not from a seed."""
+        """The model that the weights come from; None: they are drawn from the seed."""
         return self.lora.base if self.lora is not None else self.model.init_from
 
     @property
     def data_path(self) -> str:
-        assert self.data.path is not None  # parse() fills it in
+        assert self.data.path is not None  # parse_recipe() fills it in
         return self.data.path

@@ -4,7 +4,13 @@ from pathlib import Path
 import pytest
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.recipe import changed_settings, dump_recipe, load_recipe, parse_recipe
+from minigpt_cli.recipe import (
+    changed_settings,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    setting_names,
+)
 
 BASE = """
 [data]
@@ -65,9 +71,9 @@ def test_every_problem_is_listed_at_once_with_its_place_and_the_nearest_name():
     assert len(message.splitlines()) == 6
     assert "r.toml:10: [train] stepz: unknown; did you mean steps?" in message
     assert "r.toml:15: [schedul]: unknown; did you mean schedule?" in message
-    assert "r.toml:17: [eval] windows: must be a whole number, not 'many'" in message
-    assert "--set model.family: must be one of gpt2, llama, qwen3 (did you mean llama?)" in message
-    assert "--set optimizer.betas: must be a list of 2" in message
+    assert "r.toml:17: [eval] windows: expected an integer, got 'many'" in message
+    assert "--set model.family: expected one of gpt2, llama, qwen3 (did you mean llama?)" in message
+    assert "--set optimizer.betas: expected a list of 2" in message
 
 
 @pytest.mark.parametrize(
@@ -75,22 +81,25 @@ def test_every_problem_is_listed_at_once_with_its_place_and_the_nearest_name():
     [
         ("train.tokens=1000", "steps or as tokens"),
         ("train.micro_batch_size=5", "not a multiple of micro_batch_size 5"),
-        ("train.sequence_length=0", "must be positive, not 0"),
+        ("train.sequence_length=0", "sequence_length: expected a number above 0, got 0"),
         ("model.max_position_embeddings=64", "longer than [model] max_position_embeddings 64"),
         ("schedule.warmup_steps=101", "more than the 100 steps"),
-        ("schedule.min_lr_ratio=1.5", "must lie in [0, 1]"),
-        ("optimizer.lr=-1", "must be positive"),
-        ("schedule.name=step", "needs milestones"),
+        ("schedule.min_lr_ratio=1.5", "expected a number at least 0 and at most 1, got 1.5"),
+        ("optimizer.lr=-1", "[optimizer] lr: expected a number above 0, got -1"),
+        ("schedule.name=step", "milestones: name = step needs them"),
         ("data.source.kind=files", "needs a path"),
         ("data.source.kind=python-stdlib", "give path or train_vocab"),
-        ("guard.spike_sigma=0", "must be positive"),
-        ("guard.spike_window=7", "at least 8 steps, not 7"),
-        ("guard.rollback_after=0", "must be positive"),
-        ("train.steps=1.5", "must be a whole number"),
-        ("train.steps=true", "must be a whole number"),
-        ("precision.compile=1", "must be true or false"),
+        ("guard.spike_sigma=0", "spike_sigma: expected a number above 0"),
+        ("guard.spike_window=7", "at least 8 and at most 100000, got 7"),
+        ("guard.rollback_after=0", "rollback_after: expected a number above 0"),
+        ("train.steps=1.5", "expected an integer"),
+        ("train.steps=true", "expected an integer"),
+        ("precision.compile=1", "expected true or false"),
         ("lr=1", "--set section.key=value"),
         ("train=3", "--set section.key=value"),
+        ("optimizer.lr=inf", "lr: expected a finite number above 0, got inf"),
+        ("optimizer.betas=[0.9, 1.0]", "[optimizer] betas[1]: expected a number at least 0"),
+        ("schedule.milestones=[5, -1]", "[schedule] milestones[1]: expected a number at least 0"),
     ],
 )
 def test_what_types_cannot_say(override: str, part: str):
@@ -104,7 +113,7 @@ def test_missing_sections_and_files():
     assert "not valid TOML" in problems(BASE + f"\n[log]\nevery_steps = {'9' * 5000}\n")
     assert "not valid TOML" in problems(BASE + f"\n[log]\nevery_steps = {'[' * 100_000}\n")
     for value in ("9" * 5000, "[" * 100_000):
-        assert "--set log.every_steps: must be a whole" in problems(
+        assert "--set log.every_steps: expected an integer" in problems(
             BASE, f"log.every_steps={value}"
         )
     with pytest.raises(UserError, match="no such recipe"):
@@ -130,6 +139,30 @@ def test_the_resolved_recipe_reads_back_with_its_origins():
     assert changed_settings(recipe, again) == []
     changed = parse_recipe(text, ["optimizer.lr=1e-2"], name="x")
     assert changed_settings(recipe, changed) == [("optimizer.lr", 3e-4, 1e-2)]
+
+
+def test_a_resolved_recipe_is_known_by_its_format():
+    recipe = parse_recipe(BASE, ["optimizer.lr=1e-2"], name="x")
+    text = dump_recipe(recipe)
+    assert tomllib.loads(text)["format"] == "minigpt-resolved-recipe-1"
+    without = "\n".join(line for line in text.splitlines() if not line.startswith("format"))
+    assert parse_recipe(without, []).origin["optimizer.lr"] == "recipe"  # a person's own file
+    old = "# x: the resolved recipe; where each value came from stands behind it\n" + without
+    assert parse_recipe(old, []).origin == recipe.origin
+    assert "remove this line" in problems('format = "other"\n' + BASE)
+
+
+def test_the_page_names_every_setting():
+    page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
+    lora = (
+        BASE.partition("[model]")[0] + "[lora]\nbase='b'\n[model.rope_scaling]\nrope_type='linear'"
+    )
+    text = lora + "\nfactor=2.0\n[train]" + BASE.partition("[train]")[2]
+    source = ["data.source.kind=jsonl", "data.source.path=a", "data.tokenizer.path=t"]
+    names = [name.rpartition(".") for name in setting_names(parse_recipe(text, source))]
+    assert len(names) > 80
+    missing = [n for n in names if f"`{n[2]}`" not in page and f"[{n[0]}] {n[2]}`" not in page]
+    assert not missing
 
 
 def test_tokens_are_rounded_up_to_whole_steps():
