@@ -21,7 +21,7 @@ from minigpt_cli.checkpoint.tensors import tensors_of
 from minigpt_cli.distributed.world import start_world
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.recipe import CheckpointSettings, OptimizerSettings
 from minigpt_cli.train import guard, optimizer
 
@@ -40,7 +40,7 @@ def main() -> None:
     )  # fmt: skip
     world = start_world()
     model = GPT(config).to(world.device)
-    initialize(model, 0)
+    initialize_weights(model, 0)
     optimizers = optimizer.build(model, OptimizerSettings(lr=1e-4))
     directory = Path(tempfile.mkdtemp(dir=a.directory))
     result = {"parameters": parameter_count(config), "device": str(world.device)}

@@ -16,7 +16,7 @@ from minigpt_cli.distributed.world import World
 from minigpt_cli.model import precision
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.recipe import OptimizerSettings, PrecisionSettings
 from minigpt_cli.train import guard, optimizer
 from minigpt_cli.train.step import StepContext, train_step
@@ -52,7 +52,7 @@ def main() -> None:
         max_position_embeddings=a.sequence_length,
     )
     model = GPT(config).to(device)
-    initialize(model, 0)
+    initialize_weights(model, 0)
     if a.compile:
         compile_blocks(model)
     dtype = precision.compute_dtype(PrecisionSettings(dtype=a.dtype), device)

@@ -4,7 +4,6 @@ Penalty, filters and their order are those of transformers' ``generate``: repeti
 temperature, top-k, top-p, min-p. B is the number of rows, V the vocabulary.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.seed import derived_seed
 
 NOT_FINITE = -1  # stands for the token of a row whose logits are NaN or infinite
 
@@ -155,7 +155,6 @@ def draw_uniforms(seed: int, rows: int, steps: int) -> Tensor:
     """
     drawn = []
     for row in range(rows):
-        digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(derived_seed(seed, row))
         drawn.append(torch.rand(steps, dtype=torch.float64, generator=generator))
     return torch.stack(drawn)

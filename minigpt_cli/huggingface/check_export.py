@@ -15,7 +15,7 @@ from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.distributed.device import available_memory
 from minigpt_cli.huggingface.base_model import Base, load_base
 from minigpt_cli.model.cost import parameter_count
-from minigpt_cli.model.gpt import GPT, copy
+from minigpt_cli.model.gpt import GPT, copy_values
 
 TOLERANCE = 1e-4  # of float32 logits, or of the largest of them where that is above 1
 _TOKENS = 512
@@ -100,7 +100,7 @@ def check_export(base: Base, folder: Path, dtype: torch.dtype) -> ExportCheck:
 @torch.no_grad()
 def _our_logits(base: Base, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     model = GPT(base.config)
-    load_base(base, model, lambda parameter, values: copy(parameter, values.to(dtype)))
+    load_base(base, model, lambda parameter, values: copy_values(parameter, values.to(dtype)))
     logits: Tensor = model.eval()(inputs)
     return logits
 

@@ -11,7 +11,7 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.huggingface.base_model import Base, load_base
 from minigpt_cli.huggingface.peft import LoadedAdapter, apply, open_model
-from minigpt_cli.model.gpt import GPT, copy
+from minigpt_cli.model.gpt import GPT, copy_values
 from minigpt_cli.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_model(path: Path, device: torch.device, adapters: list[Path]) -> Traine
     base, opened = open_model(path, adapters)
     fp64 = base.recipe is not None and base.recipe.precision.dtype == "fp64"
     model = GPT(base.config).to(device, torch.float64 if fp64 else torch.float32)
-    load_base(base, model, copy)
+    load_base(base, model, copy_values)
     apply(model, opened[0] if opened else None)
     model.eval()
     return TrainedModel(model, load_tokenizer(base.tokenizer), base, opened)

@@ -27,7 +27,7 @@ from minigpt_cli.huggingface.weights import CONFIG as MODEL_CONFIG
 from minigpt_cli.huggingface.weights import read_json
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.gpt import GPT, copy
+from minigpt_cli.model.gpt import GPT, copy_values
 from minigpt_cli.recipe import AdapterSettings, Recipe, load_recipe
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -200,7 +200,7 @@ def open_adapter(path: Path, config: ModelConfig) -> LoadedAdapter:
 
 
 def _known(modules: list[str], model: GPT, path: Path) -> list[str]:
-    linears = lora.targets(model, (lora.ALL,))
+    linears = lora.target_layers(model, (lora.ALL_LINEAR,))
     if unknown := [name for name in modules if name not in linears]:
         raise UserError(f"{path}: has an adapter for {unknown[0]}, which the base has no layer for")
     return modules
@@ -267,7 +267,9 @@ def _of_peft(path: Path, model: GPT) -> LoadedAdapter:
         stored = load_file(path / TENSORS)
     except Exception as error:  # safetensors has no error of its own for Python
         raise UserError(f"{path / TENSORS}: is not a safetensors file: {error}") from None
-    ours = {lora.module_name(model.config, n): n for n in lora.targets(model, (lora.ALL,))}
+    ours = {
+        lora.module_name(model.config, n): n for n in lora.target_layers(model, (lora.ALL_LINEAR,))
+    }
     tensors = {}
     for name, tensor in stored.items():
         kind = next((k for k, suffix in _SUFFIXES.items() if name.endswith(suffix)), None)
@@ -292,7 +294,7 @@ def apply(model: GPT, adapter: LoadedAdapter | None) -> None:
         lora.attach(model, adapter.shape, adapter.modules)
         for name, parameter in model.named_parameters():
             if lora.MARK in name:
-                copy(parameter, adapter.tensors[name])
+                copy_values(parameter, adapter.tensors[name])
         model.to(model.embed_tokens.weight.dtype)  # as the model is computed in, without autocast
 
 
@@ -305,7 +307,7 @@ def merge(base: Base, adapter: LoadedAdapter) -> Base:
         module, _, leaf = name.rpartition(".")
         if leaf != "weight" or f"{module}.lora_A" not in a.tensors:
             return weight
-        return lora.merged(
+        return lora.merge_weight(
             weight,
             a.tensors[f"{module}.lora_A"],
             a.tensors[f"{module}.lora_B"],
@@ -357,6 +359,6 @@ def _shortest(model: GPT, modules: list[str]) -> list[str]:
     names = [lora.module_name(model.config, module) for module in modules]
     for length in (1, 2):
         ends = sorted({".".join(name.split(".")[-length:]) for name in names})
-        if set(lora.targets(model, tuple(ends))) == set(modules):
+        if set(lora.target_layers(model, tuple(ends))) == set(modules):
             return ends
     return sorted(names)

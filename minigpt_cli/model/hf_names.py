@@ -23,7 +23,7 @@ _CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qw
 
 
 def huggingface_name(config: ModelConfig, name: str) -> str:
-    """What transformers calls the parameter that we call ``name``."""
+    """Return transformers' name of our parameter ``name``."""
     if config.family != "gpt2" or name.startswith("lm_head."):
         return name if name.startswith("lm_head.") else f"model.{name}"
     module, _, leaf = name.rpartition(".")
@@ -34,18 +34,18 @@ def huggingface_name(config: ModelConfig, name: str) -> str:
 
 
 def is_transposed(config: ModelConfig, name: str) -> bool:
-    """Whether transformers stores this matrix (in, out) where we store (out, in)."""
+    """Tell whether transformers stores this matrix as (in, out); we store (out, in)."""
     return config.family == "gpt2" and name.endswith("_proj.weight")
 
 
 def huggingface_config(
     config: ModelConfig, special_tokens: dict[str, Any] | None = None, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """The ``config.json`` that transformers reads.
+    """Build the ``config.json`` that transformers reads.
 
     Args:
-        special_tokens: ``eos_token_id`` and what else there is of that kind.
-        dtype: what the weights beside it are stored in.
+        special_tokens: ``eos_token_id``, ``bos_token_id``, ``pad_token_id``.
+        dtype: of the stored weights.
     """
     c = config
     common: dict[str, Any] = {
@@ -53,7 +53,7 @@ def huggingface_config(
         "model_type": c.family,
         "vocab_size": c.vocab_size,
         "tie_word_embeddings": c.tie_word_embeddings,
-        # transformers refuses more; a trained model's means nothing to it.
+        # transformers refuses larger values.
         "initializer_range": min(c.initializer_range, 1.0),
         "dtype": dtype,
         "bos_token_id": None,
@@ -97,7 +97,7 @@ def huggingface_config(
 
 # --- reading what others wrote -------------------------------------------------------------------
 
-# transformers leaves out of config.json what is as its own defaults.
+# transformers leaves its own defaults out of config.json.
 _GPT2_NAMES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
@@ -125,7 +125,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False, "attention_bias": False,
     },
 }  # fmt: skip
-# What else a config.json may say, and the values of it that our model computes. Absent is fine.
+# Other keys of a config.json, and the values that our model supports. A missing key is fine.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,),
@@ -140,16 +140,15 @@ _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_posit
 
 
 def config_from_huggingface(settings: dict[str, Any], where: str) -> ModelConfig:
-    """The shape that a ``config.json`` describes; dropout, which is training's business, is 0.
+    """Build our config from a ``config.json``. Dropout is 0: it belongs to training.
 
     Raises:
-        UserError: another family, or one of its variants that our model doesn't compute, all of
-            them named at once.
+        UserError: an unsupported family, or unsupported variants of one; all in one message.
     """
     family: Any = settings.get("model_type")
-    if family not in list(_DEFAULTS):  # in a file it may be what a dictionary can't be asked for
+    if family not in list(_DEFAULTS):  # its value may be unhashable
         raise UserError(
-            f"{where}: model_type {family} is none of {', '.join(_DEFAULTS)}, which minigpt knows"
+            f"{where}: model_type {family} is not supported; supported are {', '.join(_DEFAULTS)}"
         )
     problems = [
         f"{name} {settings[name]!r}"
@@ -159,16 +158,16 @@ def config_from_huggingface(settings: dict[str, Any], where: str) -> ModelConfig
     try:
         shape = _shape(family, settings, problems)
         if problems:
-            raise UserError(f"minigpt has no {family} with {'; '.join(problems)}")
+            raise UserError(f"minigpt does not support {family} with {'; '.join(problems)}")
         return model_config(family=family, **shape)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('[model] ')}") from None
-    except (TypeError, ValueError, AttributeError) as error:  # a text where a number should be
+    except (TypeError, ValueError, AttributeError) as error:  # e.g. a string instead of a number
         raise UserError(f"{where}: not the configuration of a model: {error}") from None
 
 
 def _shape(family: Family, settings: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The settings in our names; what is not computed goes to ``problems``."""
+    """Translate the settings to our names; add what is not supported to ``problems``."""
     given = {_GPT2_NAMES.get(name, name): value for name, value in settings.items()}
     if "rms_norm_eps" in given:
         given["norm_eps"] = given["rms_norm_eps"]

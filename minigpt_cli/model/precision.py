@@ -1,4 +1,4 @@
-"""The number format of matrix products, and fp16's loss scaling."""
+"""The dtype of matrix products, and loss scaling for fp16."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -17,13 +17,13 @@ _DTYPES = {
 
 
 def compute_dtype(precision: PrecisionSettings, device: torch.device) -> torch.dtype:
-    """The dtype that ``[precision] dtype`` stands for on this device.
+    """Return the dtype of matrix products for ``[precision] dtype`` on this device.
 
     ``auto`` is bf16 where the device multiplies it natively (a GPU since Ampere, a CPU with
     AVX512-BF16 or AMX), fp16 on older GPUs and fp32 on other CPUs.
 
     Raises:
-        UserError: the device can't compute in the dtype asked for.
+        UserError: the device doesn't support the dtype.
     """
     on_gpu = device.type == "cuda"
     gpu_has_bf16 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -42,17 +42,17 @@ def compute_dtype(precision: PrecisionSettings, device: torch.device) -> torch.d
 
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Weights and optimizer state are float32, or float64 for checking."""
+    """Return the dtype of weights and optimizer state: float32, or float64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Matrix products in ``dtype``, sums and norms in float32."""
+    """Return a context: matrix products in ``dtype``, sums and norms in float32."""
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype)
     return contextlib.nullcontext()
 
 
 def grad_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling for fp16 (Micikevicius et al. 2018); does nothing in the other formats."""
+    """Make the loss scaler for fp16 (Micikevicius et al. 2018); for other dtypes it is disabled."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

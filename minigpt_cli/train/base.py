@@ -79,7 +79,9 @@ def load_recipe_base(recipe: Recipe, base: Base, run: Run) -> None:
     """The base's weights, and beside them adapters that change nothing yet."""
     load_base(base, run.context.model, parallel.copy_full_tensor)
     if recipe.lora is not None:
-        lora.initialize(run.context.model, recipe.train.seed, base.read, parallel.copy_full_tensor)
+        lora.initialize_adapters(
+            run.context.model, recipe.train.seed, base.read, parallel.copy_full_tensor
+        )
 
 
 def check_base_tokenizer(what: str, base: Base, tokenizer: str) -> None:

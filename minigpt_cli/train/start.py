@@ -36,7 +36,7 @@ from minigpt_cli.huggingface.base_model import (
 )
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import config_from_recipe
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.recipe import DistributedSettings, Recipe, dump_recipe, load_recipe
 from minigpt_cli.report import metrics
@@ -107,7 +107,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         recipe = complete_recipe(recipe, base)
         if recipe.lora is not None:  # before the data is made, which may take hours
             with torch.device("meta"):
-                lora.targets(GPT(base.config), recipe.lora.target_modules)
+                lora.target_layers(GPT(base.config), recipe.lora.target_modules)
         given = recipe.data.tokenizer.path if recipe.data.tokenizer is not None else None
         if given is not None and given != str(base.tokenizer):
             check_base_tokenizer(given, base, tokenizer_fingerprint(load_tokenizer(given)))
@@ -117,7 +117,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         run, state = build(recipe, directory, world, resources, auxiliary_files)
         record.state = state
         if base is None:
-            initialize(run.context.model, recipe.train.seed, parallel.copy_full_tensor)
+            initialize_weights(run.context.model, recipe.train.seed, parallel.copy_full_tensor)
         else:
             check_base_tokenizer(recipe.data_path, base, state.dataset["tokenizer"])
             load_recipe_base(recipe, base, run)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, stream_batches
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
 
 CONFIG = model_config(
     family="llama", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -20,7 +20,7 @@ LENGTHS = np.arange(50, dtype=np.int32) % 5
 @pytest.fixture(scope="module")
 def model() -> GPT:
     model = GPT(CONFIG).double()
-    initialize(model, 1)
+    initialize_weights(model, 1)
     return model.train()
 
 

@@ -12,7 +12,7 @@ from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.generate.text import complete, detokenizer, split_at_stop, stream_text
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.prepare.bpe import train_bpe
 
 # Merges for English and none for the rest: an emoji is four tokens, a family of them eighteen.
@@ -32,7 +32,7 @@ def model():
         max_position_embeddings=32,
     )
     model = GPT(config)
-    initialize(model, 0)
+    initialize_weights(model, 0)
     return model.double()
 
 

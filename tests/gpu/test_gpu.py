@@ -117,11 +117,11 @@ def test_resume_is_bit_exact(tmp_path: Path, make_recipe: MakeRecipe, overrides:
 
 
 def test_a_seed_gives_the_same_weights_on_gpu_and_cpu(tmp_path: Path, make_recipe: MakeRecipe):
-    from minigpt_cli.model.gpt import GPT, initialize
+    from minigpt_cli.model.gpt import GPT, initialize_weights
 
     run, _ = start_run(make_recipe(), tmp_path)
     on_cpu = GPT(run.context.model.config)
-    initialize(on_cpu, run.recipe.train.seed)
+    initialize_weights(on_cpu, run.recipe.train.seed)
     for p, q in zip(run.context.model.parameters(), on_cpu.parameters(), strict=True):
         assert torch.equal(p.cpu(), q)
     run.resources.close()

@@ -1,4 +1,4 @@
-"""What torch itself holds, saves and sends in a training step: the oracle for model/scale.py.
+"""What torch itself holds, saves and sends in a training step: the oracle for model/cost.py.
 
 Four ways to look: what autograd saves; a step of one rank, whose group of ranks is fake but whose
 every allocation counts; a step of such a rank on tensors without storage, so that the model and the
@@ -32,8 +32,8 @@ from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model import attention, cross_entropy, norm, precision
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.model.scale import Traffic, Workload
+from minigpt_cli.model.cost import Traffic, Workload
+from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.recipe import OptimizerSettings
 from minigpt_cli.train import guard, muon, optimizer
 from minigpt_cli.train.step import StepContext, train_step
@@ -85,7 +85,7 @@ def fake_ranks(world_size: int, rank: int = 0) -> Iterator[None]:
 def saved_bytes(config: ModelConfig, workload: Workload, device: torch.device = CPU) -> int:
     """What autograd keeps of a forward pass, without the weights and autocast's copies of them."""
     model = GPT(config).to(device).train()
-    initialize(model, 0)
+    initialize_weights(model, 0)
     model.checkpoint_activations = workload.activation_checkpointing
     weights = {_address(p) for p in model.parameters()}
     shapes = {shape for p in model.parameters() for shape in (p.shape, p.shape[::-1])}

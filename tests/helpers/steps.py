@@ -8,7 +8,7 @@ from minigpt_cli.distributed.parallel import ParallelDims
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model import precision
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.recipe import OptimizerSettings
 from minigpt_cli.train import guard, optimizer
 from minigpt_cli.train.step import StepContext
@@ -33,7 +33,7 @@ def tiny_context(
         num_attention_heads=4, max_position_embeddings=16, dropout=dropout,
     )  # fmt: skip
     model = GPT(config).to(device, precision.weights_dtype(dtype))
-    initialize(model, 3)
+    initialize_weights(model, 3)
     return StepContext(
         model=model,
         forward=model,

@@ -15,7 +15,7 @@ from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.huggingface.base_model import load_base, open_base
 from minigpt_cli.huggingface.weights import INDEX, WEIGHTS
-from minigpt_cli.model.gpt import GPT, copy
+from minigpt_cli.model.gpt import GPT, copy_values
 from tests.helpers.models import SHAPES, saved_model
 
 IDS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(1))
@@ -24,7 +24,7 @@ IDS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(1))
 def ours_from(directory: Path) -> GPT:
     base = open_base(directory)
     model = GPT(base.config)
-    load_base(base, model, copy)
+    load_base(base, model, copy_values)
     return model.eval()
 
 
@@ -165,7 +165,7 @@ def test_a_head_that_is_tied_must_be_the_embeddings(tmp_path: Path, license_data
         ),
         ({"model.safetensors.index.json": b"[]"}, "is not a JSON object"),
         ({"config.json": b"{"}, "config.json: can't be read"),
-        ({"config.json": b'{"model_type": "bert"}'}, "model_type bert is none of gpt2, llama"),
+        ({"config.json": b'{"model_type": "bert"}'}, "model_type bert is not supported"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path: Path, files: dict[str, bytes], message: str):

@@ -21,7 +21,7 @@ from minigpt_cli.huggingface.base_model import (
 )
 from minigpt_cli.huggingface.check_export import ExportCheck, Mismatch
 from minigpt_cli.huggingface.export import export_model
-from minigpt_cli.model.gpt import GPT, copy
+from minigpt_cli.model.gpt import GPT, copy_values
 from tests.helpers.models import saved_model
 from tests.helpers.processes import minigpt
 
@@ -250,7 +250,7 @@ def test_one_tensor_at_a_time(
 
 def logits_of(base: Base) -> torch.Tensor:
     model = GPT(base.config)
-    load_base(base, model, copy)
+    load_base(base, model, copy_values)
     with torch.no_grad():
         return model.eval()(IDS[:, :32])
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
-from minigpt_cli.model.gpt import GPT, initialize, new_cache
+from minigpt_cli.model.gpt import GPT, initialize_weights, new_cache
 
 FAMILIES = ["gpt2", "llama", "qwen3"]
 GPT2_124M = {
@@ -38,7 +38,7 @@ def small_config(family, **changes):
 
 def small_model(family, seed=0, **changes):
     model = GPT(small_config(family, **changes))
-    initialize(model, seed)
+    initialize_weights(model, seed)
     return model
 
 
@@ -134,7 +134,7 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone():
 def test_initializing_leaves_the_global_generator_alone():
     model = GPT(small_config("gpt2"))
     before = torch.get_rng_state()
-    initialize(model, 0)
+    initialize_weights(model, 0)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -306,7 +306,7 @@ def test_examples_in_one_row_are_as_if_alone(family: str, recompute: bool):
         num_key_value_heads=4 if family == "gpt2" else 2, max_position_embeddings=24,
     )  # fmt: skip
     packed, alone = GPT(config).double().train(), GPT(config).double().train()
-    initialize(packed, 1)
+    initialize_weights(packed, 1)
     alone.load_state_dict(packed.state_dict())
     packed.checkpoint_activations = recompute
     lengths = ((3, 11, 1, 5), (20,))  # and padding

@@ -13,8 +13,7 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.huggingface.peft import LoadedAdapter, apply
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, copy
-from minigpt_cli.model.gpt import initialize as initialize_model
+from minigpt_cli.model.gpt import GPT, copy_values, initialize_weights
 from minigpt_cli.model.hf_names import config_from_huggingface
 from minigpt_cli.recipe import AdapterSettings
 from tests.helpers.hf_layout import from_huggingface
@@ -36,7 +35,7 @@ def small(family: str = "llama") -> GPT:
         max_position_embeddings=32,
     )  # fmt: skip
     model = GPT(config)
-    initialize_model(model, 3)
+    initialize_weights(model, 3)
     return model.eval()
 
 
@@ -53,7 +52,7 @@ def randomize(model: GPT, seed: int = 0) -> dict[str, Tensor]:
             values[name] = torch.randn(p.shape, generator=generator) * 0.1
             if name.endswith("magnitude_vector"):
                 values[name] = values[name].abs() + 1.0
-            copy(p, values[name])
+            copy_values(p, values[name])
     return values
 
 
@@ -81,7 +80,7 @@ def test_logits_and_gradients_are_pefts(shape: str, kind: AdapterSettings):
         middle = f"{lora.module_name(config, module)}.{leaf}.default"
         full = f"base_model.model.{middle}.weight"
         of[name] = parameters[full]
-        copy(of[name], values[name])
+        copy_values(of[name], values[name])
     trained = [n for n, p in peft_model.named_parameters() if p.requires_grad]
     assert len(trained) == len(values)
     theirs_logits = peft_model(IDS[:, :-1]).logits
@@ -104,7 +103,7 @@ def test_at_first_the_model_is_the_base_bit_for_bit(family: str, kind: AdapterSe
     ids, weights = torch.arange(32)[None], weights_of(model)
     before = model(ids)
     lora.attach(model, kind)
-    lora.initialize(model, 1, weights.__getitem__, copy)
+    lora.initialize_adapters(model, 1, weights.__getitem__, copy_values)
     assert torch.equal(model(ids), before)
     assert {p.shape[0] for n, p in model.named_parameters() if n.endswith("lora_A")} == {4}
     lora.detach(model)
@@ -118,7 +117,7 @@ def test_a_is_drawn_as_peft_draws_it_from_seed_and_name():
     drawn = []
     for seed in (1, 1, 2):
         lora.attach(model, AdapterSettings(rank=16))
-        lora.initialize(model, seed, weights.__getitem__, copy)
+        lora.initialize_adapters(model, seed, weights.__getitem__, copy_values)
         drawn.append(model.layers[0].mlp.up_proj.lora_A.detach().clone())
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -133,16 +132,16 @@ def test_a_is_drawn_as_peft_draws_it_from_seed_and_name():
 def test_merged_equals_unmerged(shape: str, kind: AdapterSettings):
     config = config_from_huggingface(random_model(shape).config.to_dict(), "config.json")
     model = GPT(config).eval()
-    initialize_model(model, 3)
+    initialize_weights(model, 3)
     lora.attach(model, kind)
     randomize(model)
     with torch.no_grad():
         before = model(IDS)
         layers = lora.adapted(model)
         for layer in layers.values():
-            copy(
+            copy_values(
                 layer.weight,
-                lora.merged(
+                lora.merge_weight(
                     layer.weight, layer.lora_A, layer.lora_B, layer.scale,
                     layer.lora_magnitude_vector,
                 ),
@@ -172,7 +171,7 @@ def test_the_scale_is_alpha_by_rank_or_by_its_root():
 )  # fmt: skip
 def test_layers_are_named_as_peft_names_them(family: str, names: tuple, expected: set):
     model = small(family)
-    found = lora.targets(model, names)
+    found = lora.target_layers(model, names)
     assert {name.split(".", 2)[2] for name in found} == expected
     assert len(found) == 2 * len(expected)
 
@@ -180,7 +179,7 @@ def test_layers_are_named_as_peft_names_them(family: str, names: tuple, expected
 @pytest.mark.parametrize("name", ["proj", "lm_head", "k_norm", "layers.0", ""])
 def test_a_name_that_no_layer_has_is_refused(name: str):
     with pytest.raises(UserError, match=r"no layer is called .* o_proj, gate_proj"):
-        lora.targets(small(), ("q_proj", name))
+        lora.target_layers(small(), ("q_proj", name))
 
 
 def test_adapters_swap_on_one_base():
@@ -208,7 +207,7 @@ def test_a_length_that_grows_a_little_shows_in_bf16():
     model = small()
     weights = weights_of(model)
     lora.attach(model, AdapterSettings(rank=2, use_dora=True))
-    lora.initialize(model, 1, weights.__getitem__, copy)
+    lora.initialize_adapters(model, 1, weights.__getitem__, copy_values)
     layer, x = model.layers[0].mlp.up_proj, torch.randn(500, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = layer(x).float()

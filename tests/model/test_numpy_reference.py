@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
 from tests.helpers.reference import IGNORE_INDEX, gpt2_loss_and_gradients
 
 HEADS = 3
@@ -23,7 +23,7 @@ def model():
         initializer_range=0.3,
     )
     model = GPT(config)
-    initialize(model, 0)
+    initialize_weights(model, 0)
     model.double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zeros and ones would hide what biases and gains do
