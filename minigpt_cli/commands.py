@@ -18,7 +18,7 @@ from minigpt_cli.data.tokenizer import eos_id, token_byte_lengths, tokenizer_fin
 from minigpt_cli.distributed.device import find_device
 from minigpt_cli.evaluate.loss import evaluate, sequence_batches, stream_batches
 from minigpt_cli.generate.sampling import SamplingOptions
-from minigpt_cli.generate.text import TextChunk, complete, stream_text
+from minigpt_cli.generate.text import TextChunk, join_chunks, stream_text
 from minigpt_cli.huggingface.base_model import Base, chat_template, ends
 from minigpt_cli.huggingface.card import model_card
 from minigpt_cli.huggingface.export import export_adapter, export_model
@@ -152,7 +152,7 @@ def sample_model(
         )
         if stream:
             pieces = _printed(list(range(num_samples)), "" if chat else prompt, iter(pieces))
-        completions = complete(pieces)
+        completions = join_chunks(pieces)
         results.append(
             {
                 "prompt": prompt,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.core.constants import GPU_MUON_ELEMENTS
-from minigpt_cli.distributed.parallel import over_whole_matrices, shards, to_local
+from minigpt_cli.distributed.parallel import num_shards, over_whole_matrices, to_local
 
 # Elements of the matrices that a rank orthogonalises together: enough to fill a GPU, few for a
 # CPU's cache.
@@ -93,6 +93,6 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
         by_shape.setdefault(p.shape, []).append(p)
     for shape, same in by_shape.items():
         budget = _BATCH_ELEMENTS.get(same[0].device.type, _BATCH_ELEMENTS["cuda"])
-        size = max(1, budget // shape.numel()) * shards(same[0])
+        size = max(1, budget // shape.numel()) * num_shards(same[0])
         for start in range(0, len(same), size):
             yield same[start : start + size]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minigpt_cli.generate.sampling import SamplingOptions
-from minigpt_cli.generate.text import complete, stream_text
+from minigpt_cli.generate.text import join_chunks, stream_text
 from minigpt_cli.model.gpt import GPT
 
 if TYPE_CHECKING:
@@ -34,4 +34,4 @@ class Prompts:
                 eos_id=self.eos_id,
                 dtype=self.dtype,
             )
-            yield text, complete(pieces)[0].text
+            yield text, join_chunks(pieces)[0].text

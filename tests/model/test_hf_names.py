@@ -234,11 +234,11 @@ def test_what_transformers_leaves_out_is_its_own_default(tmp_path):
         ({}, "model_type None is not supported"),
         (
             {"model_type": "gpt2", "activation_function": "relu", "scale_attn_weights": False},
-            "no gpt2 with activation_function 'relu'; scale_attn_weights False",
+            "not support gpt2 with activation_function 'relu'; scale_attn_weights False",
         ),
         (
             {"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "no llama with rope_parameters {'rope_type': 'yarn'",
+            "not support llama with rope_parameters {'rope_type': 'yarn'",
         ),
         ({"model_type": "llama", "rope_scaling": {"type": "llama3", "factor": 8.0}},
          "rope_scaling of rope_type llama3 needs low_freq_factor"),
