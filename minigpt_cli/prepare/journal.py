@@ -7,9 +7,11 @@ from typing import Any
 
 from minigpt_cli.core.errors import Damaged
 from minigpt_cli.core.files import write_atomically
-from minigpt_cli.data.dataset_manifest import FORMAT, JOURNAL, Shard
+from minigpt_cli.data.dataset_manifest import JOURNAL, Shard
 from minigpt_cli.prepare.pieces import Position
 from minigpt_cli.prepare.split import Place, Rule
+
+_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Journal:
 
 def write_journal(out: Path, journal: Journal) -> None:
     """Record the journal. What it says is written must be on disk already."""
-    write_atomically(out / JOURNAL, json.dumps({"format": FORMAT} | asdict(journal)).encode())
+    write_atomically(out / JOURNAL, json.dumps({"format": _FORMAT} | asdict(journal)).encode())
 
 
 def read_journal(out: Path) -> Journal | None:
@@ -55,7 +57,7 @@ def read_journal(out: Path) -> Journal | None:
     file = out / JOURNAL
     try:
         record = json.loads(file.read_bytes())
-        if record.pop("format") != FORMAT:
+        if record.pop("format") != _FORMAT:
             raise ValueError("of another version of minigpt")
         rule = Rule(**record["rule"] | {"digests": tuple(record["rule"]["digests"])})
         return Journal(**record | {"rule": rule, "state": _state(record["state"])})

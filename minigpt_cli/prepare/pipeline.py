@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from minigpt_cli.data.dataset_manifest import SPLITS, TOKENIZER
+from minigpt_cli.data.dataset_manifest import SPLITS, TOKENIZER, token_dtype
 from minigpt_cli.prepare.encode import LAST, VAL, Batch, Ids, encoders
 from minigpt_cli.prepare.journal import Journal, State, write_journal
 from minigpt_cli.prepare.progress import BadLines, ProgressReporter
@@ -44,7 +44,7 @@ class Work:
 
     @property
     def dtype(self) -> str:
-        return "uint16" if self.vocab_size <= 65_536 else "uint32"
+        return token_dtype(self.vocab_size)
 
     def journal(self, state: State) -> None:
         write_journal(

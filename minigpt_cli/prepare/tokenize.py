@@ -6,30 +6,27 @@ of workers, and not on how often the work was killed. ``journal.json`` says how 
 disk go.
 """
 
-import errno
-import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli import __version__
 from minigpt_cli.core.console import error_line as to_stderr
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.files import sha256_of, write_atomically
-from minigpt_cli.data.dataset import open_dataset
+from minigpt_cli.core.files import locked, sha256_of, write_atomically
 from minigpt_cli.data.dataset_manifest import (
     JOURNAL,
+    LOCK,
     MANIFEST,
     SPLITS,
     TOKENIZER,
     DatasetManifest,
     Split,
+    is_dataset,
     shard_problem,
     write_dataset_manifest,
 )
-from minigpt_cli.data.instruction_dataset import is_instructions
 from minigpt_cli.data.tokenizer import (
     eos_id,
     load_tokenizer,
@@ -38,6 +35,7 @@ from minigpt_cli.data.tokenizer import (
 )
 from minigpt_cli.prepare.bpe import MIN_VOCAB, train_bpe
 from minigpt_cli.prepare.journal import State, read_journal
+from minigpt_cli.prepare.output import differences, finished_dataset, write_error
 from minigpt_cli.prepare.pipeline import Work, encode_all, shard_files
 from minigpt_cli.prepare.progress import Progress, ProgressReporter
 from minigpt_cli.prepare.sources import Source, listing, source_files
@@ -45,8 +43,6 @@ from minigpt_cli.prepare.split import Place, Rule, choose_rule, placed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-LOCK = ".lock"
 
 
 def tokenize(
@@ -93,21 +89,21 @@ def tokenize(
         "shard_tokens": shard_tokens,
     }
     tell = ProgressReporter(progress, total_bytes)
-    if is_instructions(out):
-        raise UserError(f"{out} holds instructions: choose another place, or delete it")
+    busy = f"another process is tokenizing into {out}: wait for it, or choose another directory"
     try:
-        if (out / MANIFEST).exists():  # before the lock: a dataset may lie on a read-only disk
-            return _finished(out, settings)
-        with _locked(out):
-            if (out / MANIFEST).exists():
-                return _finished(out, settings)
+        if is_dataset(out):  # before the lock: a dataset may lie on a read-only disk
+            return finished_dataset(out, settings, instructions=False)
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / LOCK, busy):
+            if is_dataset(out):
+                return finished_dataset(out, settings, instructions=False)
             work, state = _resumed(source, out, strict, settings, warn) or _begun(
                 source, out, strict, settings, given, train_vocab, tell
             )
             state = encode_all(work, state, workers or _cores(), tell, warn)
             return _completed(work, state)
     except OSError as error:
-        raise _os_problem(error, out) from None
+        raise write_error(error, out) from None
 
 
 def _begun(
@@ -241,23 +237,6 @@ def _completed(work: Work, state: State) -> DatasetManifest:
     return manifest
 
 
-def _finished(out: Path, settings: dict[str, Any]) -> DatasetManifest:
-    """Return the complete dataset that is there; ``UserError`` when it was made with other
-    settings.
-    """
-    manifest = open_dataset(out).manifest
-    then = dict(manifest.settings)
-    if settings["tokenizer"] == manifest.tokenizer_fingerprint:
-        then["tokenizer"] = settings["tokenizer"]  # the very tokenizer that was trained here
-    changed = differences(then, settings)
-    if changed:
-        raise UserError(
-            f"{out} holds a dataset with other settings ({'; '.join(changed)}): "
-            "choose another --out, or delete it"
-        )
-    return manifest
-
-
 def _training_texts(
     source: Source, rule: Rule, strict: bool, tell: ProgressReporter
 ) -> Iterator[str]:
@@ -291,51 +270,11 @@ def _check_arguments(
         raise UserError(f"workers must be positive, not {workers}")
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the directory for this process; the system lets go of it however the process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is tokenizing into {out}: wait for it or choose another --out"
-            ) from None
-        yield
-
-
 def _modified(source: Source) -> int | None:
     """Return when the source's files were last written (ns); None for a Hugging Face dataset."""
     if source.kind == "huggingface":
         return None
     return max(file.stat().st_mtime_ns for file in source_files(source))
-
-
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return, in words, which settings of a run differ from those of another."""
-    words = []
-    for name in sorted(then.keys() | now.keys()):
-        before, after = then.get(name), now.get(name)
-        if before == after:
-            continue
-        if name == "source_files":
-            words.append("the source's files have other names or sizes")
-        elif name == "tokenizer":
-            words.append(f"tokenizer: {str(before)[:12]} -> {str(after)[:12]}")
-        else:
-            words.append(f"{name}: {before} -> {after}")
-    return words
-
-
-def _os_problem(error: OSError, out: Path) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"the disk of {out} is full: free some space and run the same command again; "
-            "it goes on where it was"
-        )
-    where = error.filename or out
-    return UserError(f"can't write to {out}: {where}: {error.strerror}; choose another --out")
 
 
 def _cores() -> int:

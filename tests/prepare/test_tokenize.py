@@ -25,6 +25,7 @@ from minigpt_cli.data.dataset_manifest import DatasetManifest
 from minigpt_cli.data.tokenizer import EOS, eos_id, load_tokenizer, tokenizer_fingerprint
 from minigpt_cli.prepare.bpe import train_bpe
 from minigpt_cli.prepare.documents import documents
+from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.pieces import LONG_DOCUMENT
 from minigpt_cli.prepare.progress import Progress
 from minigpt_cli.prepare.sources import Source, source_files
@@ -590,7 +591,7 @@ def test_a_complete_dataset_is_returned_as_it_is(
         ({"tokenizer_path": tokenizer_file}, "tokenizer: "),
         ({"train_vocab": 300, "val_fraction": 0.1}, r"val_fraction: 0.05 -> 0.1"),
     ):
-        with pytest.raises(UserError, match=f"other settings.*{message}.*choose another --out"):
+        with pytest.raises(UserError, match=f"other settings.*{message}.*choose another directory"):
             tokenize(source, out, **change)
     write_jsonl(quick / "x.jsonl", many_texts()[:201])
     with pytest.raises(UserError, match="the source's files have other names or sizes"):
@@ -671,15 +672,24 @@ def test_what_others_left_is_not_written_over(quick: Path, tokenizer_file: str) 
     before = (model / "tokenizer.json").read_bytes()
     with pytest.raises(UserError, match=r"model/tokenizer\.json is another one: choose another"):
         tokenize(source, model, train_vocab=300)
+    (quick / "y.jsonl").write_text(json.dumps({"prompt": "one", "completion": "two"}) + "\n")
     chats = quick / "chats"
-    chats.mkdir()
-    (chats / "instructions.json").write_text("{}")
-    with pytest.raises(UserError, match="chats holds instructions: choose another"):
+    make_instructions(
+        Source("jsonl", (str(quick / "y.jsonl"),)),
+        chats,
+        tokenizer_path=tokenizer_file,
+        chat_template=None,
+        variables={},
+        val_fraction=0.0,
+        warn=pytest.fail,
+    )
+    made = content(chats)
+    with pytest.raises(UserError, match="chats holds a dataset of instructions: choose another"):
         tokenize(source, chats, train_vocab=300)
     assert sorted(os.listdir(model)) == [".lock", "config.json", "tokenizer.json"]
     tokenize(source, model, tokenizer_path=tokenizer_file)  # its own one may lie there
     assert (model / "tokenizer.json").read_bytes() == before
-    assert sorted(os.listdir(chats)) == ["instructions.json"]
+    assert content(chats) == made
 
 
 def test_shards_of_unknown_origin_are_left_alone(
