@@ -445,7 +445,7 @@ def test_killed_at_random_moments_it_goes_on(
     notices.append(run.communicate()[1])
     assert run.returncode == 0, notices
     assert content(out) == straight
-    assert any("going on after" in notice for notice in notices), notices
+    assert any("continuing after" in notice for notice in notices), notices
 
 
 def test_interrupted_after_each_shard_it_goes_on(
@@ -644,7 +644,7 @@ def test_settings_never_mix(
         tokenize(corpus, unfinished, tokenizer_path=tokenizer_file, **SHARDS)
 
 
-def test_with_nothing_written_other_settings_begin_anew(
+def test_with_nothing_written_other_settings_start_over(
     corpus: Source, quick: Path, tokenizer_file: str
 ) -> None:
     out = quick / "out"
@@ -657,7 +657,7 @@ def test_with_nothing_written_other_settings_begin_anew(
     assert (out / "journal.json").exists()
     told: list[str] = []
     manifest = tokenize(corpus, out, train_vocab=300, warn=told.append)
-    assert any("beginning anew" in message for message in told)
+    assert any("starting over" in message for message in told)
     assert manifest.vocab_size == 300
     assert verify_dataset(out) == []
 
@@ -670,7 +670,7 @@ def test_what_others_left_is_not_written_over(quick: Path, tokenizer_file: str) 
     shutil.copy(tokenizer_file, model / "tokenizer.json")
     (model / "config.json").write_text("{}")
     before = (model / "tokenizer.json").read_bytes()
-    with pytest.raises(UserError, match=r"model/tokenizer\.json is another one: choose another"):
+    with pytest.raises(UserError, match=r"model/tokenizer\.json is another tokenizer: choose another"):
         tokenize(source, model, train_vocab=300)
     (quick / "y.jsonl").write_text(json.dumps({"prompt": "one", "completion": "two"}) + "\n")
     chats = quick / "chats"
