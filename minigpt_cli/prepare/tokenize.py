@@ -287,7 +287,7 @@ def _check_arguments(
 
 
 def _modified(source: Source) -> int | None:
-    """Return the source's last modification, ns since the epoch; None for a Hugging Face dataset."""
+    """Return the last modification (ns since the epoch), None for a Hugging Face dataset."""
     if source.kind == "huggingface":
         return None
     return max(file.stat().st_mtime_ns for file in source_files(source))

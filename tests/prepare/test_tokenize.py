@@ -670,7 +670,9 @@ def test_what_others_left_is_not_written_over(quick: Path, tokenizer_file: str) 
     shutil.copy(tokenizer_file, model / "tokenizer.json")
     (model / "config.json").write_text("{}")
     before = (model / "tokenizer.json").read_bytes()
-    with pytest.raises(UserError, match=r"model/tokenizer\.json is another tokenizer: choose another"):
+    with pytest.raises(
+        UserError, match=r"model/tokenizer\.json is another tokenizer: choose another"
+    ):
         tokenize(source, model, train_vocab=300)
     (quick / "y.jsonl").write_text(json.dumps({"prompt": "one", "completion": "two"}) + "\n")
     chats = quick / "chats"
