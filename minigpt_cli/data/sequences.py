@@ -102,11 +102,14 @@ def open_data(recipe: Recipe) -> TrainingData:
             )
     if not train.num_sequences:
         raise UserError(
-            f"{path}: no sequence to train on: {_reason(train)} (train.sequence_length {length}): "
-            "use more data, or another sequence length"
+            f"{path}: the training split has no sequence of train.sequence_length {length}, "
+            f"{_reason(train)}: use more data, or another length"
         )
     if not val.num_sequences:
-        warn(f"{path}: no validation, {_reason(val)} (train.sequence_length {length})")
+        warn(
+            f"{path}: the validation split has no sequence of train.sequence_length {length}, "
+            f"{_reason(val)}: nothing is evaluated"
+        )
     return TrainingData(
         train=train,
         val=val if val.num_sequences else None,
@@ -164,7 +167,7 @@ def _sequences(dataset: TokenDataset, name: str, length: int, seed: int) -> Sequ
 
 def _reason(sequences: Sequences) -> str:
     """Return why a split has no sequence."""
-    length = sequences.sequence_length
-    if isinstance(sequences, PackedSequences):
-        return f"none of its {sequences.num_too_long:,} examples fits {length} tokens"
-    return f"its {sequences.split.tokens:,} tokens are fewer than {length} + 1"
+    if isinstance(sequences, TokenSequences):
+        return f"its {sequences.split.tokens:,} tokens are too few"
+    too_long = sequences.num_too_long
+    return f"all its {too_long:,} examples are longer" if too_long else "it holds no examples"

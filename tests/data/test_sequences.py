@@ -116,8 +116,12 @@ def test_training_data_of_a_text(text: Path) -> None:
 
 def test_too_little_data_to_train_on(text: Path, instructions: Path) -> None:
     for path, length, message in (
-        (text, 100_000, r"its [\d,]+ tokens are fewer than 100000 \+ 1"),
-        (instructions, 3, "none of its 30 examples fits 3 tokens"),
+        (text, 100_000, r"train.sequence_length 100000, its [\d,]+ tokens are too few"),
+        (
+            instructions,
+            3,
+            "no sequence of train.sequence_length 3, all its 30 examples are longer",
+        ),
     ):
         sizes = (f"train.sequence_length={length}", f"model.max_position_embeddings={length}")
         with pytest.raises(UserError, match=message):
@@ -134,4 +138,4 @@ def test_no_validation_is_a_warning(text: Path, capsys: pytest.CaptureFixture[st
         )
     )
     assert data.val is None
-    assert "no validation" in capsys.readouterr().err
+    assert "the validation split has no sequence" in capsys.readouterr().err

@@ -417,7 +417,10 @@ def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
     said = finished("finetune-lora", file, "--out", run, *given, "--set", "train.steps=2",
                     "--set", "train.sequence_length=96",
                     "--set", "data.source.val_fraction=0")  # fmt: skip
-    assert "no validation example of at most 96 tokens; nothing is evaluated" in said
+    assert (
+        "no sequence of train.sequence_length 96, it holds no examples: nothing is evaluated"
+        in said
+    )
     assert f"{base}: brings no tokenizer; was it trained with {mine}/tokenizer.json?" in said
     finished("resume", run, "--set", "train.steps=4")
     assert AutoTokenizer.from_pretrained(run / "final").chat_template == OWN_TEMPLATE
