@@ -103,7 +103,7 @@ def test_verify_names_damage(run: Path, tmp_path: Path, dataset: Path):
         (2, "no/recipe.toml: no such recipe", ("pretrain", "no/recipe.toml")),
         (2, "did you mean steps?", ("pretrain", "{recipe}", "--set", "train.stepz=3")),
         (2, "is not a token dataset", ("pretrain", "{recipe}", "--set", "data.path=nowhere")),
-        (2, "too few for one window", ("pretrain", "{recipe}", "--set",
+        (2, "has no sequence of train.sequence_length", ("pretrain", "{recipe}", "--set",
                                        "train.sequence_length=1000000")),
         (2, "already holds a run at step 12", ("pretrain", "{recipe}", "--out", "{run}")),
         (2, "can't be written to", ("pretrain", "{recipe}", "--out", "{recipe}/x")),

@@ -6,8 +6,7 @@ from typing import Any
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data import chat
-from minigpt_cli.data.dataset_manifest import MANIFEST, DatasetManifest
-from minigpt_cli.data.instruction_dataset import is_instructions
+from minigpt_cli.data.dataset_manifest import DatasetManifest, is_dataset
 from minigpt_cli.huggingface.base_model import AuxiliaryFiles, chat_template
 from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.progress import TokenizingDisplay
@@ -31,7 +30,7 @@ def prepare_data(recipe: Recipe, auxiliary_files: AuxiliaryFiles | None = None) 
     assert tokenizer is not None
     path = Path(recipe.data_path)
     wanted = Source(source.kind, source.path, source.field, source.split, source.config)
-    if (path / MANIFEST).exists() or is_instructions(path):
+    if is_dataset(path):
         try:
             listing(wanted)
         except UserError:  # made elsewhere and brought here, as onto a cluster
@@ -76,11 +75,11 @@ def _make_instructions(
     )
     for name, split in manifest.splits.items():
         log(
-            f"{path} {name}: {split.examples:,} examples, {split.tokens:,} tokens, "
-            f"{split.trained_tokens:,} of them trained"
+            f"{path} {name}: {split.documents:,} examples, {split.tokens:,} tokens, "
+            f"the loss counts {split.loss_tokens:,} of them"
         )
-    if manifest.malformed:
-        warn(f"{path}: {manifest.malformed:,} malformed records were skipped")
+    if manifest.bad_lines:
+        warn(f"{path}: {manifest.bad_lines:,} malformed records were skipped")
 
 
 def make_dataset(

@@ -342,7 +342,7 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path, base: Path, chats
     run = tmp_path / "run"
     length = ("--set", "train.sequence_length=96")
     said = finished("finetune-lora", file, "--out", run, *length)
-    assert "train: 1 of 25 examples are longer than train.sequence_length 96" in said
+    assert "train: 1 of 25 examples are longer than 96 tokens" in said
     assert "24 examples in" in said
     shutil.copytree(base, tmp_path / "with-template")
     shutil.copy(run / "final/chat_template.jinja", tmp_path / "with-template")
@@ -417,7 +417,10 @@ def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
     said = finished("finetune-lora", file, "--out", run, *given, "--set", "train.steps=2",
                     "--set", "train.sequence_length=96",
                     "--set", "data.source.val_fraction=0")  # fmt: skip
-    assert "no validation example of at most 96 tokens; nothing is evaluated" in said
+    assert (
+        "no sequence of train.sequence_length 96, it holds no examples: nothing is evaluated"
+        in said
+    )
     assert f"{base}: brings no tokenizer; was it trained with {mine}/tokenizer.json?" in said
     finished("resume", run, "--set", "train.steps=4")
     assert AutoTokenizer.from_pretrained(run / "final").chat_template == OWN_TEMPLATE
