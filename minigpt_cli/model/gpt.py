@@ -321,6 +321,12 @@ class GPT(nn.Module):
         return table
 
 
+def meta_model(config: ModelConfig) -> GPT:
+    """Build the model on the meta device: names, shapes and dtypes without memory."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
 def copy(parameter: Tensor, values: Tensor) -> None:
     with torch.no_grad():
         parameter.copy_(values)

@@ -144,6 +144,6 @@ def test_room_is_looked_for_before_the_first_step(small_disk: Path):
     assert check_room(small_disk, 100_000, CheckpointSettings(keep_last=2)) is None
     warning = check_room(small_disk, 900_000, CheckpointSettings(keep_last=2))
     assert warning is not None
-    assert "up to 4 checkpoints of 0.90 MB will lie there at once, and 2.10 MB are free" in warning
+    assert "up to 4 checkpoints of 0.90 MB will be there at once, and 2.10 MB are free" in warning
     with pytest.raises(UserError, match=r"a checkpoint takes 3\.00 MB, and 2\.10 MB are free"):
         check_room(small_disk, 3_000_000, CheckpointSettings())

@@ -14,10 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt_cli.checkpoint import state, store
-from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.checkpoint.tensors import describe, read_tensors, save_tensors
+from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.commit import abandon, begin, commit, flush_files
+from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest
+from minigpt_cli.checkpoint.state import RunState, read_state, state_bytes
+from minigpt_cli.checkpoint.tensors import read_tensors, save_tensors, tensor_entry
 from minigpt_cli.core.errors import Damaged, UserError
+from minigpt_cli.core.files import sha256_of
 
 TENSORS = {
     "weights.a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -27,11 +30,11 @@ TENSORS = {
 
 
 def save(run: Path, step: int, val_loss: float | None = None) -> Path:
-    directory = store.begin(run, step, {"state.json": state.state_bytes(RunState(step=step))})
+    directory = begin(run, step, {"state.json": state_bytes(RunState(step=step))})
     save_tensors(directory, TENSORS, None)
-    files = store.flush_files(directory.iterdir())
-    described = {name: describe(tensor) for name, tensor in TENSORS.items()}
-    return store.finish(run, step, files, described, val_loss)
+    files = flush_files(directory.iterdir())
+    described = {name: tensor_entry(tensor) for name, tensor in TENSORS.items()}
+    return commit(run, step, files, described, val_loss)
 
 
 def kept(run: Path) -> list[int]:
@@ -49,7 +52,7 @@ def test_a_commit_reads_back(tmp_path: Path):
     read = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
     read_tensors(path, read, manifest.tensors)
     assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
-    assert state.read_state(path).step == 500
+    assert read_state(path).step == 500
     assert [name for name in os.listdir(path.parent) if name.startswith(".")] == []
 
 
@@ -81,7 +84,7 @@ def test_a_stranger_among_the_files_is_refused(tmp_path: Path):
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/passwd", "a/b", "..", ""])
 def test_a_manifest_that_leaves_its_directory_is_refused(tmp_path: Path, name: str):
     path = save(tmp_path, 1)
-    files = store.read_manifest(path).files
+    files = read_checkpoint_manifest(path).files
     lie(path, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
     (problem,) = store.verify(path)
     assert "names a file outside it" in problem
@@ -108,15 +111,15 @@ def lie(path: Path, **changes: object) -> None:
 
 def test_a_manifest_that_lies_is_refused(tmp_path: Path):
     path = save(tmp_path, 1)
-    true = store.read_manifest(path)
+    true = read_checkpoint_manifest(path)
     more = true.tensors | {"weights.b": {"dtype": "float32", "shape": [2]}}
     fewer = {name: entry for name, entry in true.tensors.items() if name != "weights.a"}
     cast = true.tensors | {"weights.a": {"dtype": "float64", "shape": [3, 4]}}
     longer = true.tensors | {"weights.a": {"dtype": "float32", "shape": [4, 4]}}
     for tensors, problem in (
         (more, "holds 0 of 2 elements of weights.b"),
-        (fewer, "weights.a is not as the manifest says"),
-        (cast, "weights.a is not as the manifest says"),
+        (fewer, "weights.a differs from the manifest"),
+        (cast, "weights.a differs from the manifest"),
         (longer, "holds 12 of 16 elements of weights.a"),
     ):
         lie(path, tensors=tensors)
@@ -150,7 +153,7 @@ def test_a_manifest_is_a_file(tmp_path: Path, kind: str):
     else:
         (path / "manifest.json").mkdir()
     (problem,) = store.verify(path)
-    assert "manifest.json: is not a file of this directory" in problem
+    assert "manifest.json: is not a regular file" in problem
 
 
 @pytest.mark.parametrize("offset", [1, 10**6, -1, "x"])
@@ -174,7 +177,7 @@ def vouch(path: Path, name: str) -> None:
     """Have the manifest say that this file is as it should be."""
     content = (path / name).read_bytes()
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    lie(path, files=store.read_manifest(path).files | {name: entry})
+    lie(path, files=read_checkpoint_manifest(path).files | {name: entry})
 
 
 @pytest.mark.parametrize(
@@ -194,11 +197,11 @@ def test_a_state_that_makes_no_sense_is_refused_though_it_is_vouched_for(
 
 def test_a_pickle_is_refused_even_if_the_manifest_names_it(tmp_path: Path):
     path = save(tmp_path, 1)
-    files = store.read_manifest(path).files
+    files = read_checkpoint_manifest(path).files
     torch.save({"weights.a": torch.zeros(3, 4)}, path / "model.pt")
     assert "is not in the manifest" in store.verify(path)[0]
     entry = {"bytes": (path / "model.pt").stat().st_size,
-             "sha256": store.sha256_of(path / "model.pt")}  # fmt: skip
+             "sha256": sha256_of(path / "model.pt")}  # fmt: skip
     lie(path, files=files | {"model.pt": entry})
     assert "names model.pt, which no checkpoint holds" in store.verify(path)[0]
     (path / "model.pt").rename(path / "model.safetensors")
@@ -208,7 +211,7 @@ def test_a_pickle_is_refused_even_if_the_manifest_names_it(tmp_path: Path):
 
 def test_other_shapes_dtypes_and_names_are_refused(tmp_path: Path):
     path = save(tmp_path, 1)
-    recorded = store.read_manifest(path).tensors
+    recorded = read_checkpoint_manifest(path).tensors
     for wanted in (
         {"weights.a": torch.zeros(4, 3)},
         {"weights.a": torch.zeros(3, 4, dtype=torch.float64)},
@@ -223,10 +226,10 @@ def test_newest_valid_walks_back(tmp_path: Path):
         save(tmp_path, step)
     (tmp_path / "checkpoints/step-00000003/state.json").write_text("{}")
     (tmp_path / "checkpoints/.writing-step-00000004").mkdir()
-    path, manifest, skipped_checkpoints = store.newest_valid(tmp_path)
+    path, manifest, skipped = store.newest_valid(tmp_path)
     assert (path.name, manifest.step) == ("step-00000002", 2)
-    assert len(skipped_checkpoints) == 1
-    assert skipped_checkpoints[0].startswith("step-00000003 passed over: ")
+    assert len(skipped) == 1
+    assert skipped[0].startswith("step-00000003 skipped: ")
     for step in (1, 2):
         (tmp_path / f"checkpoints/step-0000000{step}/manifest.json").unlink()
     with pytest.raises(Damaged, match="no valid checkpoint"):
@@ -251,8 +254,8 @@ def test_retention(
 ):
     run = tmp_path_factory.mktemp("run")
     for step, loss in enumerate(losses, 1):
-        directory = store.begin(run, step, {"state.json": b"x"})
-        store.finish(run, step, store.flush_files(directory.iterdir()), {}, loss)
+        directory = begin(run, step, {"state.json": b"x"})
+        commit(run, step, flush_files(directory.iterdir()), {}, loss)
     store.prune(run, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
     steps = range(1, len(losses) + 1)
     expected = set(list(steps)[-keep_last:])
@@ -264,7 +267,7 @@ def test_retention(
     assert set(kept(run)) == expected
 
 
-def test_sweep_removes_what_a_kill_left(tmp_path: Path):
+def test_remove_stale_removes_what_a_kill_left(tmp_path: Path):
     save(tmp_path, 1)
     for name in (".writing-step-00000002", ".deleting-step-00000000"):
         (tmp_path / "checkpoints" / name).mkdir()
@@ -320,6 +323,6 @@ def test_a_step_saved_again_in_vain_keeps_its_first_save(
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="Input/output error"):
         save(tmp_path, 5, 1.5)
-    store.abandon(tmp_path, 5)
+    abandon(tmp_path, 5)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert os.listdir(path.parent) == [path.name]
