@@ -68,7 +68,7 @@ def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
             elif (size := path.stat().st_size) != entry["bytes"]:
                 problems.append(f"{path}: {size} bytes, {entry['bytes']} were written")
             elif number % ranks == rank and sha256_of(path) != entry["sha256"]:
-                problems.append(f"{path}: its content has changed (sha256 differs)")
+                problems.append(f"{path}: its content is not what was written (sha256 differs)")
         except OSError as error:
             problems.append(f"{path}: can't be read: {os_reason(error)}")
     # DCP reads every safetensors file that it finds, so an extra file is damage too.

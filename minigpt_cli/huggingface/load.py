@@ -81,6 +81,6 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     ]
     if not newest:
         raise UserError(
-            f"{runs}/ holds no run with a checkpoint: name a run directory or a checkpoint"
+            f"{runs}/ holds no trained run: name a run directory or a checkpoint"
         )
     return max(newest)[1]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from minigpt_cli.prepare.bpe import train_bpe
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import (
@@ -21,6 +20,7 @@ from minigpt_cli.data.chat import (
     tokenizer_template,
 )
 from minigpt_cli.data.tokenizer import load_tokenizer
+from minigpt_cli.prepare.bpe import train_bpe
 from tests.helpers.processes import ROOT
 
 LLAMA3 = (

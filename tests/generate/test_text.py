@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minigpt_cli.prepare.bpe import train_bpe
 from tokenizers import Tokenizer, decoders, models
 
 from minigpt_cli.core.errors import UserError
@@ -14,6 +13,7 @@ from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.generate.text import complete, detokenizer, split_at_stop, stream_text
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.prepare.bpe import train_bpe
 
 # Merges for English and none for the rest: an emoji is four tokens, a family of them eighteen.
 TOKENIZER = train_bpe(iter(["the cat sat on the mat, the end. " * 20]), 280)

@@ -13,14 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.huggingface import export
-from minigpt_cli.huggingface.base_model import (
-    Base,
-    auxiliary_files_of_checkpoint,
-    load_base,
-    open_base,
-)
+from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, auxiliary_files_of_checkpoint
+from minigpt_cli.huggingface.base_model import BaseModel, load_base, open_base
 from minigpt_cli.huggingface.check_export import ExportCheck, Mismatch
 from minigpt_cli.huggingface.export import export_model
+from minigpt_cli.huggingface.origin import origin_text, read_origin
 from minigpt_cli.model.gpt import GPT, copy
 from tests.helpers.models import saved_model
 from tests.helpers.processes import minigpt
@@ -33,14 +30,14 @@ def test_in_and_out_and_in_again(theirs: tuple[Any, Path], tmp_path: Path):
     model, directory = theirs
     base = open_base(directory)
     done = export_model(base, tmp_path / "out", files={"README.md": "a card"})
-    assert done.proof.difference is not None
-    assert done.proof.difference < 1e-4
+    assert done.check.difference is not None
+    assert done.check.difference < 1e-4
     mine, other = (load_file(place / "model.safetensors") for place in (directory, done.path))
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     again = open_base(done.path)
     assert again.config == base.config
-    assert again.auxiliary_files.special_tokens == base.auxiliary_files.special_tokens
+    assert again.auxiliary_files.special_token_ids == base.auxiliary_files.special_token_ids
     assert (
         again.auxiliary_files.files["tokenizer_config.json"]
         == (base.auxiliary_files.files["tokenizer_config.json"])
@@ -117,7 +114,7 @@ def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_datas
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     base = open_base(directory)
     out = export_model(base, tmp_path / "out", files={"README.md": "first"}).path
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_model(base, out, files={"README.md": "second"})
 
     def broken(name: str) -> torch.Tensor:
@@ -137,22 +134,6 @@ def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_datas
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_what_killed_exports_left_is_cleared_and_what_they_moved_comes_back(
-    tmp_path: Path, license_dataset: Path
-):
-    _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
-    base, out, gone = open_base(directory), tmp_path / "out", 2**22 + 1  # no process has this id
-    for name in (f".out-{gone}-abc", f".out-{os.getpid()}-abc", ".out-notes", f".other-{gone}-a"):
-        (tmp_path / name).mkdir()
-    (tmp_path / f".out-{gone}-def-old").mkdir()
-    (tmp_path / f".out-{gone}-def-old/precious").write_text("x")
-    with pytest.raises(UserError, match="is there already"):
-        export_model(base, out, files={})  # it came back
-    assert (out / "precious").read_text() == "x"
-    left = {path.name for path in tmp_path.iterdir()} - {"in", "out"}
-    assert left == {f".out-{os.getpid()}-abc", ".out-notes", f".other-{gone}-a"}
-
-
 @pytest.mark.parametrize("place", ["run/checkpoints/step-00000004", "run/checkpoints/x", "link"])
 def test_no_export_into_checkpoints_or_through_a_dangling_link(
     tmp_path: Path, license_dataset: Path, place: str
@@ -161,7 +142,7 @@ def test_no_export_into_checkpoints_or_through_a_dangling_link(
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.toml").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"is there already|within a run's checkpoints"):
+    with pytest.raises(UserError, match=r"already exists|within a run's checkpoints"):
         export_model(open_base(directory), tmp_path / place, files={})
 
 
@@ -186,7 +167,7 @@ def test_where_final_is_a_link_what_it_leads_to_is_left_alone(tmp_path: Path, re
     (elsewhere / "precious").write_text("x")
     (run / "final").symlink_to(elsewhere)
     done = minigpt("pretrain", recipe_file, "--out", run)
-    assert f"exported {run}/final, proven" in done.stderr
+    assert f"exported {run}/final, checked" in done.stderr
     assert not (run / "final").is_symlink()
     assert os.listdir(elsewhere) == ["precious"]
     assert [name for name in os.listdir(run) if name.startswith(".final")] == []
@@ -198,7 +179,7 @@ def test_final_is_of_the_checkpoint_that_the_run_ended_with(tmp_path: Path, reci
     assert minigpt("pretrain", recipe_file, "--out", run).returncode == 0
     before = (run / "final/model.safetensors").read_bytes()
     said = minigpt("resume", run / "checkpoints/step-00000008", "--set", "train.steps=8").stderr
-    assert f"exported {run}/final, proven" in said
+    assert f"exported {run}/final, checked" in said
     assert "2,048 in 8 steps" in (run / "final/README.md").read_text()
     assert (run / "final/model.safetensors").read_bytes() != before
 
@@ -215,16 +196,43 @@ def test_a_final_that_cannot_be_made_is_a_warning(tmp_path: Path, recipe_file: P
     assert "make it with minigpt export" in done.stderr
 
 
-def test_what_a_checkpoint_carries_leads_nowhere_else(tmp_path: Path):
-    for content in (
+@pytest.mark.parametrize(
+    "content",
+    [
         {"special_tokens": {}, "files": {"../evil.txt": "x"}},
         {"special_tokens": {}, "files": {"tokenizer_config.json": 1}},
         {"special_tokens": {"eos": 1}, "files": {}},
         {"special_tokens": []},
+        {"format": 2, "special_tokens": {}, "files": {}},
+    ],
+)
+def test_invalid_auxiliary_files_are_refused(tmp_path: Path, content: dict[str, Any]):
+    (tmp_path / "huggingface.json").write_text(json.dumps(content))
+    with pytest.raises(Damaged, match=r"huggingface\.json: not written by this version"):
+        auxiliary_files_of_checkpoint(tmp_path)
+
+
+def test_auxiliary_files_are_read_back_also_without_a_format(tmp_path: Path):
+    """The first versions wrote none."""
+    files = AuxiliaryFiles({"eos_token_id": [1, 2]}, {"chat_template.jinja": "{{ ü }}"})
+    content = json.loads(files.dump())
+    assert content.pop("format") == 1
+    for text in (files.dump(), json.dumps(content).encode()):
+        (tmp_path / "huggingface.json").write_bytes(text)
+        assert auxiliary_files_of_checkpoint(tmp_path) == files
+
+
+def test_the_origin_is_read_back_also_without_a_format(tmp_path: Path):
+    assert read_origin(tmp_path) is None
+    origin = {"checkpoint": "step-00000012"}
+    for text in (origin_text(origin), json.dumps(origin)):
+        (tmp_path / "minigpt.json").write_text(text)
+        assert read_origin(tmp_path) == origin
+    (tmp_path / "minigpt.json").write_text('{"format": 2}')
+    with pytest.raises(
+        UserError, match=r"minigpt\.json: format 2; this version of minigpt reads 1"
     ):
-        (tmp_path / "huggingface.json").write_text(json.dumps(content))
-        with pytest.raises(Damaged, match=r"huggingface\.json: is not what minigpt writes"):
-            auxiliary_files_of_checkpoint(tmp_path)
+        read_origin(tmp_path)
 
 
 def test_one_tensor_at_a_time(
@@ -248,7 +256,7 @@ def test_one_tensor_at_a_time(
     assert len(alive) == 21
 
 
-def logits_of(base: Base) -> torch.Tensor:
+def logits_of(base: BaseModel) -> torch.Tensor:
     model = GPT(base.config)
     load_base(base, model, copy)
     with torch.no_grad():
@@ -267,7 +275,7 @@ def test_a_run_ends_with_a_directory_for_transformers(
         "--set", "distributed.strategy=fsdp", "--nproc", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"exported {run}/final, proven by transformers" in done.stderr
+    assert f"exported {run}/final, checked with transformers" in done.stderr
     theirs = AutoModelForCausalLM.from_pretrained(run / "final")
     base = open_base(run)
     with torch.no_grad():
@@ -277,7 +285,7 @@ def test_a_run_ends_with_a_directory_for_transformers(
     assert f'family = "{family}"  # command line' in card
     before = (run / "final/model.safetensors").stat().st_mtime_ns
     again = minigpt("resume", run)
-    assert "final is there" in again.stderr
+    assert "final exists already" in again.stderr
     assert (run / "final/model.safetensors").stat().st_mtime_ns == before
     out = tmp_path / "out"
     done = minigpt("export", run / "checkpoints/step-00000004", out, "--json")
@@ -286,13 +294,13 @@ def test_a_run_ends_with_a_directory_for_transformers(
     assert minigpt("export", run, out).returncode == 2
 
 
-def test_without_transformers_it_says_that_nothing_was_proven(
+def test_without_transformers_it_says_that_nothing_was_checked(
     tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     done = export_model(open_base(directory), tmp_path / "out", files={"README.md": ""})
-    assert str(done.proof) == "not proven: transformers is not installed"
+    assert str(done.check) == "not checked: transformers is not installed"
     assert (tmp_path / "out/model.safetensors").exists()
 
 
