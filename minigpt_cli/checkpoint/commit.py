@@ -61,7 +61,7 @@ def commit(
     tensors: dict[str, dict[str, Any]],
     val_loss: float | None,
 ) -> Path:
-    """Turn what was written since ``begin`` into a checkpoint, whole or not at all.
+    """Turn the directory of ``begin`` into a checkpoint, whole or not at all.
 
     Args:
         run: The run directory.
@@ -98,7 +98,7 @@ def commit(
 
 
 def abandon(run: Path, step: int) -> None:
-    """Remove what a failed save has written: a full disk needs the room."""
+    """Remove the directory of a failed save: a full disk needs the room."""
     remove_tree(_temporary(run, step))
 
 

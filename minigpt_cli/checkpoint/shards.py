@@ -48,7 +48,7 @@ def whole_reader(
 def mismatched_shards(directory: Path, files: list[str], recorded: dict[str, Any]) -> list[str]:
     """Check that the shards in the files make up exactly the recorded tensors.
 
-    DCP would silently cast, or leave out what no file holds. Only the files' headers are read.
+    DCP would silently cast or omit tensors. Only the files' headers are read.
 
     Args:
         directory: The checkpoint.

@@ -49,8 +49,8 @@ def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
 
     Args:
         checkpoint: Its directory.
-        rank: Of the ``ranks`` that share the work, this one.
-        ranks: Each of them computes the checksums of its part of the files.
+        rank: This rank, 0 to ``ranks`` - 1.
+        ranks: The number of ranks that share the work: each computes checksums of some files.
 
     Returns:
         A line for each problem; an empty list for a valid checkpoint.

@@ -112,7 +112,7 @@ def start_saving_tensors(
 
 
 def _part_of_rank(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """Return what this rank saves: its shards, and an equal part of the unsharded tensors.
+    """Return the tensors that this rank saves: its shards, and some of the unsharded tensors.
 
     DCP divides the writing too, but each rank would first copy all tensors to memory.
     """
@@ -178,7 +178,7 @@ def read_tensors(
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return what caused an error of DCP: Stopped or else an OSError, if there is one in it."""
+    """Return the cause of an error of DCP. A Stopped counts first, then an OSError."""
     found: list[BaseException] = []
     left = [error]
     while left:

@@ -105,7 +105,7 @@ def whole_directory(out: Path, replace: bool = False) -> Iterator[Path]:
 
     Args:
         out: The final directory. Missing parents are created.
-        replace: Replace what ``out`` holds. Else it must be missing or an empty directory.
+        replace: Replace ``out`` if it exists. Else it must be missing or an empty directory.
 
     Yields:
         The temporary directory, beside ``out``. Only its files are flushed, not subdirectories.

@@ -40,8 +40,8 @@ class LoadedAdapter:
         name: As the user gave it.
         shape: Its settings: rank, alpha, and so on.
         tensors: Our parameter name -> the whole tensor.
-        recipe: Of the run that trained it; None for PEFT's format.
-        checkpoint: Of that run.
+        recipe: The recipe of the run that trained it; None for PEFT's format.
+        checkpoint: The run's checkpoint; None for PEFT's format.
         skipped_checkpoints: A line for each newer checkpoint that is damaged.
         trained_on: The ``weights_fingerprint`` of its base; None if minigpt didn't train it.
         auxiliary_files: Those beside the adapter.
@@ -75,7 +75,7 @@ def trained_by_minigpt(base: BaseModel, adapter: LoadedAdapter | None) -> bool:
 
 
 def origin_of(base: BaseModel, adapter: LoadedAdapter | None) -> dict[str, str]:
-    """Return {"checkpoint": name} of what was trained last; {} if it is unknown."""
+    """Return {"checkpoint": name}, of the last training; {} if it is unknown."""
     checkpoint = base.directory if adapter is None else adapter.checkpoint
     if checkpoint is not None and (adapter is not None or base.recipe is not None):
         return {"checkpoint": checkpoint.name}

@@ -54,13 +54,13 @@ class BaseModel:
 
     Attributes:
         name: As the user gave it.
-        directory: Of its files; for a run, the checkpoint.
-        config: The model's.
+        directory: The directory of its files; for a run, the checkpoint.
+        config: The model's sizes and options.
         tokenizer: The tokenizer's file or directory.
         auxiliary_files: Chat template, special tokens and generation settings.
         read: Reads a whole parameter, by our name for it, in its stored dtype.
         report: What was found, in one line.
-        recipe: Of the run; None for a Hugging Face model.
+        recipe: The run's recipe; None for a Hugging Face model.
         skipped_checkpoints: A line for each newer checkpoint that is damaged.
     """
 

@@ -80,7 +80,7 @@ def export_model(
         files: Name -> content, of further files: README.md.
         origin: For a model that minigpt trained, the content of minigpt.json; see
             ``origin_text``.
-        replace: Replace what ``out`` holds.
+        replace: Replace ``out`` if it exists.
         shard_bytes: The size limit of a safetensors file; a larger tensor gets its own file.
 
     Raises:
@@ -120,7 +120,7 @@ def export_adapter(
         files: Name -> content, of further files: README.md.
         origin: For an adapter that minigpt trained, more content of minigpt.json than the
             fingerprint of its base; see ``origin_text``.
-        replace: Replace what ``out`` holds.
+        replace: Replace ``out`` if it exists.
 
     Raises:
         UserError: ``out`` exists, lies in a run's checkpoints, or can't be written to.

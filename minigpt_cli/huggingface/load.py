@@ -80,7 +80,5 @@ def newest_run(runs: Path = Path("runs")) -> Path:
         if (steps := list_steps(directory))
     ]
     if not newest:
-        raise UserError(
-            f"{runs}/ holds no trained run: name a run directory or a checkpoint"
-        )
+        raise UserError(f"{runs}/ holds no trained run: name a run directory or a checkpoint")
     return max(newest)[1]

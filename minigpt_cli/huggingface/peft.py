@@ -57,7 +57,7 @@ def read_peft(path: Path, model: GPT) -> tuple[AdapterSettings, dict[str, Tensor
         The adapter's settings, and its tensors by our parameter names. Shapes are not checked.
 
     Raises:
-        UserError: It can't be read, or asks for what minigpt doesn't support.
+        UserError: It can't be read, or needs features that minigpt doesn't support.
     """
     settings = _read_settings(path)
     file = path / _TENSORS

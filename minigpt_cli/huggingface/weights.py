@@ -130,7 +130,7 @@ def open_weights(directory: Path, config: ModelConfig) -> Weights:
             name if name.startswith("lm_head.") else prefix + name: stored
             for name, stored in held.items()
         }
-    places: dict[str, _Stored] = {}
+    fitting: dict[str, _Stored] = {}
     loaded: list[str] = []
     missing: list[str] = []
     mismatched: list[str] = []
@@ -145,10 +145,10 @@ def open_weights(directory: Path, config: ModelConfig) -> Weights:
         if stored.shape != shape or stored.dtype not in _FLOATS:
             mismatched.append(f"{theirs} is {stored.dtype} {stored.shape}, not {shape}")
         else:
-            places[name] = stored
+            fitting[name] = stored
             loaded.append(theirs)
             parameters += math.prod(shape)
-    embeddings = places.get("embed_tokens.weight") if config.tie_word_embeddings else None
+    embeddings = fitting.get("embed_tokens.weight") if config.tie_word_embeddings else None
     head = held.pop("lm_head.weight", None) if embeddings is not None else None
     if embeddings and head and not torch.equal(_read(head), _read(embeddings)):
         mismatched.append("lm_head.weight differs from the embeddings that it is tied to")
@@ -160,7 +160,7 @@ def open_weights(directory: Path, config: ModelConfig) -> Weights:
     report = LoadReport(directory, loaded, missing, unexpected, mismatched, ignored, parameters)
     if not report.fits:
         raise UserError(f"{report}. The weights don't fit its {CONFIG}, so nothing was loaded")
-    return Weights(config, places, report)
+    return Weights(config, fitting, report)
 
 
 def _read(stored: _Stored) -> Tensor:

@@ -4,9 +4,7 @@
 come from.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +16,7 @@ from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import Outcome, UserError
-from minigpt_cli.core.files import write_atomically
+from minigpt_cli.core.files import locked, write_atomically
 from minigpt_cli.core.run_dir import (
     CHECKPOINTS,
     ENVIRONMENT,
@@ -254,7 +252,12 @@ def _claim(
         nonlocal record
         if new is not None:
             _check_start(new, directory)
-        resources.enter_context(_claimed(directory))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            busy = f"{directory}: another process is training in it"
+            resources.enter_context(locked(directory / LOCK, busy))
+        except OSError as error:
+            raise UserError(f"{directory}: can't be written to: {error.strerror}") from None
         if new is not None:
             _check_start(new, directory)  # again: another process may just have left
         record = resources.enter_context(recorded(directory))
@@ -266,23 +269,6 @@ def _claim(
 
     world.run_on_rank0(claim)
     return record
-
-
-@contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"{directory}: can't be written to: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{directory}: another process is training in it") from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:

@@ -69,6 +69,7 @@ def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, asynchron
         saved = saver.wait()
         assert saved is not None
         assert (saved.step, saved.problem) == (step, None)
+        assert saver.last_saved_step == step
         found = read(saved.path)
         assert all(torch.equal(found[name], before[name]) for name in before)
         assert saver.wait() is None
@@ -118,6 +119,7 @@ def test_a_full_disk_loses_nothing_and_the_next_save_finds_room(
         assert saved is not None
         assert saved.problem is not None
         assert why in saved.problem
+        assert saver.last_saved_step == 1
         checkpoints = small_disk / "checkpoints"
         assert os.listdir(checkpoints) == ["step-00000001"]
         whole = {file.name: file.read_bytes() for file in (checkpoints / "step-00000001").iterdir()}
