@@ -41,7 +41,7 @@ def kept(run: Path) -> list[int]:
     return [step for step, _ in store.list_steps(run)]
 
 
-def test_a_commit_reads_back(tmp_path: Path):
+def test_commit_reads_back(tmp_path: Path):
     path = save(tmp_path, 500, 1.25)
     assert path == tmp_path / "checkpoints/step-00000500"
     assert store.verify(path) == []
@@ -56,7 +56,7 @@ def test_a_commit_reads_back(tmp_path: Path):
     assert [name for name in os.listdir(path.parent) if name.startswith(".")] == []
 
 
-def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path):
+def test_damage_is_found(tmp_path: Path):
     path = save(tmp_path, 1)
     for file in sorted(path.iterdir()):
         content = file.read_bytes()
@@ -75,17 +75,17 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path):
         assert store.verify(path) == []
 
 
-def test_a_stranger_among_the_files_is_refused(tmp_path: Path):
+def test_extra_file(tmp_path: Path):
     path = save(tmp_path, 1)
     shutil.copy(next(path.glob("*.safetensors")), path / "extra.safetensors")
     assert store.verify(path) == [f"{path}/extra.safetensors: is not in the manifest"]
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/passwd", "a/b", "..", ""])
-def test_a_manifest_that_leaves_its_directory_is_refused(tmp_path: Path, name: str):
+def test_manifest_names_a_file_outside(tmp_path: Path, name: str):
     path = save(tmp_path, 1)
     files = read_checkpoint_manifest(path).files
-    lie(path, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
+    forge(path, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
     (problem,) = store.verify(path)
     assert "names a file outside it" in problem
 
@@ -93,14 +93,14 @@ def test_a_manifest_that_leaves_its_directory_is_refused(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}', "[" * 100_000]
 )
-def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str):
+def test_malformed_manifest(tmp_path: Path, text: str):
     path = save(tmp_path, 1)
     (path / "manifest.json").write_text(text)
     with pytest.raises(Damaged):
         store.require_valid(path)
 
 
-def lie(path: Path, **changes: object) -> None:
+def forge(path: Path, **changes: object) -> None:
     """Change the manifest, and its checksum with it, as somebody would who means to deceive."""
     manifest = json.loads((path / "manifest.json").read_text()) | changes
     manifest.pop("checksum")
@@ -109,7 +109,7 @@ def lie(path: Path, **changes: object) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def test_a_manifest_that_lies_is_refused(tmp_path: Path):
+def test_forged_manifest(tmp_path: Path):
     path = save(tmp_path, 1)
     true = read_checkpoint_manifest(path)
     more = true.tensors | {"weights.b": {"dtype": "float32", "shape": [2]}}
@@ -122,11 +122,11 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path):
         (cast, "weights.a differs from the manifest"),
         (longer, "holds 12 of 16 elements of weights.a"),
     ):
-        lie(path, tensors=tensors)
+        forge(path, tensors=tensors)
         assert any(problem in each for each in store.verify(path)), problem
-    lie(path, tensors=true.tensors, step=2)
+    forge(path, tensors=true.tensors, step=2)
     assert "its manifest is of step 2" in store.verify(path)[0]
-    lie(path, step=1)
+    forge(path, step=1)
     assert store.verify(path) == []
     for field, value in (
         ("step", "1"), ("val_loss", "low"), ("val_loss", math.nan), ("files", []), ("tensors", []),
@@ -134,15 +134,15 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path):
         ("tensors", {"weights.a": {"dtype": "float32", "shape": "34"}}),
         ("tensors", {"weights.a": {"dtype": "float32", "shape": [-3, -4]}}),
     ):  # fmt: skip
-        lie(path, **{field: value})
+        forge(path, **{field: value})
         (problem,) = store.verify(path)
         assert "manifest.json: is not a manifest" in problem
-        lie(path, **{field: true.__dict__[field]})
+        forge(path, **{field: true.__dict__[field]})
     assert store.verify(path) == []
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
-def test_a_manifest_is_a_file(tmp_path: Path, kind: str):
+def test_manifest_is_a_regular_file(tmp_path: Path, kind: str):
     """A pipe that nobody writes to would be waited for."""
     path = save(tmp_path, 1)
     manifest = (path / "manifest.json").rename(tmp_path / "elsewhere")
@@ -157,7 +157,7 @@ def test_a_manifest_is_a_file(tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize("offset", [1, 10**6, -1, "x"])
-def test_a_shard_that_lies_about_its_place_is_refused(tmp_path: Path, offset: object):
+def test_forged_shard_offsets(tmp_path: Path, offset: object):
     path = save(tmp_path, 1)
     (name,) = (file.name for file in path.glob("*00001-of-00002.safetensors"))
     content = (path / name).read_bytes()
@@ -177,7 +177,7 @@ def vouch(path: Path, name: str) -> None:
     """Have the manifest say that this file is as it should be."""
     content = (path / name).read_bytes()
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    lie(path, files=read_checkpoint_manifest(path).files | {name: entry})
+    forge(path, files=read_checkpoint_manifest(path).files | {name: entry})
 
 
 @pytest.mark.parametrize(
@@ -185,9 +185,7 @@ def vouch(path: Path, name: str) -> None:
     ["", "{", "[]", b"\x80\x04", '{"step": 2}', '{"step": 1, "tokens": "1"}',
      '{"step": 1, "scaler": []}', '{"step": 1, "what": 1}', '{"step": true}', "[" * 100_000],
 )  # fmt: skip
-def test_a_state_that_makes_no_sense_is_refused_though_it_is_vouched_for(
-    tmp_path: Path, content: str | bytes
-):
+def test_invalid_state(tmp_path: Path, content: str | bytes):
     path = save(tmp_path, 1)
     (path / "state.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     vouch(path, "state.json")
@@ -195,21 +193,21 @@ def test_a_state_that_makes_no_sense_is_refused_though_it_is_vouched_for(
     assert "state.json: " in problem
 
 
-def test_a_pickle_is_refused_even_if_the_manifest_names_it(tmp_path: Path):
+def test_pickle_in_the_manifest(tmp_path: Path):
     path = save(tmp_path, 1)
     files = read_checkpoint_manifest(path).files
     torch.save({"weights.a": torch.zeros(3, 4)}, path / "model.pt")
     assert "is not in the manifest" in store.verify(path)[0]
     entry = {"bytes": (path / "model.pt").stat().st_size,
              "sha256": sha256_of(path / "model.pt")}  # fmt: skip
-    lie(path, files=files | {"model.pt": entry})
+    forge(path, files=files | {"model.pt": entry})
     assert "names model.pt, which no checkpoint holds" in store.verify(path)[0]
     (path / "model.pt").rename(path / "model.safetensors")
-    lie(path, files=files | {"model.safetensors": entry})
+    forge(path, files=files | {"model.safetensors": entry})
     assert "is not a safetensors file" in store.verify(path)[0]
 
 
-def test_other_shapes_dtypes_and_names_are_refused(tmp_path: Path):
+def test_other_tensors(tmp_path: Path):
     path = save(tmp_path, 1)
     recorded = read_checkpoint_manifest(path).tensors
     for wanted in (
@@ -245,7 +243,7 @@ def test_newest_valid_walks_back(tmp_path: Path):
     keep_best=st.booleans(),
     keep_every=st.one_of(st.none(), st.integers(1, 5)),
 )
-def test_retention(
+def test_prune(
     tmp_path_factory: pytest.TempPathFactory,
     losses: list[float | None],
     keep_last: int,
@@ -267,7 +265,7 @@ def test_retention(
     assert set(kept(run)) == expected
 
 
-def test_remove_stale_removes_what_a_kill_left(tmp_path: Path):
+def test_remove_stale(tmp_path: Path):
     save(tmp_path, 1)
     for name in (".writing-step-00000002", ".deleting-step-00000000"):
         (tmp_path / "checkpoints" / name).mkdir()
@@ -276,7 +274,7 @@ def test_remove_stale_removes_what_a_kill_left(tmp_path: Path):
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
 
 
-def test_the_next_save_removes_what_could_not_be_removed(tmp_path: Path):
+def test_next_save_removes_stale(tmp_path: Path):
     """On a disk that was read-only for a while, in the middle of a save or a deletion."""
     save(tmp_path, 1)
     for name in (".writing-step-00000002", ".deleting-step-00000000"):
@@ -286,7 +284,7 @@ def test_the_next_save_removes_what_could_not_be_removed(tmp_path: Path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000001", "step-00000003"]
 
 
-def test_a_checkpoint_that_a_kill_left_out_of_the_way_is_one(tmp_path: Path):
+def test_replaced_checkpoint_is_restored(tmp_path: Path):
     assert not store.holds_a_checkpoint(tmp_path)
     path = save(tmp_path, 1)
     assert store.holds_a_checkpoint(tmp_path)
@@ -307,9 +305,7 @@ def test_locate(tmp_path: Path):
         store.locate(tmp_path)
 
 
-def test_a_step_saved_again_in_vain_keeps_its_first_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_failed_second_save_keeps_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The disk fails between moving the old checkpoint aside and putting the new one there."""
     path = save(tmp_path, 5)
     before = {file.name: file.read_bytes() for file in path.iterdir()}

@@ -1,7 +1,10 @@
-"""Exports: what transformers, and nothing but transformers, makes of them."""
+"""Exports: transformers is the oracle."""
 
 import json
 import os
+import sys
+import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.huggingface import export
 from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, auxiliary_files_of_checkpoint
 from minigpt_cli.huggingface.base_model import BaseModel, load_base, open_base
-from minigpt_cli.huggingface.check_export import ExportCheck, Mismatch
+from minigpt_cli.huggingface.check_export import Mismatch, check_export
 from minigpt_cli.huggingface.export import export_model
 from minigpt_cli.huggingface.origin import origin_text, read_origin
 from minigpt_cli.model.gpt import GPT, copy
@@ -25,8 +27,8 @@ from tests.helpers.processes import minigpt
 IDS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(1))
 
 
-def test_in_and_out_and_in_again(theirs: tuple[Any, Path], tmp_path: Path):
-    """Bit for bit, and with what only the tokenizer's files say."""
+def test_round_trip_is_bit_exact(theirs: tuple[Any, Path], tmp_path: Path):
+    """The weights and the auxiliary files."""
     model, directory = theirs
     base = open_base(directory)
     done = export_model(base, tmp_path / "out", files={"README.md": "a card"})
@@ -72,45 +74,51 @@ def test_half_precision_and_several_files(
     assert reloaded.dtype == torch_dtype
 
 
-def test_what_transformers_reads_otherwise_is_no_export(
-    tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Each of these loads without an error, and computes something else."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rms_norm_eps": 0.1},
+        {"num_key_value_heads": 4},
+    ],
+)
+def test_check_finds_other_logits(tmp_path: Path, license_dataset: Path, change: dict[str, Any]):
     _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     base = open_base(directory)
-    place = tmp_path / "place"
-    right = export.huggingface_config
-    for setting, value in (
-        ("rope_theta", 500.0),
-        ("rms_norm_eps", 0.1),
-        ("num_key_value_heads", 4),
-    ):
+    out = export_model(base, tmp_path / "out", files={}).path
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(Mismatch):
+        check_export(base, out, torch.float32)
 
-        def wrong(*given: Any, setting: str = setting, value: Any = value) -> dict[str, Any]:
-            settings = right(*given) | {setting: value}
-            if setting == "rope_theta":
-                settings["rope_parameters"] = {"rope_type": "default", "rope_theta": value}
-            return settings
 
-        monkeypatch.setattr(export, "huggingface_config", wrong)
-        with pytest.raises(Mismatch):
-            export_model(base, place, files={"README.md": ""})
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-    monkeypatch.setattr(export, "huggingface_config", right)
-    text = json.loads((directory / "tokenizer.json").read_text())
-    text["normalizer"] = {"type": "Lowercase"}
-    (tmp_path / "other.json").write_text(json.dumps(text))
-    other = replace(base, tokenizer=tmp_path / "other.json")
-    monkeypatch.setattr(export, "write_tokenizer", lambda _, folder: export_tokenizer(base, folder))
+def test_check_finds_another_tokenizer(tmp_path: Path, license_dataset: Path):
+    _, directory = saved_model("llama", tmp_path / "in", license_dataset)
+    base = open_base(directory)
+    out = export_model(base, tmp_path / "out", files={}).path
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(Mismatch, match="other tokens"):
-        export_model(other, place, files={"README.md": ""})
-    assert not place.exists()
+        check_export(base, out, torch.float32)
 
 
-export_tokenizer = export.write_tokenizer
+def test_failed_check_leaves_nothing(tmp_path: Path, license_dataset: Path):
+    """The weights change between writing and checking."""
+    _, directory = saved_model("llama", tmp_path / "in", license_dataset)
+    base = open_base(directory)
+    reads: Counter[str] = Counter()
+
+    def read(name: str) -> torch.Tensor:
+        reads[name] += 1
+        return base.read(name) * reads[name]
+
+    with pytest.raises(Mismatch, match="other logits"):
+        export_model(replace(base, read=read), tmp_path / "out", files={})
+    assert os.listdir(tmp_path) == ["in"]
 
 
-def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_dataset: Path):
+def test_failed_export_keeps_the_old_one(tmp_path: Path, license_dataset: Path):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     base = open_base(directory)
     out = export_model(base, tmp_path / "out", files={"README.md": "first"}).path
@@ -135,9 +143,7 @@ def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_datas
 
 
 @pytest.mark.parametrize("place", ["run/checkpoints/step-00000004", "run/checkpoints/x", "link"])
-def test_no_export_into_checkpoints_or_through_a_dangling_link(
-    tmp_path: Path, license_dataset: Path, place: str
-):
+def test_refused_places(tmp_path: Path, license_dataset: Path, place: str):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.toml").touch()
@@ -146,7 +152,7 @@ def test_no_export_into_checkpoints_or_through_a_dangling_link(
         export_model(open_base(directory), tmp_path / place, files={})
 
 
-def test_folders_that_have_such_names_by_chance_are_no_runs(tmp_path: Path, license_dataset: Path):
+def test_names_alone_make_no_run(tmp_path: Path, license_dataset: Path):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     out = tmp_path / "checkpoints/of-models/out"
     out.parent.mkdir(parents=True)
@@ -160,7 +166,7 @@ def test_folders_that_have_such_names_by_chance_are_no_runs(tmp_path: Path, lice
         export_model(open_base(directory), moved / "out", files={})
 
 
-def test_where_final_is_a_link_what_it_leads_to_is_left_alone(tmp_path: Path, recipe_file: Path):
+def test_final_as_a_link(tmp_path: Path, recipe_file: Path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     for path in (run, elsewhere):
         path.mkdir()
@@ -173,7 +179,7 @@ def test_where_final_is_a_link_what_it_leads_to_is_left_alone(tmp_path: Path, re
     assert [name for name in os.listdir(run) if name.startswith(".final")] == []
 
 
-def test_final_is_of_the_checkpoint_that_the_run_ended_with(tmp_path: Path, recipe_file: Path):
+def test_final_is_of_the_last_step(tmp_path: Path, recipe_file: Path):
     """Also after going back to an older one."""
     run = tmp_path / "run"
     assert minigpt("pretrain", recipe_file, "--out", run).returncode == 0
@@ -184,7 +190,7 @@ def test_final_is_of_the_checkpoint_that_the_run_ended_with(tmp_path: Path, reci
     assert (run / "final/model.safetensors").read_bytes() != before
 
 
-def test_a_final_that_cannot_be_made_is_a_warning(tmp_path: Path, recipe_file: Path):
+def test_failed_final_is_a_warning(tmp_path: Path, recipe_file: Path):
     """All is trained and saved: exit code 0."""
     run = tmp_path / "run"
     run.mkdir()
@@ -206,14 +212,14 @@ def test_a_final_that_cannot_be_made_is_a_warning(tmp_path: Path, recipe_file: P
         {"format": 2, "special_tokens": {}, "files": {}},
     ],
 )
-def test_invalid_auxiliary_files_are_refused(tmp_path: Path, content: dict[str, Any]):
+def test_invalid_auxiliary_files(tmp_path: Path, content: dict[str, Any]):
     (tmp_path / "huggingface.json").write_text(json.dumps(content))
     with pytest.raises(Damaged, match=r"huggingface\.json: not written by this version"):
         auxiliary_files_of_checkpoint(tmp_path)
 
 
-def test_auxiliary_files_are_read_back_also_without_a_format(tmp_path: Path):
-    """The first versions wrote none."""
+def test_auxiliary_files_read_back(tmp_path: Path):
+    """Also without a format, as the first versions wrote it."""
     files = AuxiliaryFiles({"eos_token_id": [1, 2]}, {"chat_template.jinja": "{{ ü }}"})
     content = json.loads(files.dump())
     assert content.pop("format") == 1
@@ -222,7 +228,8 @@ def test_auxiliary_files_are_read_back_also_without_a_format(tmp_path: Path):
         assert auxiliary_files_of_checkpoint(tmp_path) == files
 
 
-def test_the_origin_is_read_back_also_without_a_format(tmp_path: Path):
+def test_origin_reads_back(tmp_path: Path):
+    """Also without a format, as the first versions wrote it."""
     assert read_origin(tmp_path) is None
     origin = {"checkpoint": "step-00000012"}
     for text in (origin_text(origin), json.dumps(origin)):
@@ -238,9 +245,7 @@ def test_the_origin_is_read_back_also_without_a_format(tmp_path: Path):
 def test_one_tensor_at_a_time(
     tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """While the files are written, no more than one of the tensors that were read is alive."""
-    import weakref
-
+    """While the files are written, at most one of the tensors that were read is alive."""
     _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     base = open_base(directory)
     alive: list[weakref.ref[torch.Tensor]] = []
@@ -251,7 +256,7 @@ def test_one_tensor_at_a_time(
         alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(export, "check_export", lambda *_: ExportCheck(None, "not here"))
+    monkeypatch.setitem(sys.modules, "transformers", None)  # no check, which reads once more
     export_model(replace(base, read=read), tmp_path / "out", files={"README.md": ""})
     assert len(alive) == 21
 
@@ -264,9 +269,7 @@ def logits_of(base: BaseModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-def test_a_run_ends_with_a_directory_for_transformers(
-    tmp_path: Path, recipe_file: Path, family: str
-):
+def test_final_loads_in_transformers(tmp_path: Path, recipe_file: Path, family: str):
     """On two ranks, sharded; gathered from their files by one process."""
     run = tmp_path / "run"
     heads = () if family != "gpt2" else ("--set", "model.num_key_value_heads=4")
@@ -294,20 +297,18 @@ def test_a_run_ends_with_a_directory_for_transformers(
     assert minigpt("export", run, out).returncode == 2
 
 
-def test_without_transformers_it_says_that_nothing_was_checked(
+def test_without_transformers(
     tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     done = export_model(open_base(directory), tmp_path / "out", files={"README.md": ""})
     assert str(done.check) == "not checked: transformers is not installed"
     assert (tmp_path / "out/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama-biases-tied", "llama-3-angles", "qwen3"])
-def test_a_run_goes_on_from_what_was_trained_elsewhere(
-    shape: str, tmp_path: Path, recipe_file: Path, license_dataset: Path
-):
+def test_init_from(shape: str, tmp_path: Path, recipe_file: Path, license_dataset: Path):
     """The recipe names no shape, the data no tokenizer; what came with the model goes out again."""
     model, directory = saved_model(shape, tmp_path / "in", license_dataset)
     text = recipe_file.read_text()
@@ -334,9 +335,7 @@ def test_a_run_goes_on_from_what_was_trained_elsewhere(
     assert resumed.returncode == 0, resumed.stderr
 
 
-def test_a_recipe_that_says_otherwise_is_refused(
-    tmp_path: Path, license_dataset: Path, recipe_file: Path
-):
+def test_contradicting_recipe(tmp_path: Path, license_dataset: Path, recipe_file: Path):
     _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     done = minigpt("pretrain", recipe_file, "--out", tmp_path / "run",
                    "--set", f"model.init_from={directory}")  # fmt: skip
@@ -346,9 +345,7 @@ def test_a_recipe_that_says_otherwise_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_of_another_tokenizer_is_refused(
-    tmp_path: Path, license_dataset: Path, recipe_file: Path
-):
+def test_data_of_another_tokenizer(tmp_path: Path, license_dataset: Path, recipe_file: Path):
     """The same ids would mean other tokens."""
     _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     settings = json.loads((directory / "config.json").read_text())

@@ -31,7 +31,7 @@ shapes = pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen3"])
 
 @kinds
 @shapes
-def test_pefts_adapters_load(
+def test_peft_adapter_loads(
     tmp_path: Path, license_dataset: Path, shape: str, kind: AdapterSettings
 ):
     _, directory = saved_model(shape, tmp_path / "base", license_dataset)
@@ -48,7 +48,7 @@ def test_pefts_adapters_load(
 
 @kinds
 @shapes
-def test_ours_load_in_peft_alone_and_merged(
+def test_our_adapter_loads_in_peft(
     tmp_path: Path, license_dataset: Path, shape: str, kind: AdapterSettings
 ):
     _, directory = saved_model(shape, tmp_path / "base", license_dataset)
@@ -84,7 +84,7 @@ def test_ours_load_in_peft_alone_and_merged(
         ("llama", r".*layers\.1\.mlp\.up_proj", ["model.layers.1.mlp.up_proj"]),
     ],
 )
-def test_the_same_layers_are_named(
+def test_target_modules(
     tmp_path: Path, license_dataset: Path, shape: str, targets: Any, written: list[str]
 ):
     """Also from a pattern, which only PEFT understands: the tensors tell."""
@@ -155,7 +155,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not a JSON object"),
     ],
 )
-def test_what_is_no_adapter_for_this_base_is_refused(
+def test_invalid_adapters(
     llama: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None], message: str
 ):
     shutil.copytree(llama[1], tmp_path / "adapter")
@@ -174,7 +174,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> tu
     return directory, folder / "adapter"
 
 
-def test_a_base_that_is_damaged_is_told_as_such(llama: tuple[Path, Path], tmp_path: Path):
+def test_damaged_base(llama: tuple[Path, Path], tmp_path: Path):
     """By the exit code, too: the adapter itself is whole."""
     run = tmp_path / "run"
     checkpoint = run / "checkpoints/step-00000001"
@@ -189,9 +189,7 @@ def test_a_base_that_is_damaged_is_told_as_such(llama: tuple[Path, Path], tmp_pa
         open_model(adapter, [])
 
 
-def test_an_adapter_of_another_model_is_refused(
-    llama: tuple[Path, Path], tmp_path: Path, license_dataset: Path
-):
+def test_adapter_of_another_model(llama: tuple[Path, Path], tmp_path: Path, license_dataset: Path):
     _, other = saved_model("qwen3", tmp_path / "other", license_dataset)
     with pytest.raises(UserError, match=r"the base needs shape \[.*\], but it is \["):
         open_adapter(llama[1], open_base(other).config)
