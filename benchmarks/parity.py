@@ -12,22 +12,21 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.checkpoint.conftest import SHAPES, saved_model
-from tests.checkpoint.test_adapter import KINDS, peft_adapter
-from tests.processes import ROOT
 from transformers import AutoModelForCausalLM
 
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
+from minigpt_cli.huggingface.adapter import LoadedAdapter, merge
 from minigpt_cli.huggingface.base_model import open_base
 from minigpt_cli.huggingface.export import export_adapter, export_model
 from minigpt_cli.huggingface.load import load_model
-from minigpt_cli.huggingface.peft import LoadedAdapter, merge
 from minigpt_cli.model import lora
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.prepare.sources import Source
 from minigpt_cli.prepare.tokenize import tokenize
-from tests.model.test_lora import randomize
+from tests.helpers.adapters import KINDS, peft_adapter, randomize
+from tests.helpers.models import SHAPES, saved_model
+from tests.helpers.processes import ROOT
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 320, (4, 64), generator=torch.Generator().manual_seed(1))

@@ -1,6 +1,5 @@
 """What the commands beside training do: put a model, data and a device together."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,19 @@ from minigpt_cli.distributed.device import find_device
 from minigpt_cli.evaluate.loss import evaluate, stream_batches
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.generate.text import TextChunk, join_chunks, stream_text
-from minigpt_cli.huggingface.base_model import Base, chat_template, ends
-from minigpt_cli.huggingface.card import model_card
-from minigpt_cli.huggingface.export import export_adapter, export_model
-from minigpt_cli.huggingface.load import TrainedModel, load_model, newest_run
-from minigpt_cli.huggingface.peft import (
-    ORIGIN,
+from minigpt_cli.huggingface.adapter import (
     LoadedAdapter,
     apply,
-    is_ours,
     merge,
     open_model,
     origin_of,
+    trained_by_minigpt,
 )
+from minigpt_cli.huggingface.auxiliary_files import chat_template
+from minigpt_cli.huggingface.base_model import BaseModel, stop_token_ids
+from minigpt_cli.huggingface.card import model_card
+from minigpt_cli.huggingface.export import export_adapter, export_model
+from minigpt_cli.huggingface.load import TrainedModel, load_model, newest_run
 from minigpt_cli.model import precision
 from minigpt_cli.recipe import PrecisionSettings
 
@@ -123,7 +122,7 @@ def sample_model(
             num_samples=num_samples,
             seed=seed,
             eos_id=eos_id(trained.tokenizer),
-            stop_token_ids=ends(trained.base, trained.tokenizer),
+            stop_token_ids=stop_token_ids(trained.base, trained.tokenizer),
             stop=stop,
         )
         if stream:
@@ -149,7 +148,8 @@ def _text_ids(trained: TrainedModel, prompt: str, special: bool | None = None) -
         special: whether they are added.
     """
     if special is None:
-        special = not is_ours(trained.base, trained.adapters[0] if trained.adapters else None)
+        adapter = trained.adapters[0] if trained.adapters else None
+        special = not trained_by_minigpt(trained.base, adapter)
     ids: list[int] = trained.tokenizer.encode(prompt, add_special_tokens=special).ids
     return ids
 
@@ -183,16 +183,16 @@ def export(
         export_adapter(base, adapter, out, files=files)
         log(f"{out}: an adapter of rank {adapter.shape.rank}, in PEFT's format")
         return {"path": str(out), "files": sorted(file.name for file in out.iterdir())}
-    if is_ours(base, adapter):
-        files[ORIGIN] = json.dumps(origin_of(base, adapter)) + "\n"
-    exported = export_model(merge(base, adapter) if adapter else base, out, dtype, files=files)
-    log(f"{exported.path}: {exported.parameters:,} parameters, {exported.proof}")
+    origin = origin_of(base, adapter) if trained_by_minigpt(base, adapter) else None
+    whole = merge(base, adapter) if adapter else base
+    exported = export_model(whole, out, dtype, files=files, origin=origin)
+    log(f"{exported.path}: {exported.parameters:,} parameters, {exported.check}")
     return {
         "path": str(exported.path),
         "files": exported.files,
         "parameters": exported.parameters,
-        "proven": exported.proof.difference is not None,
-        "max_logit_difference": exported.proof.difference,
+        "proven": exported.check.difference is not None,
+        "max_logit_difference": exported.check.difference,
     }
 
 
@@ -226,7 +226,7 @@ def _load(path: Path, adapters: list[Path]) -> TrainedModel:
     return trained
 
 
-def _tell_of(base: Base) -> None:
+def _tell_of(base: BaseModel) -> None:
     for problem in base.skipped_checkpoints:
         warn(problem)
     log(base.report)

@@ -188,7 +188,7 @@ def test_a_model_is_taken_from_the_newest_valid_checkpoint(run: Path, tmp_path: 
     done = minigpt("sample", copy, "--prompt", "x", "--max-new-tokens", 2, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checkpoint"] == str(older)
-    assert f"{newest.name} passed over" in done.stderr
+    assert f"{newest.name} skipped" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -1,5 +1,6 @@
 """The names of all files and directories in a run directory."""
 
+import re
 from pathlib import Path
 
 # Beside the checkpoints.
@@ -18,6 +19,8 @@ STATE = "state.json"
 AUXILIARY_FILES = "huggingface.json"  # of the model that the run started from
 CHECKPOINT_MANIFEST = "manifest.json"
 
+_STEP = re.compile(r"step-(\d{8,})$")
+
 
 def checkpoints_dir(run: Path) -> Path:
     """Return the directory that holds a run's checkpoints."""
@@ -27,3 +30,9 @@ def checkpoints_dir(run: Path) -> Path:
 def checkpoint_path(run: Path, step: int) -> Path:
     """Return the directory of the checkpoint at ``step``."""
     return checkpoints_dir(run) / f"step-{step:08d}"
+
+
+def checkpoint_step(checkpoint: Path) -> int | None:
+    """Return the step in the name of a checkpoint's directory; None for any other name."""
+    match = _STEP.match(checkpoint.name)
+    return int(match[1]) if match else None

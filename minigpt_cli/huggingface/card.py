@@ -1,19 +1,26 @@
-"""The model card, README.md: what a model is, what it was trained on, and how."""
+"""The model card, README.md: the architecture, the training, and how to load the model."""
 
 import torch
 
 from minigpt_cli import __version__
 from minigpt_cli.checkpoint.state import RunState, read_state
-from minigpt_cli.huggingface.base_model import Base
-from minigpt_cli.huggingface.peft import LoadedAdapter
+from minigpt_cli.huggingface.adapter import LoadedAdapter
+from minigpt_cli.huggingface.base_model import BaseModel
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.recipe import Recipe, dump_recipe
 
 
 def model_card(
-    base: Base, name: str, adapter: LoadedAdapter | None = None, alone: bool = False
+    base: BaseModel, name: str, adapter: LoadedAdapter | None = None, alone: bool = False
 ) -> str:
-    """The card of a model, of one into which an adapter was merged, or of an adapter ``alone``."""
+    """Return the model card.
+
+    Args:
+        base: The model.
+        name: The card's title.
+        adapter: The adapter that was merged into the model, or is exported.
+        alone: Whether the adapter is exported without the model.
+    """
     c, recipe, checkpoint = base.config, base.recipe, base.directory
     rows = [
         ("Architecture", f"{c.family}, {c.num_hidden_layers} layers of width {c.hidden_size}"),

@@ -1,4 +1,4 @@
-"""The proof that an export is what was trained: transformers reloads it and computes the same."""
+"""Check an export: transformers must load it, and compute the same logits and tokens."""
 
 import contextlib
 import gc
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.distributed.device import available_memory
-from minigpt_cli.huggingface.base_model import Base, load_base
+from minigpt_cli.huggingface.base_model import BaseModel, load_base
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT, copy_values
 
-TOLERANCE = 1e-4  # of float32 logits, or of the largest of them where that is above 1
-_TOKENS = 512
-# Several scripts, white space, numbers, code: what tokenizers are apt to differ about.
+_TOLERANCE = 1e-4  # of float32 logits; relative to the largest logit if that is above 1
+_MAX_TOKENS = 512
+# Scripts, white space, numbers and code: tokenizers often differ in these.
 TEXT = """\
 The proof of the pudding is in the eating; 3.14159 is not quite 22/7, and 1,000,000 has 6 zeros.
 « Où est la bibliothèque ? » demanda-t-elle. Straße, naïve, smörgåsbord, İstanbul, Ελλάδα, Москва.
@@ -33,30 +33,41 @@ def fibonacci(n: int) -> int:
 
 
 class Mismatch(UserError):
-    """An export that transformers reads as another model: a bug of ours."""
+    """transformers reads another model from an export: a bug in minigpt."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class ExportCheck:
-    difference: float | None  # the largest of any logit
-    skipped: str = ""  # why there is none
+    """The result of the check.
+
+    Attributes:
+        difference: The largest absolute difference of any logit; None if it was not checked.
+        skipped: Why it was not checked.
+    """
+
+    difference: float | None
+    skipped: str = ""
 
     def __str__(self) -> str:
         if self.difference is None:
-            return f"not proven: {self.skipped}"
-        return f"proven by transformers: logits differ by {self.difference:.1e} at most"
+            return f"not checked: {self.skipped}"
+        return f"checked with transformers: logits differ by at most {self.difference:.1e}"
 
 
-def check_export(base: Base, folder: Path, dtype: torch.dtype) -> ExportCheck:
-    """Compare what transformers makes of ``folder`` with ``base``: logits, and tokens of a text.
+def check_export(base: BaseModel, folder: Path, dtype: torch.dtype) -> ExportCheck:
+    """Compare the logits and the tokens of a text between transformers and minigpt.
+
+    It is skipped if transformers is missing or too old, or if there is too little memory.
 
     Args:
-        dtype: what the weights were rounded to.
+        base: The model that was exported.
+        folder: The export.
+        dtype: Of the exported weights.
 
     Raises:
-        Mismatch: they differ.
+        Mismatch: They differ, or transformers can't load the export.
     """
     try:
         import transformers
@@ -68,10 +79,10 @@ def check_export(base: Base, folder: Path, dtype: torch.dtype) -> ExportCheck:
     parameters = parameter_count(base.config)
     free = available_memory()
     if free is not None and free < 2 * 4 * parameters:
-        return ExportCheck(None, f"it takes {8 * parameters / 1e9:.1f} GB of memory")
+        return ExportCheck(None, f"it needs {8 * parameters / 1e9:.1f} GB of memory")
     tokenizer = load_tokenizer(base.tokenizer)
     ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
-    inputs = torch.tensor([ids[: min(_TOKENS, base.config.max_position_embeddings)]])
+    inputs = torch.tensor([ids[: min(_MAX_TOKENS, base.config.max_position_embeddings)]])
     ours = _our_logits(base, inputs, dtype)
     gc.collect()
     try:
@@ -82,23 +93,22 @@ def check_export(base: Base, folder: Path, dtype: torch.dtype) -> ExportCheck:
             theirs = _their_logits(transformers, folder, inputs)
     except (Mismatch, MemoryError):
         raise
-    except Exception as error:  # of any kind: it is all of transformers that runs here
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # of any type: all of transformers runs here
         raise Mismatch(
-            f"transformers can't load the export: {reason}; nothing was written"
+            f"transformers can't load the export: {first_line(error)}; nothing was written"
         ) from error
     difference = (ours - theirs).abs().max().item()
-    limit = TOLERANCE * max(1.0, ours.abs().max().item())
+    limit = _TOLERANCE * max(1.0, ours.abs().max().item())
     if not difference <= limit:
         raise Mismatch(
             f"transformers computes other logits from the export: they differ by {difference:.2g}, "
-            f"and {limit:.2g} is rounding; nothing was written"
+            f"rounding explains at most {limit:.2g}; nothing was written"
         )
     return ExportCheck(difference)
 
 
 @torch.no_grad()
-def _our_logits(base: Base, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+def _our_logits(base: BaseModel, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     model = GPT(base.config)
     load_base(base, model, lambda parameter, values: copy_values(parameter, values.to(dtype)))
     logits: Tensor = model.eval()(inputs)
@@ -122,14 +132,14 @@ def _compare_tokenizers(transformers: Any, folder: Path, ids: list[int], text: s
         folder, local_files_only=True, trust_remote_code=False
     )
     if theirs(TEXT, add_special_tokens=False)["input_ids"] != ids:
-        raise Mismatch("transformers makes other tokens of a text than the tokenizer trained on")
+        raise Mismatch("transformers encodes a text to other tokens than the run's tokenizer")
     if theirs.decode(ids, clean_up_tokenization_spaces=False) != text:
-        raise Mismatch("transformers makes another text of tokens than the tokenizer trained on")
+        raise Mismatch("transformers decodes tokens to another text than the run's tokenizer")
 
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and no warnings: what matters is compared."""
+    """Silence progress bars and warnings."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
     logging.set_verbosity_error()

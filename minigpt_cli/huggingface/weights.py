@@ -1,46 +1,66 @@
-"""Hugging Face directories: what is in them, compared with the model it should make.
+"""The weights in a Hugging Face directory, compared with the model of its config.json.
 
-Only safetensors are read. Pickles (``.bin``) can run any code when they are opened.
+Only safetensors are read. Reading a pickle (``.bin``) can run any code.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.files import read_json
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.gpt import meta_model
 from minigpt_cli.model.hf_names import huggingface_name, is_transposed
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_WANTED = ("*.json", "model*.safetensors", "*.txt", "*.jinja")  # of a model on the Hub
-# Constants that older models saved beside their weights.
+_DOWNLOADED = ("*.json", "model*.safetensors", "*.txt", "*.jinja")  # of a model on the Hub
+# Constants that older models saved among their weights.
 _BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 6  # names of each kind in a message
 
 
 @dataclass(frozen=True)
+class _Stored:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str  # in the file
+    dtype: str  # as safetensors names it: F32 ...
+    shape: list[int]
+
+
+@dataclass(frozen=True)
 class LoadReport:
-    """The tensors of a directory, by transformers' names."""
+    """How a directory's tensors compare with the model. Names are transformers'.
+
+    Attributes:
+        directory: The Hugging Face directory.
+        loaded: Tensors that fit.
+        missing: Tensors that the model needs, and the directory lacks.
+        unexpected: Further tensors of the transformer: it would compute something else.
+        mismatched: Tensors of another shape or dtype, each with the reason.
+        ignored: Buffers, and heads for other tasks.
+        parameters: The number of parameters in ``loaded``.
+    """
 
     directory: Path
     loaded: list[str]
     missing: list[str]
-    unexpected: list[str]  # within the transformer, which would compute something else
-    mismatched: list[str]  # with the reason
-    ignored: list[str]  # buffers, and heads for other tasks
+    unexpected: list[str]
+    mismatched: list[str]
+    ignored: list[str]
     parameters: int
 
     @property
     def fits(self) -> bool:
+        """Whether the model can be loaded."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
@@ -54,25 +74,32 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Weights:
-    """Where each of our parameters lies in a directory's files."""
+    """The weights of a directory; none is read yet.
+
+    Attributes:
+        config: The model's.
+        stored: Our parameter name -> the tensor in a file.
+        report: How the tensors compare with the model.
+    """
 
     config: ModelConfig
-    places: dict[str, tuple[Path, str]]  # our name -> file, name in it
+    stored: dict[str, _Stored]
     report: LoadReport
 
     def read(self, name: str) -> Tensor:
-        """The whole of our parameter ``name``, in the dtype that it is stored in."""
-        file, stored = self.places[name]
-        with safe_open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(stored)
+        """Read our parameter ``name`` in its stored dtype."""
+        tensor = _read(self.stored[name])
         return tensor.T.contiguous() if is_transposed(self.config, name) else tensor
 
 
-def find(name: str) -> Path:
-    """The directory that ``name`` means; a model on the Hub is fetched first.
+def model_directory(name: str) -> Path:
+    """Return the directory of a model; a model on the Hub is downloaded first.
+
+    Args:
+        name: A directory, or the name of a model on the Hub.
 
     Raises:
-        UserError: it isn't here and can't be fetched.
+        UserError: There is no such directory, and the model can't be downloaded.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -82,105 +109,87 @@ def find(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
-    except Exception as error:  # of many kinds: no network, no such model, no right to it
-        first = str(error).strip().partition("\n")[0]
+        return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
+    except Exception as error:  # of many types: no network, no such model, no permission
         raise UserError(
-            f"{name}: no such directory here, and it can't be fetched from the Hub: {first}"
+            f"{name}: no such directory, and it can't be downloaded from the Hub: "
+            f"{first_line(error)}"
         ) from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
+def open_weights(directory: Path, config: ModelConfig) -> Weights:
+    """Compare the files of a directory with the model of this config; read no weights.
 
     Raises:
-        UserError: it isn't there, or isn't one.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: can't be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: is not a JSON object")
-    return content
-
-
-def weights_of(directory: Path, config: ModelConfig) -> Weights:
-    """What the directory's files hold, compared with the model of this shape.
-
-    Raises:
-        UserError: there are no safetensors, or something is missing, unexpected or mismatched.
+        UserError: There are no safetensors, or a tensor is missing, unexpected or mismatched.
     """
     held = _tensors_in(directory)
     prefix = "transformer." if config.family == "gpt2" else "model."
     if not any(name.startswith(prefix) for name in held):  # saved without the head
         held = {
-            name if name.startswith("lm_head.") else prefix + name: entry
-            for name, entry in held.items()
+            name if name.startswith("lm_head.") else prefix + name: stored
+            for name, stored in held.items()
         }
-    with torch.device("meta"):
-        wanted = dict(GPT(config).named_parameters())
-    places, loaded, missing, mismatched = {}, [], [], []
-    for name, parameter in wanted.items():
+    fitting: dict[str, _Stored] = {}
+    loaded: list[str] = []
+    missing: list[str] = []
+    mismatched: list[str] = []
+    parameters = 0
+    for name, parameter in meta_model(config).named_parameters():
         theirs = huggingface_name(config, name)
         shape = list(parameter.shape)[:: -1 if is_transposed(config, name) else 1]
         if theirs not in held:
             missing.append(theirs)
             continue
-        file, stored, dtype, stored_shape = held.pop(theirs)
-        if stored_shape != shape or dtype not in _FLOATS:
-            mismatched.append(f"{theirs} is {dtype} {stored_shape}, not {shape}")
+        stored = held.pop(theirs)
+        if stored.shape != shape or stored.dtype not in _FLOATS:
+            mismatched.append(f"{theirs} is {stored.dtype} {stored.shape}, not {shape}")
         else:
-            places[name] = (file, stored)
+            fitting[name] = stored
             loaded.append(theirs)
-    if config.tie_word_embeddings and "lm_head.weight" in held and "embed_tokens.weight" in places:
-        file, stored, _, _ = held.pop("lm_head.weight")
-        embeddings = places["embed_tokens.weight"]
-        if not torch.equal(_read(file, stored), _read(*embeddings)):
-            mismatched.append("lm_head.weight differs from the embeddings that it is tied to")
+            parameters += math.prod(shape)
+    embeddings = fitting.get("embed_tokens.weight") if config.tie_word_embeddings else None
+    head = held.pop("lm_head.weight", None) if embeddings is not None else None
+    if embeddings and head and not torch.equal(_read(head), _read(embeddings)):
+        mismatched.append("lm_head.weight differs from the embeddings that it is tied to")
     unexpected: list[str] = []
     ignored: list[str] = []
     for name in held:
         inside = name.startswith((prefix, "lm_head.")) and not _BUFFERS.search(name)
         (unexpected if inside else ignored).append(name)
-    report = LoadReport(
-        directory, loaded, missing, unexpected, mismatched, ignored,
-        sum(math.prod(p.shape) for name, p in wanted.items() if name in places),
-    )  # fmt: skip
+    report = LoadReport(directory, loaded, missing, unexpected, mismatched, ignored, parameters)
     if not report.fits:
-        raise UserError(f"{report}. It is not the model of its {CONFIG}, so nothing was loaded")
-    return Weights(config, places, report)
+        raise UserError(f"{report}. The weights don't fit its {CONFIG}, so nothing was loaded")
+    return Weights(config, fitting, report)
 
 
-def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
+def _read(stored: _Stored) -> Tensor:
+    with safe_open(stored.file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(stored.name)
     return tensor
 
 
-def _tensors_in(directory: Path) -> dict[str, tuple[Path, str, str, list[int]]]:
-    """Name -> file, name in it, dtype, shape; of all that the directory holds."""
+def _tensors_in(directory: Path) -> dict[str, _Stored]:
+    """Return all tensors of a directory by their names; only headers are read."""
     found = {}
     for file in weight_files(directory):
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(name)
-                    found[name] = (file, name, part.get_dtype(), part.get_shape())
+                    found[name] = _Stored(file, name, part.get_dtype(), part.get_shape())
         except Exception as error:  # safetensors has no error of its own for Python
             raise UserError(f"{file}: is not a safetensors file: {error}") from None
     return found
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory, one or several with an index.
+    """Return the safetensors files of a directory: one, or several with an index.
 
     Raises:
-        UserError: there are none, or the index names what isn't there.
+        UserError: There are none, or one that the index lists is missing.
     """
-    if (directory / WEIGHTS).is_file():  # also beside an index, as transformers takes it
+    if (directory / WEIGHTS).is_file():  # it counts more than an index, as in transformers
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         names = read_json(directory / INDEX).get("weight_map")
@@ -195,6 +204,6 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / name for name in files]
     raise UserError(
         f"{directory}: holds no {WEIGHTS}, nor a {INDEX}. Pickles (.bin) can run any code when "
-        "they are read, so minigpt never does; one that you trust transformers can save as "
-        "safetensors, with from_pretrained(...).save_pretrained(OUT)"
+        "they are read, so minigpt never reads them. If you trust one, convert it with "
+        "transformers: from_pretrained(...).save_pretrained(OUT)"
     )

@@ -7,7 +7,7 @@ from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data import chat
 from minigpt_cli.data.dataset_manifest import DatasetManifest, is_dataset
-from minigpt_cli.huggingface.base_model import AuxiliaryFiles, chat_template
+from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, chat_template
 from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.progress import TokenizingDisplay
 from minigpt_cli.prepare.sources import Source, listing

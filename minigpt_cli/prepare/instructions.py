@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from minigpt_cli import __version__
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.files import locked, sha256_of, sync_directory, write_atomically
+from minigpt_cli.core.files import locked, sha256_of, sync_to_disk, write_atomically
 from minigpt_cli.data.chat import check_template
 from minigpt_cli.data.dataset_manifest import (
     LOCK,
@@ -139,7 +139,7 @@ def make_instructions(
             )
             write_dataset_manifest(work, manifest)
             work.rename(out)
-            sync_directory(out.parent)
+            sync_to_disk(out.parent)
             (out / LOCK).unlink()
             return manifest
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minigpt_cli.core.files import sha256_of, sync_directory
+from minigpt_cli.core.files import sha256_of, sync_to_disk
 from minigpt_cli.data.dataset_manifest import Shard, damaged
 
 _HEADER = 128  # bytes before the tokens; numpy pads a 1-D header to this whatever the length
@@ -125,7 +125,7 @@ class ShardWriter:
         self._stream = None
         file = self._file()
         self._file(".partial").rename(file)
-        sync_directory(self._directory)
+        sync_to_disk(self._directory)
         # Hashed now and not while writing, because the last shard's header has just changed
         size, digest = file.stat().st_size, sha256_of(file)
         self.finished.append(Shard(file.name, self.pending, size, digest))

@@ -8,10 +8,9 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.tokenizer import is_tokenizer, load_tokenizer, tokenizer_fingerprint
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World
+from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, files_beside
 from minigpt_cli.huggingface.base_model import (
-    AuxiliaryFiles,
-    Base,
-    files_beside,
+    BaseModel,
     load_base,
     open_base,
     weights_fingerprint,
@@ -22,7 +21,7 @@ from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.run import Run
 
 
-def open_recipe_base(recipe: Recipe, world: World) -> tuple[Base | None, str | None]:
+def open_recipe_base(recipe: Recipe, world: World) -> tuple[BaseModel | None, str | None]:
     """What the recipe's weights come from, and its fingerprint; rank 0 fetches it, where it isn't
     here.
 
@@ -32,7 +31,7 @@ def open_recipe_base(recipe: Recipe, world: World) -> tuple[Base | None, str | N
     if (name := recipe.base) is None:
         return None, None
 
-    opened: list[Base] = []  # on rank 0
+    opened: list[BaseModel] = []  # on rank 0
 
     def first() -> str:
         opened.append(open_base(name))
@@ -45,7 +44,7 @@ def open_recipe_base(recipe: Recipe, world: World) -> tuple[Base | None, str | N
     return base, identity
 
 
-def with_recipe_tokenizer(base: Base, recipe: Recipe) -> Base:
+def with_recipe_tokenizer(base: BaseModel, recipe: Recipe) -> BaseModel:
     """The base, with the recipe's tokenizer if it brings none.
 
     Raises:
@@ -64,7 +63,7 @@ def with_recipe_tokenizer(base: Base, recipe: Recipe) -> Base:
     return with_tokenizer(base, Path(given.path))
 
 
-def auxiliary_files_of(recipe: Recipe, base: Base | None) -> AuxiliaryFiles:
+def auxiliary_files_of(recipe: Recipe, base: BaseModel | None) -> AuxiliaryFiles:
     """What came with the base, or stands beside the tokenizer that conversations are rendered
     with: they are rendered so, too, when the model is used."""
     theirs = AuxiliaryFiles() if base is None else base.auxiliary_files
@@ -75,7 +74,7 @@ def auxiliary_files_of(recipe: Recipe, base: Base | None) -> AuxiliaryFiles:
     return replace(theirs, files=files_beside(Path(tokenizer.path)))
 
 
-def load_recipe_base(recipe: Recipe, base: Base, run: Run) -> None:
+def load_recipe_base(recipe: Recipe, base: BaseModel, run: Run) -> None:
     """The base's weights, and beside them adapters that change nothing yet."""
     load_base(base, run.context.model, parallel.copy_full_tensor)
     if recipe.lora is not None:
@@ -84,7 +83,7 @@ def load_recipe_base(recipe: Recipe, base: Base, run: Run) -> None:
         )
 
 
-def check_base_tokenizer(what: str, base: Base, tokenizer: str) -> None:
+def check_base_tokenizer(what: str, base: BaseModel, tokenizer: str) -> None:
     """Refuse a tokenizer, or data that was made with one, unless it is the one that the base was
     trained with: the same ids would mean other tokens.
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.checkpoint.saver import Saved
-from minigpt_cli.checkpoint.state import STATE_FILE, RunState, state_bytes
+from minigpt_cli.checkpoint.saver import SaveResult
+from minigpt_cli.checkpoint.state import RunState, state_bytes
 from minigpt_cli.checkpoint.tensors import tensors_of
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import Diverged, Stopped, UserError
+from minigpt_cli.core.run_dir import AUXILIARY_FILES, RECIPE, STATE, TOKENIZER
 from minigpt_cli.distributed.parallel import to_local
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
-from minigpt_cli.huggingface.base_model import AUXILIARY_FILES
 from minigpt_cli.recipe import Recipe, dump_recipe
 from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.train import guard, rollback
@@ -287,9 +287,9 @@ def _save(
         state.step,
         tensors,
         {
-            STATE_FILE: state_bytes(state),
-            "recipe.toml": dump_recipe(run.recipe).encode(),
-            "tokenizer.json": run.tokenizer_json,
+            STATE: state_bytes(state),
+            RECIPE: dump_recipe(run.recipe).encode(),
+            TOKENIZER: run.tokenizer_json,
             **({AUXILIARY_FILES: run.auxiliary_files.dump()} if run.auxiliary_files else {}),
         },
         state.val_loss if state.evaluated_step == state.step else None,
@@ -299,7 +299,9 @@ def _save(
     return _tell(run.saver.wait(), display, must_be_there)
 
 
-def _tell(saved: Saved | None, display: TrainingDisplay, must_be_there: bool = False) -> int | None:
+def _tell(
+    saved: SaveResult | None, display: TrainingDisplay, must_be_there: bool = False
+) -> int | None:
     """Say what became of a save; returns its step if it is there.
 
     Raises:

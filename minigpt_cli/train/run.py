@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.data.loader import BatchLoader, Sequences
 from minigpt_cli.distributed.world import World
-from minigpt_cli.huggingface.base_model import AuxiliaryFiles
+from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.metrics import MetricsFile
 from minigpt_cli.train.samples import Prompts

@@ -4,15 +4,11 @@
 come from.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.saver import check_room
@@ -20,22 +16,26 @@ from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import Outcome, UserError
-from minigpt_cli.core.files import write_atomically
-from minigpt_cli.core.run_dir import ENVIRONMENT, LOCK, RECIPE, TOKENIZER
+from minigpt_cli.core.files import locked, write_atomically
+from minigpt_cli.core.run_dir import (
+    CHECKPOINTS,
+    ENVIRONMENT,
+    LOCK,
+    RECIPE,
+    TOKENIZER,
+    checkpoints_dir,
+)
 from minigpt_cli.core.status import write_status
 from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.packing import PackedSequences
 from minigpt_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World, end_with, recorded_by, start_world
-from minigpt_cli.huggingface.base_model import (
-    AuxiliaryFiles,
-    auxiliary_files_of_checkpoint,
-    complete_recipe,
-)
+from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, auxiliary_files_of_checkpoint
+from minigpt_cli.huggingface.base_model import complete_recipe
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import config_from_recipe
-from minigpt_cli.model.gpt import GPT, initialize_weights
+from minigpt_cli.model.gpt import initialize_weights, meta_model
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.recipe import DistributedSettings, Recipe, dump_recipe, load_recipe
 from minigpt_cli.report import metrics
@@ -105,8 +105,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         base = with_recipe_tokenizer(base, recipe)
         recipe = complete_recipe(recipe, base)
         if recipe.lora is not None:  # before the data is made, which may take hours
-            with torch.device("meta"):
-                lora.target_layers(GPT(base.config), recipe.lora.target_modules)
+            lora.target_layers(meta_model(base.config), recipe.lora.target_modules)
         given = recipe.data.tokenizer.path if recipe.data.tokenizer is not None else None
         if given is not None and given != str(base.tokenizer):
             check_base_tokenizer(given, base, tokenizer_fingerprint(load_tokenizer(given)))
@@ -144,7 +143,7 @@ def _check_start(recipe: Recipe, directory: Path) -> None:
 
 
 def _check_directory(directory: Path) -> None:
-    if store.is_checkpoint(directory) or directory.name == "checkpoints":
+    if store.is_checkpoint(directory) or directory.name == CHECKPOINTS:
         raise UserError(f"{directory} belongs to a run's checkpoints: choose another --out")
     if store.holds_a_checkpoint(directory):
         at = "".join(f" at step {step}" for step, _ in store.list_steps(directory)[-1:])
@@ -178,7 +177,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         Damaged: no checkpoint is valid, or the dataset is not the one trained on.
     """
     directory, named = store.locate(path)
-    if named is not None and named.parent != store.checkpoints_dir(directory):
+    if named is not None and named.parent != checkpoints_dir(directory):
         raise UserError(f"{named}: to go on from it, put it under RUN/checkpoints/")
     world = start_world(_timeout_minutes(directory, overrides))
     with ExitStack() as resources:
@@ -252,7 +251,12 @@ def _claim(
         nonlocal record
         if new is not None:
             _check_start(new, directory)
-        resources.enter_context(_claimed(directory))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            busy = f"{directory}: another process is training in it"
+            resources.enter_context(locked(directory / LOCK, busy))
+        except OSError as error:
+            raise UserError(f"{directory}: can't be written to: {error.strerror}") from None
         if new is not None:
             _check_start(new, directory)  # again: another process may just have left
         record = resources.enter_context(recorded(directory))
@@ -264,23 +268,6 @@ def _claim(
 
     world.run_on_rank0(claim)
     return record
-
-
-@contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"{directory}: can't be written to: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{directory}: another process is training in it") from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:

@@ -15,11 +15,11 @@ from minigpt_cli.data.tokenizer import eos_id, load_tokenizer, token_byte_length
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.device import device_name, use_deterministic_kernels
 from minigpt_cli.distributed.world import World
-from minigpt_cli.huggingface.base_model import AuxiliaryFiles
+from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles
 from minigpt_cli.model import lora, precision
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
-from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.gpt import GPT, meta_model
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train import guard, optimizer
 from minigpt_cli.train.run import Run, Validation
@@ -50,8 +50,8 @@ def build(
     if recipe.train.deterministic:
         use_deterministic_kernels(device, recipe.precision.compile)
     wanted = recipe.distributed
-    with torch.device("meta"):  # a model too large for one rank is never whole
-        model = GPT(config).to(precision.weights_dtype(dtype))
+    model = meta_model(config)  # a model too large for one rank is never whole
+    model.to(precision.weights_dtype(dtype))
     if recipe.lora is not None:
         lora.attach(model, recipe.lora)
         round_frozen(model, dtype)

@@ -1,4 +1,4 @@
-"""Models that others trained, as starting points: nothing is loaded that isn't all of it right."""
+"""Models that others trained, as base models: loaded whole or not at all."""
 
 import json
 import shutil
@@ -35,12 +35,12 @@ def assert_same_model(ours: GPT, theirs: Any) -> None:
     torch.testing.assert_close(ours(IDS), logits, rtol=0, atol=1e-4)
 
 
-def test_logits_are_transformers(theirs: tuple[Any, Path]):
+def test_logits(theirs: tuple[Any, Path]):
     model, directory = theirs
     assert_same_model(ours_from(directory), model)
 
 
-def test_greedy_generation_is_transformers(theirs: tuple[Any, Path]):
+def test_greedy_generation(theirs: tuple[Any, Path]):
     model, directory = theirs
     prompt = [10, 200, 31, 5]
     steps = generate(
@@ -65,9 +65,7 @@ def test_shards_and_half_precision(tmp_path: Path, license_dataset: Path, shape:
     assert_same_model(ours_from(directory / "half"), model)
 
 
-def test_one_file_counts_beside_an_old_index_as_for_transformers(
-    tmp_path: Path, license_dataset: Path
-):
+def test_one_file_beside_an_old_index(tmp_path: Path, license_dataset: Path):
     theirs, directory = saved_model("llama", tmp_path, license_dataset)
     sharded = tmp_path / "sharded"
     theirs.save_pretrained(sharded, max_shard_size="50KB")
@@ -78,9 +76,7 @@ def test_one_file_counts_beside_an_old_index_as_for_transformers(
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama-biases-tied"])
-def test_names_without_the_prefix_and_old_buffers(
-    tmp_path: Path, license_dataset: Path, shape: str
-):
+def test_names_without_prefix_and_old_buffers(tmp_path: Path, license_dataset: Path, shape: str):
     """As AutoModel saves it, without a head; GPT-2's first checkpoints hold masks, too."""
     model, directory = saved_model(shape, tmp_path, license_dataset)
     AutoModel.from_pretrained(directory).save_pretrained(directory / "bare")
@@ -106,9 +102,7 @@ def damaged(directory: Path, to: Path, change: Any) -> Path:
     return to
 
 
-def test_what_is_missing_unexpected_or_mismatched_is_listed_and_nothing_loaded(
-    tmp_path: Path, license_dataset: Path
-):
+def test_problems_are_listed(tmp_path: Path, license_dataset: Path):
     _, directory = saved_model("llama", tmp_path / "llama", license_dataset)
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -128,14 +122,14 @@ def test_what_is_missing_unexpected_or_mismatched_is_listed_and_nothing_loaded(
     assert "nothing was loaded" in text
 
 
-def test_heads_for_other_tasks_are_left_aside(tmp_path: Path, license_dataset: Path):
+def test_heads_for_other_tasks_are_ignored(tmp_path: Path, license_dataset: Path):
     model, directory = saved_model("llama", tmp_path / "llama", license_dataset)
     place = damaged(directory, tmp_path / "more", lambda t: t.update(score=torch.ones(3)))
     assert_same_model(ours_from(place), model)
     assert "1 ignored: score" in open_base(place).report
 
 
-def test_a_head_that_is_tied_must_be_the_embeddings(tmp_path: Path, license_dataset: Path):
+def test_tied_head_must_equal_the_embeddings(tmp_path: Path, license_dataset: Path):
     model, directory = saved_model("qwen3-tied-biases", tmp_path / "qwen", license_dataset)
     same = damaged(
         directory, tmp_path / "same",
@@ -168,7 +162,7 @@ def test_a_head_that_is_tied_must_be_the_embeddings(tmp_path: Path, license_data
         ({"config.json": b'{"model_type": "bert"}'}, "model_type bert is not supported"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(tmp_path: Path, files: dict[str, bytes], message: str):
+def test_unreadable_files(tmp_path: Path, files: dict[str, bytes], message: str):
     (tmp_path / "config.json").write_text(json.dumps(SHAPES["llama"]))
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -179,7 +173,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, files: dict[str, bytes]
 
 
 @pytest.mark.parametrize("name", ["no/such/path/here", "./nowhere", "some body/model", ""])
-def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+def test_missing_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
         open_base(name)

@@ -1,7 +1,10 @@
-"""Exports: what transformers, and nothing but transformers, makes of them."""
+"""Exports: transformers is the oracle."""
 
 import json
 import os
+import sys
+import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.huggingface import export
-from minigpt_cli.huggingface.base_model import (
-    Base,
-    auxiliary_files_of_checkpoint,
-    load_base,
-    open_base,
-)
-from minigpt_cli.huggingface.check_export import ExportCheck, Mismatch
+from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, auxiliary_files_of_checkpoint
+from minigpt_cli.huggingface.base_model import BaseModel, load_base, open_base
+from minigpt_cli.huggingface.check_export import Mismatch, check_export
 from minigpt_cli.huggingface.export import export_model
+from minigpt_cli.huggingface.origin import origin_text, read_origin
 from minigpt_cli.model.gpt import GPT, copy_values
 from tests.helpers.models import saved_model
 from tests.helpers.processes import minigpt
@@ -28,19 +27,19 @@ from tests.helpers.processes import minigpt
 IDS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(1))
 
 
-def test_in_and_out_and_in_again(theirs: tuple[Any, Path], tmp_path: Path):
-    """Bit for bit, and with what only the tokenizer's files say."""
+def test_round_trip_is_bit_exact(theirs: tuple[Any, Path], tmp_path: Path):
+    """The weights and the auxiliary files."""
     model, directory = theirs
     base = open_base(directory)
     done = export_model(base, tmp_path / "out", files={"README.md": "a card"})
-    assert done.proof.difference is not None
-    assert done.proof.difference < 1e-4
+    assert done.check.difference is not None
+    assert done.check.difference < 1e-4
     mine, other = (load_file(place / "model.safetensors") for place in (directory, done.path))
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
     again = open_base(done.path)
     assert again.config == base.config
-    assert again.auxiliary_files.special_tokens == base.auxiliary_files.special_tokens
+    assert again.auxiliary_files.special_token_ids == base.auxiliary_files.special_token_ids
     assert (
         again.auxiliary_files.files["tokenizer_config.json"]
         == (base.auxiliary_files.files["tokenizer_config.json"])
@@ -75,49 +74,55 @@ def test_half_precision_and_several_files(
     assert reloaded.dtype == torch_dtype
 
 
-def test_what_transformers_reads_otherwise_is_no_export(
-    tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Each of these loads without an error, and computes something else."""
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rms_norm_eps": 0.1},
+        {"num_key_value_heads": 4},
+    ],
+)
+def test_check_finds_other_logits(tmp_path: Path, license_dataset: Path, change: dict[str, Any]):
     _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     base = open_base(directory)
-    place = tmp_path / "place"
-    right = export.huggingface_config
-    for setting, value in (
-        ("rope_theta", 500.0),
-        ("rms_norm_eps", 0.1),
-        ("num_key_value_heads", 4),
-    ):
+    out = export_model(base, tmp_path / "out", files={}).path
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(Mismatch):
+        check_export(base, out, torch.float32)
 
-        def wrong(*given: Any, setting: str = setting, value: Any = value) -> dict[str, Any]:
-            settings = right(*given) | {setting: value}
-            if setting == "rope_theta":
-                settings["rope_parameters"] = {"rope_type": "default", "rope_theta": value}
-            return settings
 
-        monkeypatch.setattr(export, "huggingface_config", wrong)
-        with pytest.raises(Mismatch):
-            export_model(base, place, files={"README.md": ""})
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
-    monkeypatch.setattr(export, "huggingface_config", right)
-    text = json.loads((directory / "tokenizer.json").read_text())
-    text["normalizer"] = {"type": "Lowercase"}
-    (tmp_path / "other.json").write_text(json.dumps(text))
-    other = replace(base, tokenizer=tmp_path / "other.json")
-    monkeypatch.setattr(export, "write_tokenizer", lambda _, folder: export_tokenizer(base, folder))
+def test_check_finds_another_tokenizer(tmp_path: Path, license_dataset: Path):
+    _, directory = saved_model("llama", tmp_path / "in", license_dataset)
+    base = open_base(directory)
+    out = export_model(base, tmp_path / "out", files={}).path
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (out / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(Mismatch, match="other tokens"):
-        export_model(other, place, files={"README.md": ""})
-    assert not place.exists()
+        check_export(base, out, torch.float32)
 
 
-export_tokenizer = export.write_tokenizer
+def test_failed_check_leaves_nothing(tmp_path: Path, license_dataset: Path):
+    """The weights change between writing and checking."""
+    _, directory = saved_model("llama", tmp_path / "in", license_dataset)
+    base = open_base(directory)
+    reads: Counter[str] = Counter()
+
+    def read(name: str) -> torch.Tensor:
+        reads[name] += 1
+        return base.read(name) * reads[name]
+
+    with pytest.raises(Mismatch, match="other logits"):
+        export_model(replace(base, read=read), tmp_path / "out", files={})
+    assert os.listdir(tmp_path) == ["in"]
 
 
-def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_dataset: Path):
+def test_failed_export_keeps_the_old_one(tmp_path: Path, license_dataset: Path):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     base = open_base(directory)
     out = export_model(base, tmp_path / "out", files={"README.md": "first"}).path
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         export_model(base, out, files={"README.md": "second"})
 
     def broken(name: str) -> torch.Tensor:
@@ -137,35 +142,17 @@ def test_an_error_on_the_way_leaves_what_was_there(tmp_path: Path, license_datas
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_what_killed_exports_left_is_cleared_and_what_they_moved_comes_back(
-    tmp_path: Path, license_dataset: Path
-):
-    _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
-    base, out, gone = open_base(directory), tmp_path / "out", 2**22 + 1  # no process has this id
-    for name in (f".out-{gone}-abc", f".out-{os.getpid()}-abc", ".out-notes", f".other-{gone}-a"):
-        (tmp_path / name).mkdir()
-    (tmp_path / f".out-{gone}-def-old").mkdir()
-    (tmp_path / f".out-{gone}-def-old/precious").write_text("x")
-    with pytest.raises(UserError, match="is there already"):
-        export_model(base, out, files={})  # it came back
-    assert (out / "precious").read_text() == "x"
-    left = {path.name for path in tmp_path.iterdir()} - {"in", "out"}
-    assert left == {f".out-{os.getpid()}-abc", ".out-notes", f".other-{gone}-a"}
-
-
 @pytest.mark.parametrize("place", ["run/checkpoints/step-00000004", "run/checkpoints/x", "link"])
-def test_no_export_into_checkpoints_or_through_a_dangling_link(
-    tmp_path: Path, license_dataset: Path, place: str
-):
+def test_refused_places(tmp_path: Path, license_dataset: Path, place: str):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.toml").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"is there already|within a run's checkpoints"):
+    with pytest.raises(UserError, match=r"already exists|within a run's checkpoints"):
         export_model(open_base(directory), tmp_path / place, files={})
 
 
-def test_folders_that_have_such_names_by_chance_are_no_runs(tmp_path: Path, license_dataset: Path):
+def test_names_alone_make_no_run(tmp_path: Path, license_dataset: Path):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
     out = tmp_path / "checkpoints/of-models/out"
     out.parent.mkdir(parents=True)
@@ -179,31 +166,31 @@ def test_folders_that_have_such_names_by_chance_are_no_runs(tmp_path: Path, lice
         export_model(open_base(directory), moved / "out", files={})
 
 
-def test_where_final_is_a_link_what_it_leads_to_is_left_alone(tmp_path: Path, recipe_file: Path):
+def test_final_as_a_link(tmp_path: Path, recipe_file: Path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     for path in (run, elsewhere):
         path.mkdir()
     (elsewhere / "precious").write_text("x")
     (run / "final").symlink_to(elsewhere)
     done = minigpt("pretrain", recipe_file, "--out", run)
-    assert f"exported {run}/final, proven" in done.stderr
+    assert f"exported {run}/final, checked" in done.stderr
     assert not (run / "final").is_symlink()
     assert os.listdir(elsewhere) == ["precious"]
     assert [name for name in os.listdir(run) if name.startswith(".final")] == []
 
 
-def test_final_is_of_the_checkpoint_that_the_run_ended_with(tmp_path: Path, recipe_file: Path):
+def test_final_is_of_the_last_step(tmp_path: Path, recipe_file: Path):
     """Also after going back to an older one."""
     run = tmp_path / "run"
     assert minigpt("pretrain", recipe_file, "--out", run).returncode == 0
     before = (run / "final/model.safetensors").read_bytes()
     said = minigpt("resume", run / "checkpoints/step-00000008", "--set", "train.steps=8").stderr
-    assert f"exported {run}/final, proven" in said
+    assert f"exported {run}/final, checked" in said
     assert "2,048 in 8 steps" in (run / "final/README.md").read_text()
     assert (run / "final/model.safetensors").read_bytes() != before
 
 
-def test_a_final_that_cannot_be_made_is_a_warning(tmp_path: Path, recipe_file: Path):
+def test_failed_final_is_a_warning(tmp_path: Path, recipe_file: Path):
     """All is trained and saved: exit code 0."""
     run = tmp_path / "run"
     run.mkdir()
@@ -215,24 +202,50 @@ def test_a_final_that_cannot_be_made_is_a_warning(tmp_path: Path, recipe_file: P
     assert "make it with minigpt export" in done.stderr
 
 
-def test_what_a_checkpoint_carries_leads_nowhere_else(tmp_path: Path):
-    for content in (
+@pytest.mark.parametrize(
+    "content",
+    [
         {"special_tokens": {}, "files": {"../evil.txt": "x"}},
         {"special_tokens": {}, "files": {"tokenizer_config.json": 1}},
         {"special_tokens": {"eos": 1}, "files": {}},
         {"special_tokens": []},
+        {"format": 2, "special_tokens": {}, "files": {}},
+    ],
+)
+def test_invalid_auxiliary_files(tmp_path: Path, content: dict[str, Any]):
+    (tmp_path / "huggingface.json").write_text(json.dumps(content))
+    with pytest.raises(Damaged, match=r"huggingface\.json: not written by this version"):
+        auxiliary_files_of_checkpoint(tmp_path)
+
+
+def test_auxiliary_files_read_back(tmp_path: Path):
+    """Also without a format, as the first versions wrote it."""
+    files = AuxiliaryFiles({"eos_token_id": [1, 2]}, {"chat_template.jinja": "{{ ü }}"})
+    content = json.loads(files.dump())
+    assert content.pop("format") == 1
+    for text in (files.dump(), json.dumps(content).encode()):
+        (tmp_path / "huggingface.json").write_bytes(text)
+        assert auxiliary_files_of_checkpoint(tmp_path) == files
+
+
+def test_origin_reads_back(tmp_path: Path):
+    """Also without a format, as the first versions wrote it."""
+    assert read_origin(tmp_path) is None
+    origin = {"checkpoint": "step-00000012"}
+    for text in (origin_text(origin), json.dumps(origin)):
+        (tmp_path / "minigpt.json").write_text(text)
+        assert read_origin(tmp_path) == origin
+    (tmp_path / "minigpt.json").write_text('{"format": 2}')
+    with pytest.raises(
+        UserError, match=r"minigpt\.json: format 2; this version of minigpt reads 1"
     ):
-        (tmp_path / "huggingface.json").write_text(json.dumps(content))
-        with pytest.raises(Damaged, match=r"huggingface\.json: is not what minigpt writes"):
-            auxiliary_files_of_checkpoint(tmp_path)
+        read_origin(tmp_path)
 
 
 def test_one_tensor_at_a_time(
     tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """While the files are written, no more than one of the tensors that were read is alive."""
-    import weakref
-
+    """While the files are written, at most one of the tensors that were read is alive."""
     _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     base = open_base(directory)
     alive: list[weakref.ref[torch.Tensor]] = []
@@ -243,12 +256,12 @@ def test_one_tensor_at_a_time(
         alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(export, "check_export", lambda *_: ExportCheck(None, "not here"))
+    monkeypatch.setitem(sys.modules, "transformers", None)  # no check, which reads once more
     export_model(replace(base, read=read), tmp_path / "out", files={"README.md": ""})
     assert len(alive) == 21
 
 
-def logits_of(base: Base) -> torch.Tensor:
+def logits_of(base: BaseModel) -> torch.Tensor:
     model = GPT(base.config)
     load_base(base, model, copy_values)
     with torch.no_grad():
@@ -256,9 +269,7 @@ def logits_of(base: Base) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-def test_a_run_ends_with_a_directory_for_transformers(
-    tmp_path: Path, recipe_file: Path, family: str
-):
+def test_final_loads_in_transformers(tmp_path: Path, recipe_file: Path, family: str):
     """On two ranks, sharded; gathered from their files by one process."""
     run = tmp_path / "run"
     heads = () if family != "gpt2" else ("--set", "model.num_key_value_heads=4")
@@ -267,7 +278,7 @@ def test_a_run_ends_with_a_directory_for_transformers(
         "--set", "distributed.strategy=fsdp", "--nproc", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert f"exported {run}/final, proven by transformers" in done.stderr
+    assert f"exported {run}/final, checked with transformers" in done.stderr
     theirs = AutoModelForCausalLM.from_pretrained(run / "final")
     base = open_base(run)
     with torch.no_grad():
@@ -277,7 +288,7 @@ def test_a_run_ends_with_a_directory_for_transformers(
     assert f'family = "{family}"  # command line' in card
     before = (run / "final/model.safetensors").stat().st_mtime_ns
     again = minigpt("resume", run)
-    assert "final is there" in again.stderr
+    assert "final exists already" in again.stderr
     assert (run / "final/model.safetensors").stat().st_mtime_ns == before
     out = tmp_path / "out"
     done = minigpt("export", run / "checkpoints/step-00000004", out, "--json")
@@ -286,20 +297,18 @@ def test_a_run_ends_with_a_directory_for_transformers(
     assert minigpt("export", run, out).returncode == 2
 
 
-def test_without_transformers_it_says_that_nothing_was_proven(
+def test_without_transformers(
     tmp_path: Path, license_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ):
     _, directory = saved_model("gpt2", tmp_path / "in", license_dataset)
-    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     done = export_model(open_base(directory), tmp_path / "out", files={"README.md": ""})
-    assert str(done.proof) == "not proven: transformers is not installed"
+    assert str(done.check) == "not checked: transformers is not installed"
     assert (tmp_path / "out/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama-biases-tied", "llama-3-angles", "qwen3"])
-def test_a_run_goes_on_from_what_was_trained_elsewhere(
-    shape: str, tmp_path: Path, recipe_file: Path, license_dataset: Path
-):
+def test_init_from(shape: str, tmp_path: Path, recipe_file: Path, license_dataset: Path):
     """The recipe names no shape, the data no tokenizer; what came with the model goes out again."""
     model, directory = saved_model(shape, tmp_path / "in", license_dataset)
     text = recipe_file.read_text()
@@ -326,9 +335,7 @@ def test_a_run_goes_on_from_what_was_trained_elsewhere(
     assert resumed.returncode == 0, resumed.stderr
 
 
-def test_a_recipe_that_says_otherwise_is_refused(
-    tmp_path: Path, license_dataset: Path, recipe_file: Path
-):
+def test_contradicting_recipe(tmp_path: Path, license_dataset: Path, recipe_file: Path):
     _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     done = minigpt("pretrain", recipe_file, "--out", tmp_path / "run",
                    "--set", f"model.init_from={directory}")  # fmt: skip
@@ -338,9 +345,7 @@ def test_a_recipe_that_says_otherwise_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_of_another_tokenizer_is_refused(
-    tmp_path: Path, license_dataset: Path, recipe_file: Path
-):
+def test_data_of_another_tokenizer(tmp_path: Path, license_dataset: Path, recipe_file: Path):
     """The same ids would mean other tokens."""
     _, directory = saved_model("llama", tmp_path / "in", license_dataset)
     settings = json.loads((directory / "config.json").read_text())

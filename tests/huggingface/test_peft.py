@@ -8,57 +8,30 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from minigpt_cli.core.errors import Damaged, UserError
+from minigpt_cli.huggingface.adapter import LoadedAdapter, merge, open_adapter, open_model
 from minigpt_cli.huggingface.base_model import open_base
 from minigpt_cli.huggingface.export import export_adapter, export_model
 from minigpt_cli.huggingface.load import load_model
-from minigpt_cli.huggingface.peft import LoadedAdapter, merge, open_adapter, open_model
 from minigpt_cli.model import lora
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import AdapterSettings
+from tests.helpers.adapters import KINDS, peft_adapter, randomize
 from tests.helpers.models import saved_model
-from tests.model.test_lora import randomize
 
 IDS = torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
-KINDS = {
-    "plain": AdapterSettings(rank=4, alpha=8.0),
-    "rank-stabilised": AdapterSettings(
-        rank=2, alpha=3.0, use_rslora=True, target_modules=("all-linear",)
-    ),
-    "dora": AdapterSettings(rank=3, alpha=6.0, use_dora=True),
-}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 shapes = pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen3"])
 
 
-def peft_adapter(
-    directory: Path, out: Path, kind: AdapterSettings, targets: Any = "all-linear"
-) -> Any:
-    """An adapter that PEFT makes and saves; returns PEFT's model."""
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(directory),
-        LoraConfig(
-            r=kind.rank, lora_alpha=kind.alpha, target_modules=targets, task_type="CAUSAL_LM",
-            use_rslora=kind.use_rslora, use_dora=kind.use_dora, lora_dropout=0.1,
-        ),
-    ).eval()  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    model.save_pretrained(out)
-    return model
-
-
 @kinds
 @shapes
-def test_pefts_adapters_load(
+def test_peft_adapter_loads(
     tmp_path: Path, license_dataset: Path, shape: str, kind: AdapterSettings
 ):
     _, directory = saved_model(shape, tmp_path / "base", license_dataset)
@@ -75,7 +48,7 @@ def test_pefts_adapters_load(
 
 @kinds
 @shapes
-def test_ours_load_in_peft_alone_and_merged(
+def test_our_adapter_loads_in_peft(
     tmp_path: Path, license_dataset: Path, shape: str, kind: AdapterSettings
 ):
     _, directory = saved_model(shape, tmp_path / "base", license_dataset)
@@ -94,7 +67,7 @@ def test_ours_load_in_peft_alone_and_merged(
         merged = theirs.merge_and_unload()(IDS).logits
         torch.testing.assert_close(merged, logits, rtol=0, atol=1e-4)
     done = export_model(merge(base, adapter), tmp_path / "merged", files={"README.md": ""})
-    assert done.proof.difference is not None
+    assert done.check.difference is not None
     with torch.no_grad():
         alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits
         torch.testing.assert_close(alone, logits, rtol=0, atol=1e-4)
@@ -111,7 +84,7 @@ def test_ours_load_in_peft_alone_and_merged(
         ("llama", r".*layers\.1\.mlp\.up_proj", ["model.layers.1.mlp.up_proj"]),
     ],
 )
-def test_the_same_layers_are_named(
+def test_target_modules(
     tmp_path: Path, license_dataset: Path, shape: str, targets: Any, written: list[str]
 ):
     """Also from a pattern, which only PEFT understands: the tensors tell."""
@@ -149,21 +122,24 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (settings(peft_type="IA3"), "no adapters with peft_type 'IA3'"),
-        (settings(bias="all"), "no adapters with bias 'all'"),
-        (settings(modules_to_save=["lm_head"]), "no adapters with modules_to_save ['lm_head']"),
+        (settings(peft_type="IA3"), "support adapters with peft_type 'IA3'"),
+        (settings(bias="all"), "support adapters with bias 'all'"),
+        (
+            settings(modules_to_save=["lm_head"]),
+            "support adapters with modules_to_save ['lm_head']",
+        ),
         (settings(init_lora_weights="pissa"), "init_lora_weights 'pissa', which changes the base"),
-        (settings(r=0), "is not an adapter's configuration"),
+        (settings(r=0), "invalid adapter configuration"),
         (settings(rank_pattern={"q_proj": 2}), "rank_pattern {'q_proj': 2}"),
-        (settings(r="many"), "is not an adapter's configuration"),
-        (settings(r=5), "is [4, 64], and should be [5, 64]"),
-        (settings(use_dora=True), "magnitude_vector is absent, and should be [48]"),
+        (settings(r="many"), "invalid adapter configuration"),
+        (settings(r=5), "the base needs shape [5, 64], but it is [4, 64]"),
+        (settings(use_dora=True), "magnitude_vector: the base needs shape [48], but it is absent"),
         (settings(base_model_name_or_path=None), "names no base"),
         (tensors(lambda t: t.pop(FIRST)), "lora_B"),
-        (tensors(lambda t: t.update({FIRST: torch.ones(4, 47)})), "is [4, 47], and should be"),
+        (tensors(lambda t: t.update({FIRST: torch.ones(4, 47)})), "but it is [4, 47]"),
         (
             tensors(lambda t: t.update({FIRST.replace("layers.0", "layers.7"): torch.ones(4, 48)})),
-            "layers.7.self_attn.q_proj.lora_A.weight, which the base has no layer for",
+            "layers.7.self_attn.q_proj.lora_A.weight, but the base has no such layer",
         ),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no such file"),
         (
@@ -179,7 +155,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not a JSON object"),
     ],
 )
-def test_what_is_no_adapter_for_this_base_is_refused(
+def test_invalid_adapters(
     llama: tuple[Path, Path], tmp_path: Path, change: Callable[[Path], None], message: str
 ):
     shutil.copytree(llama[1], tmp_path / "adapter")
@@ -198,7 +174,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> tu
     return directory, folder / "adapter"
 
 
-def test_a_base_that_is_damaged_is_told_as_such(llama: tuple[Path, Path], tmp_path: Path):
+def test_damaged_base(llama: tuple[Path, Path], tmp_path: Path):
     """By the exit code, too: the adapter itself is whole."""
     run = tmp_path / "run"
     checkpoint = run / "checkpoints/step-00000001"
@@ -209,15 +185,13 @@ def test_a_base_that_is_damaged_is_told_as_such(llama: tuple[Path, Path], tmp_pa
     settings = json.loads((adapter / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(run)
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(Damaged, match=r"its base can't be had: .*no valid checkpoint"):
+    with pytest.raises(Damaged, match=r"its base can't be opened: .*no valid checkpoint"):
         open_model(adapter, [])
 
 
-def test_an_adapter_of_another_model_is_refused(
-    llama: tuple[Path, Path], tmp_path: Path, license_dataset: Path
-):
+def test_adapter_of_another_model(llama: tuple[Path, Path], tmp_path: Path, license_dataset: Path):
     _, other = saved_model("qwen3", tmp_path / "other", license_dataset)
-    with pytest.raises(UserError, match=r"is \[.*\], and should be"):
+    with pytest.raises(UserError, match=r"the base needs shape \[.*\], but it is \["):
         open_adapter(llama[1], open_base(other).config)
     with pytest.raises(UserError, match="is an adapter itself"):
         open_model(llama[1], [llama[1]])

@@ -10,12 +10,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.huggingface.peft import LoadedAdapter, apply
+from minigpt_cli.huggingface.adapter import LoadedAdapter, apply
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, copy_values, initialize_weights
 from minigpt_cli.model.hf_names import config_from_huggingface
 from minigpt_cli.recipe import AdapterSettings
+from tests.helpers.adapters import randomize
 from tests.helpers.hf_layout import from_huggingface
 from tests.helpers.models import random_model
 
@@ -41,19 +42,6 @@ def small(family: str = "llama") -> GPT:
 
 def weights_of(model: GPT) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def randomize(model: GPT, seed: int = 0) -> dict[str, Tensor]:
-    """Values for A, B and lengths; returns them."""
-    generator = torch.Generator().manual_seed(seed)
-    values = {}
-    for name, p in model.named_parameters():
-        if lora.MARK in name:
-            values[name] = torch.randn(p.shape, generator=generator) * 0.1
-            if name.endswith("magnitude_vector"):
-                values[name] = values[name].abs() + 1.0
-            copy_values(p, values[name])
-    return values
 
 
 @kinds

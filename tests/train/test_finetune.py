@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from minigpt_cli.data import chat
 from minigpt_cli.data.tokenizer import load_tokenizer
-from minigpt_cli.huggingface.base_model import chat_template, ends, open_base
+from minigpt_cli.huggingface.auxiliary_files import chat_template
+from minigpt_cli.huggingface.base_model import open_base, stop_token_ids
 from minigpt_cli.huggingface.load import load_model
 from minigpt_cli.recipe import load_recipe
 from minigpt_cli.report import metrics
@@ -245,7 +246,7 @@ def test_another_base_is_refused_and_a_moved_one_is_not(
     assert refused.returncode == 2
     assert f"{base}: no such directory" in refused.stderr
     refused = minigpt("sample", run)
-    assert f"its base can't be had: {base}: no such directory" in refused.stderr
+    assert f"its base can't be opened: {base}: no such directory" in refused.stderr
     assert f"BASE --adapter {run}" in refused.stderr
     moved = f"lora.base={tmp_path}/moved"
     said = finished("resume", run, "--set", "train.steps=13", "--set", moved)
@@ -280,7 +281,9 @@ def test_a_base_that_went_on_training_is_not_merged_into(
                     ("sample", trained, "--adapter", run / "final")):  # fmt: skip
         refused = minigpt(*command)
         assert refused.returncode == 2
-        assert re.search(rf"was not trained on {trained}(/final)? as it is now", refused.stderr)
+        assert re.search(
+            rf"was not trained on the present weights of {trained}(/final)?;", refused.stderr
+        )
     assert "is not the model that this run's adapters" in minigpt("resume", run).stderr
     finished("resume", run, "--set", f"lora.base={tmp_path}/kept")
     finished("export", tmp_path / "kept", tmp_path / "again", "--adapter", run)
@@ -461,7 +464,7 @@ def test_special_tokens_stand_before_a_prompt_as_they_did_in_training(
     for model in ((run,), (run / "final",), (base, "--adapter", run), (tmp_path / "merged",)):
         assert written(*model) == expected[1], model
     told = json.loads((tmp_path / "merged/minigpt.json").read_text())
-    assert told == {"checkpoint": "step-00000012"}
+    assert told == {"format": 1, "checkpoint": "step-00000012"}
     (run / "checkpoints/step-00000012/recipe.toml").unlink()  # which says what the base is
     assert written(run) == expected[1]
 
@@ -517,7 +520,7 @@ def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_render
         assert template is not None
         rendered = chat.render(template, asked, add_generation_prompt=True, variables=variables)
         assert rendered == expected
-        assert theirs.eos_token_id in ends(trained, load_tokenizer(trained.tokenizer))
+        assert theirs.eos_token_id in stop_token_ids(trained, load_tokenizer(trained.tokenizer))
     assert AutoConfig.from_pretrained(run / "final").eos_token_id == [0, theirs.eos_token_id]
 
 

@@ -113,9 +113,9 @@ def test_resume_walks_back_past_damaged_checkpoints(
     (run_dir / "checkpoints/step-00000008/state.json").unlink()
     fit(*resume_run(run_dir, [], []))
     errors = capsys.readouterr().err
-    assert "step-00000012 passed over" in errors
+    assert "step-00000012 skipped" in errors
     assert "sha256 differs" in errors
-    assert "step-00000008 passed over" in errors
+    assert "step-00000008 skipped" in errors
     assert "from step 4 of 12" in errors
     assert_same_run(straight, run_dir, 12)
 
