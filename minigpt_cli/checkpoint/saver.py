@@ -66,6 +66,7 @@ class Saver:
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._running: Future[Saved] | None = None
+        self.last_saved_step: int | None = None  # by this Saver
         self._stager = _Stager(world)
 
     def start(
@@ -112,7 +113,10 @@ class Saver:
 
     def _take(self) -> Saved | None:
         running, self._running = self._running, None
-        return running.result() if running is not None else None
+        saved = running.result() if running is not None else None
+        if saved is not None and saved.problem is None:
+            self.last_saved_step = saved.step
+        return saved
 
     def _await(self, work: "Future[Any] | None") -> None:
         """Wait until every rank's work is done.

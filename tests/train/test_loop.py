@@ -17,9 +17,10 @@ from minigpt_cli.data.loader import Batch
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train.loop import Clock, fit
+from minigpt_cli.train.log_step import Clock
+from minigpt_cli.train.loop import fit
 from minigpt_cli.train.samples import Prompts
-from minigpt_cli.train.schedule import lr_at
+from minigpt_cli.train.schedule import lr_factor
 from minigpt_cli.train.start import resume_run, start_run
 
 MakeRecipe = Callable[..., Recipe]
@@ -92,7 +93,7 @@ def test_a_run_is_a_plain_loop_of_torchs_own_adamw(tmp_path: Path, make_recipe: 
     )  # fmt: skip
     for step, (inputs, targets) in enumerate(batches):
         for group in adamw.param_groups:
-            group["lr"] = lr_at(recipe.schedule, recipe.optimizer.lr, 6, step + 1)
+            group["lr"] = recipe.optimizer.lr * lr_factor(recipe.schedule, 6, step + 1)
         adamw.zero_grad()
         (model(inputs, targets) / targets.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
