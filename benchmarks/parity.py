@@ -1,4 +1,4 @@
-"""How far minigpt is from transformers and PEFT, by family: ``python -m benchmarks.parity``.
+"""Compare logits with those of transformers and PEFT, by family: ``python -m benchmarks.parity``.
 
 Random models of each shape, float32, on a CPU. Each column is the largest difference of any logit.
 """
@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.checkpoint.conftest import SHAPES, saved_model
-from tests.checkpoint.test_adapter import KINDS, peft_adapter
-from tests.processes import ROOT
 from transformers import AutoModelForCausalLM
 
 from minigpt_cli.generate.engine import generate
@@ -27,6 +24,9 @@ from minigpt_cli.model import lora
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.prepare.sources import Source
 from minigpt_cli.prepare.tokenize import tokenize
+from tests.helpers.models import SHAPES, saved_model
+from tests.helpers.processes import ROOT
+from tests.huggingface.test_peft import KINDS, peft_adapter
 from tests.model.test_lora import randomize
 
 CPU = torch.device("cpu")

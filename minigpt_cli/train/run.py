@@ -89,10 +89,7 @@ def build_run(
     """Build a run without weights, and log a summary of it.
 
     Args:
-        recipe: the resolved recipe.
-        data: the recipe's data.
-        directory: the run directory.
-        world: this process among the others.
+        recipe, data, directory, world: see ``Run``.
         resources: takes what must be closed at the end.
         auxiliary_files: of the base model or the tokenizer.
 
@@ -110,9 +107,6 @@ def build_run(
         device=world.device,
     )
     resources.callback(batches.close)
-    validation = None
-    if data.val is not None:
-        validation = Validation(data.val, token_byte_lengths(tokenizer), data.bytes_per_token)
     _, trained = count_parameters(context.model)
     peak = peak_flops(device_name(world.device))
     log(_summary(recipe, context, data.train.num_sequences))
@@ -122,13 +116,15 @@ def build_run(
         world=world,
         context=context,
         batches=batches,
-        validation=validation,
+        validation=None
+        if data.val is None
+        else Validation(data.val, token_byte_lengths(tokenizer), data.bytes_per_token),
         prompts=Prompts(
-            recipe.eval.prompts,
-            tokenizer,
-            eos_id(tokenizer),
-            recipe.eval.prompt_tokens,
-            context.dtype,
+            texts=recipe.eval.prompts,
+            tokenizer=tokenizer,
+            eos_id=eos_id(tokenizer),
+            max_new_tokens=recipe.eval.prompt_tokens,
+            dtype=context.dtype,
         ),
         metrics=None,
         saver=resources.enter_context(Saver(directory, world, recipe.checkpoint)),

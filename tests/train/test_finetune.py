@@ -20,7 +20,6 @@ from minigpt_cli.huggingface.base_model import chat_template, ends, open_base
 from minigpt_cli.huggingface.load import load_model
 from minigpt_cli.recipe import load_recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train import trainer
 from minigpt_cli.train.start import start_run
 from minigpt_cli.train.step import train_step
 from tests.helpers.models import saved_model
@@ -218,16 +217,19 @@ def test_a_base_kept_in_bf16_computes_what_autocast_would(
     tmp_path: Path,
     base: Path,
     license_dataset: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ):
-
     file = recipe(tmp_path, base, license_dataset)
     losses = []
     for name in ("rounded", "whole"):
-        if name == "whole":
-            monkeypatch.setattr(trainer, "round_frozen", lambda *_: None)
         loaded = load_recipe(file, ["precision.dtype=bf16"])
         run, _ = start_run(loaded, tmp_path / name)
+        if name == "whole":
+            weights = open_base(base)
+            for layer, module in run.context.model.layers.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    assert module.weight.dtype == torch.bfloat16
+                    whole = weights.read(f"layers.{layer}.weight").float()
+                    module.weight = torch.nn.Parameter(whole, requires_grad=False)
         losses.append([train_step(run.context, run.batches(s), s, 1.0)[0].item() for s in range(3)])
         run.resources.close()
     assert losses[0] == losses[1]
@@ -418,7 +420,7 @@ def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
                     "--set", "train.sequence_length=96",
                     "--set", "data.source.val_fraction=0")  # fmt: skip
     assert "no validation example of at most 96 tokens; nothing is evaluated" in said
-    assert f"{base}: brings no tokenizer; was it trained with {mine}/tokenizer.json?" in said
+    assert f"{base}: has no tokenizer; was it trained with {mine}/tokenizer.json?" in said
     finished("resume", run, "--set", "train.steps=4")
     assert AutoTokenizer.from_pretrained(run / "final").chat_template == OWN_TEMPLATE
     finished("export", run, tmp_path / "merged")

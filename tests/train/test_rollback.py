@@ -1,8 +1,6 @@
 """Back to the last checkpoint, and past the data: against a plain loop, and across resumes."""
 
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from minigpt_cli.train.run import Run
 from minigpt_cli.train.schedule import lr_factor
 from minigpt_cli.train.start import resume_run, start_run
 from minigpt_cli.train.step import train_step
+from tests.helpers.events import in_micro_batches, stop
 from tests.helpers.poison import BATCH, LENGTH, SEED, SPIKES, incidents, poisoned, unused_token
 from tests.helpers.runs import assert_same_run, rewind, tensors
 from tests.helpers.steps import everything
@@ -231,13 +230,7 @@ def test_a_stop_while_a_rollback_is_due_loses_nothing(
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     fit(*start_run(recipe, straight))
     run, state = start_run(recipe, stopped)
-    calls = iter(range(1000))
-
-    def signalled(grad: torch.Tensor) -> None:
-        if next(calls) == 2 * 27:  # two micro-batches a step
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    run.context.model.norm.weight.register_hook(signalled)
+    in_micro_batches(run, {2 * 27: stop})  # two micro-batches per step
     with pytest.raises(Stopped, match="stopped by SIGTERM at step 20 of 40, everything is saved"):
         fit(run, state)
     assert len(incidents(stopped, "rollback")) == 1
