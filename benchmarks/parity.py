@@ -1,4 +1,4 @@
-"""How far minigpt is from transformers and PEFT, by family: ``python -m benchmarks.parity``.
+"""Compare logits with those of transformers and PEFT, by family: ``python -m benchmarks.parity``.
 
 Random models of each shape, float32, on a CPU. Each column is the largest difference of any logit.
 """

@@ -12,7 +12,8 @@ from types import FrameType
 
 from minigpt_cli.core.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: often what Slurm's --signal sends
+# SIGUSR1: often what Slurm's --signal sends. SIGHUP: the terminal is gone.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 PATIENCE = 5.0  # seconds for the first signal's exception to get through
 
 
@@ -42,7 +43,7 @@ def stop_at_signals() -> None:
 
 def ignore_signals() -> None:
     """From here on nothing changes how the command ends, while the interpreter is being closed."""
-    for signum in (*SIGNALS, signal.SIGHUP):
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 

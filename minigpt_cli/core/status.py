@@ -1,4 +1,4 @@
-"""status.json: how the run's last process ended, for scripts that can't see its exit code."""
+"""status.json: how a run's last process ended, for scripts that can't see its exit code."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from minigpt_cli.core.run_dir import STATUS
 def write_status(
     directory: Path, status: str, exit_code: int | None, step: int | None, message: str
 ) -> None:
-    """Write ``status.json``; a full disk must not hide the error that is being reported.
+    """Write status.json. A write that fails is ignored: it must not hide the error it reports.
 
     Args:
         directory: the run directory.
         status: running, finished, stopped, diverged or failed.
-        exit_code: what the command exits with; None while it runs.
-        step: the last finished step; None where it isn't known.
+        exit_code: the command's exit code; None while it runs.
+        step: the last finished step; None if it isn't known.
         message: one line for a person.
     """
     content = {
@@ -31,7 +31,7 @@ def write_status(
         "host": socket.gethostname(),
     }
     temporary = directory / f".{STATUS}"
-    try:
+    try:  # without fsync: the file tells how a process ended, not what is saved
         temporary.write_text(json.dumps(content, indent=2) + "\n")
         temporary.replace(directory / STATUS)
     except OSError:

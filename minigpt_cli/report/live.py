@@ -11,6 +11,7 @@ from minigpt_cli.core.console import console, log
 
 
 def duration(seconds: float) -> str:
+    """Return a duration as h:mm:ss or m:ss; "?" if it isn't known."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)
@@ -19,7 +20,13 @@ def duration(seconds: float) -> str:
 
 
 def step_line(values: dict[str, Any], total: int, seconds_left: float) -> str:
-    """One logged step in words."""
+    """Return one logged step as a line.
+
+    Args:
+        values: the step's line of metrics.jsonl.
+        total: steps in the whole run.
+        seconds_left: an estimate.
+    """
     mfu = values["mfu"]
     return (
         f"step {values['step']}/{total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
@@ -29,13 +36,22 @@ def step_line(values: dict[str, Any], total: int, seconds_left: float) -> str:
 
 
 class TrainingDisplay:
-    """The latest numbers in place on a terminal (wide: with a bar); a line per step elsewhere."""
+    """Shows the last logged step in place on a terminal, and as a line per step elsewhere.
+
+    It uses the console of core/console.py, so that log lines appear above it.
+    """
 
     def __init__(self, total: int, done: int):
+        """Create a display that isn't shown yet.
+
+        Args:
+            total: steps in the whole run.
+            done: steps done so far.
+        """
         self._total = total
         self._console = console()
         self._live = self._console.is_terminal
-        # On a narrow terminal the text takes two lines: by default its end, the time left, is cut.
+        # A column of its own wraps on a narrow terminal; by default rich cuts off the time left.
         text = rich.progress.TextColumn("{task.fields[line]}", table_column=Column())
         wide = self._console.width >= 130
         self._progress = rich.progress.Progress(
@@ -47,14 +63,22 @@ class TrainingDisplay:
         self._task = self._progress.add_task("", total=total, completed=done, line="")
 
     def __enter__(self) -> "TrainingDisplay":
+        """Show the display."""
         self._progress.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Remove the display; a terminal that is gone is no error."""
         with contextlib.suppress(OSError):
             self._progress.stop()
 
     def step(self, values: dict[str, Any], seconds_left: float) -> None:
+        """Show a logged step.
+
+        Args:
+            values: the step's line of metrics.jsonl.
+            seconds_left: an estimate.
+        """
         line = step_line(values, self._total, seconds_left)
         if self._live:
             with contextlib.suppress(OSError):

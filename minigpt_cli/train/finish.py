@@ -1,4 +1,4 @@
-"""What a run that has come to its end leaves behind: final/, for transformers or PEFT."""
+"""final/: the export of a finished run, for transformers or PEFT."""
 
 from pathlib import Path
 
@@ -16,20 +16,22 @@ from minigpt_cli.train.run import Run
 
 
 def write_final(run: Run, state: RunState) -> str:
-    """Export the last checkpoint to ``final/``, unless that is there; rank 0 does, the others wait.
+    """Export the last checkpoint to final/ if it isn't there; rank 0 does, the others wait.
+
+    A full disk or too little memory is only a warning: everything is saved.
 
     Returns:
-        What became of it, for a person.
+        A line about the result, for a person.
 
     Raises:
-        Mismatch: transformers reads another model from it.
+        Mismatch: transformers reads another model from the export.
     """
     checkpoint = checkpoint_path(run.directory, state.step)
     return run.world.run_on_rank0(lambda: _export(run, checkpoint, run.directory / FINAL))
 
 
-def clear(directory: Path) -> None:
-    """Clear away what an export to ``final/`` left that was killed."""
+def remove_stale_export(directory: Path) -> None:
+    """Remove what a killed export to final/ left in a run directory."""
     remove_stale_directories(directory / FINAL)
 
 
@@ -52,7 +54,8 @@ def _export(run: Run, checkpoint: Path, final: Path) -> str:
     except Mismatch:
         raise
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's: no memory
-        # All is trained and saved: a full disk or little memory is no loss.
-        reason = first_line(error)
-        warn(f"{final} was not made: {reason}; make it with minigpt export {checkpoint} OUT")
+        warn(
+            f"{final} was not made: {first_line(error)}; make it with minigpt export {checkpoint} "
+            "OUT"
+        )
         return f"everything is saved in {checkpoint}"

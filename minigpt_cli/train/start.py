@@ -1,139 +1,174 @@
-"""A recipe and a starting point -> a Run for fit().
+"""A recipe and a starting point -> a Run and its state, for ``fit``.
 
-``pretrain``, ``finetune-lora`` and ``resume`` differ only here: in where the weights and the state
-come from.
+pretrain, finetune-lora and resume differ only here: in where weights and state come from.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.saver import check_room
 from minigpt_cli.checkpoint.state import RunState, read_state
-from minigpt_cli.checkpoint.tensors import bytes_of, load_tensors, tensors_of
+from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
 from minigpt_cli.core.console import log, warn
-from minigpt_cli.core.errors import Outcome, UserError
-from minigpt_cli.core.files import locked, write_atomically
-from minigpt_cli.core.run_dir import (
-    CHECKPOINTS,
-    ENVIRONMENT,
-    LOCK,
-    RECIPE,
-    TOKENIZER,
-    checkpoints_dir,
-)
-from minigpt_cli.core.status import write_status
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import write_atomically
+from minigpt_cli.core.run_dir import CHECKPOINTS, ENVIRONMENT, RECIPE, TOKENIZER, checkpoints_dir
 from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.packing import PackedSequences
-from minigpt_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
-from minigpt_cli.distributed import parallel
-from minigpt_cli.distributed.world import World, end_with, recorded_by, start_world
-from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, auxiliary_files_of_checkpoint
+from minigpt_cli.data.sequences import TrainingData, open_data, verify_data
+from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
+from minigpt_cli.distributed.parallel import copy_full_tensor
+from minigpt_cli.distributed.world import World, start_world
+from minigpt_cli.huggingface.auxiliary_files import auxiliary_files_of_checkpoint
 from minigpt_cli.huggingface.base_model import complete_recipe
-from minigpt_cli.model import lora
 from minigpt_cli.model.config import config_from_recipe
-from minigpt_cli.model.gpt import initialize_weights, meta_model
+from minigpt_cli.model.gpt import initialize_weights
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.recipe import DistributedSettings, Recipe, dump_recipe, load_recipe
-from minigpt_cli.report import metrics
-from minigpt_cli.train import finish, guard
-from minigpt_cli.train.base import (
+from minigpt_cli.report.metrics import MetricsFile, cut_back
+from minigpt_cli.train.base_weights import (
     auxiliary_files_of,
     check_base_tokenizer,
     load_recipe_base,
     open_recipe_base,
-    with_recipe_tokenizer,
+    start_from_base,
 )
 from minigpt_cli.train.changes import (
     check_base,
     check_changes,
     check_dataset,
-    environment,
-    warn_of_another_machine,
+    warn_about_environment,
 )
-from minigpt_cli.train.run import Run
-from minigpt_cli.train.trainer import build, warm_up
-
-_STATUS = {3: "diverged", 75: "stopped", 130: "stopped"}  # by exit code
-
-
-@dataclass
-class Record:
-    """What status.json is written from."""
-
-    directory: Path
-    state: RunState | None = None  # once it is known
-
-
-@contextmanager
-def recorded(directory: Path) -> Iterator[Record]:
-    """Keep status.json true while a run is made ready and trained in the ``with`` block."""
-    record = Record(directory)
-
-    def write(status: str, exit_code: int | None, message: str) -> None:
-        step = record.state.step if record.state is not None else None
-        write_status(directory, status, exit_code, step, message)
-
-    def ended(outcome: Outcome) -> None:
-        write(_STATUS.get(outcome.code, "failed"), outcome.code, outcome.message)
-
-    write("running", None, "")
-    try:
-        with recorded_by(ended):
-            yield record
-    except BaseException as error:
-        ended(end_with(error))
-        raise
-    write("finished", 0, "")
+from minigpt_cli.train.checkpointing import restore_checkpoint
+from minigpt_cli.train.finish import remove_stale_export
+from minigpt_cli.train.run import Run, build_run, run_environment
+from minigpt_cli.train.run_lock import StatusRecord, recorded, run_lock
+from minigpt_cli.train.trainer import warm_up
 
 
 def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
-    """A new run in ``directory``, from random weights or a base; on every rank. Its data is made
-    first, where it isn't there.
+    """Start a new run from random weights or a base model; every rank calls it.
+
+    The recipe's data is prepared first if it isn't there.
+
+    Args:
+        recipe: as it was loaded.
+        directory: the run directory, which may not exist yet.
+
+    Returns:
+        (the run, its state at step 0), for ``fit``, which closes the run.
 
     Raises:
-        UserError: the directory already holds a run's checkpoints, or the recipe can't be followed.
+        UserError: the directory already holds a run, or the recipe can't be followed.
     """
     world = start_world(recipe.distributed.timeout_minutes)
     _check_directory(directory)
-    base, identity = open_recipe_base(recipe, world)
+    base, base_fingerprint = open_recipe_base(recipe, world)
     if base is not None:
-        log(base.report)
-        base = with_recipe_tokenizer(base, recipe)
-        recipe = complete_recipe(recipe, base)
-        if recipe.lora is not None:  # before the data is made, which may take hours
-            lora.target_layers(meta_model(base.config), recipe.lora.target_modules)
-        given = recipe.data.tokenizer.path if recipe.data.tokenizer is not None else None
-        if given is not None and given != str(base.tokenizer):
-            check_base_tokenizer(given, base, tokenizer_fingerprint(load_tokenizer(given)))
+        recipe, base = start_from_base(recipe, base)
+    auxiliary_files = auxiliary_files_of(recipe, base)
     with ExitStack() as resources:
-        auxiliary_files = auxiliary_files_of(recipe, base)
-        record = _claim(directory, world, resources, recipe, auxiliary_files)
-        run, state = build(recipe, directory, world, resources, auxiliary_files)
-        record.state = state
+
+        def lock() -> None:
+            _check_start(recipe, directory)
+            resources.enter_context(run_lock(directory))
+            _check_start(recipe, directory)  # again: another process may just have left
+
+        def prepare() -> None:
+            _remove_leftovers(directory)
+            prepare_data(recipe, auxiliary_files)
+
+        world.run_on_rank0(lock)
+        record = _keep_status(directory, world, resources)
+        world.run_on_rank0(prepare)
+        data = _open_verified(recipe, world)
+        run = build_run(recipe, data, directory, world, resources, auxiliary_files)
+        record.state = state = RunState(dataset=data.fingerprints)
         if base is None:
-            initialize_weights(run.context.model, recipe.train.seed, parallel.copy_full_tensor)
+            initialize_weights(run.context.model, recipe.train.seed, copy_full_tensor)
         else:
             check_base_tokenizer(recipe.data_path, base, state.dataset["tokenizer"])
-            load_recipe_base(recipe, base, run)
+            load_recipe_base(recipe, base, run.context.model)
             if recipe.lora is not None:
-                state.dataset["base"] = identity
+                state.dataset["base"] = base_fingerprint
         return _ready(run, state, resources), state
 
 
-def _check_start(recipe: Recipe, directory: Path) -> None:
-    """What can be refused before the data is prepared, which may take hours.
+def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
+    """Go on with a run from a checkpoint; every rank calls it.
+
+    Args:
+        path: a run directory (its newest valid checkpoint is used), or one checkpoint in it.
+        overrides: ``section.key=value`` settings to change from here on.
+        allow_changes: keys among them that alter what was already trained, and may.
+
+    Returns:
+        (the run, its state at the checkpoint), for ``fit``, which closes the run.
 
     Raises:
-        UserError: the model's sizes don't fit together, or ``directory`` holds a run already.
+        UserError: there is nothing to resume, or a change isn't allowed.
+        Damaged: no checkpoint is valid, or the dataset is damaged.
     """
-    config_from_recipe(recipe, vocab_size=1)
+    directory, named = store.locate(path)
+    if named is not None and named.parent != checkpoints_dir(directory):
+        raise UserError(f"{named}: to go on from it, put it under RUN/{CHECKPOINTS}/")
+    world = start_world(_timeout_minutes(directory, overrides))
+    with ExitStack() as resources:
+        world.run_on_rank0(lambda: resources.enter_context(run_lock(directory)))
+        record = _keep_status(directory, world, resources)
+        world.run_on_rank0(lambda: _remove_leftovers(directory))
+        _, checkpoint, manifest, skipped_checkpoints = store.choose(path, world)
+        for problem in skipped_checkpoints:
+            warn(problem)
+        record.state = state = read_state(checkpoint)
+
+        # The run's recipe has the last resume's changes; a checkpoint that is named has its own.
+        source = directory if named is None and (directory / RECIPE).exists() else checkpoint
+        before = load_recipe(source / RECIPE, name=directory.name)
+        recipe = load_recipe(source / RECIPE, overrides, name=directory.name)
+        check_changes(before, recipe, allow_changes)
+        base, base_fingerprint = None, None
+        if recipe.lora is not None:
+            base, base_fingerprint = open_recipe_base(recipe, world)
+            assert base is not None
+            recipe = complete_recipe(recipe, base)
+            check_base(recipe, state, base_fingerprint)
+        data = _open_verified(recipe, world)
+        auxiliary_files = auxiliary_files_of_checkpoint(checkpoint)
+        run = build_run(recipe, data, directory, world, resources, auxiliary_files)
+        if base is not None:
+            load_recipe_base(recipe, base, run.context.model)
+            data.fingerprints["base"] = base_fingerprint
+        check_dataset(recipe, state, data.fingerprints, allow_changes)
+        restore_checkpoint(run.context, checkpoint, manifest, state)
+        if world.rank == 0:
+            _set_aside_later(directory, state.step)
+        warn_about_environment(directory, run_environment(run))
+        log(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
+        return _ready(run, state, resources), state
+
+
+def check_recipe_is_elsewhere(recipe_file: Path, directory: Path) -> None:
+    """Refuse a recipe that the run's resolved copy would overwrite.
+
+    Raises:
+        UserError: the recipe lies where the run writes its own.
+    """
+    if recipe_file.resolve() == (directory / RECIPE).resolve():
+        raise UserError(
+            f"{recipe_file} would be overwritten by the run's own copy of it: choose another --out"
+        )
+
+
+def _check_start(recipe: Recipe, directory: Path) -> None:
+    """Refuse what can be refused before the data is prepared, which may take hours."""
+    config_from_recipe(recipe, vocab_size=1)  # raises if the model's sizes don't fit together
     given, path = recipe.data.tokenizer, Path(recipe.data_path)
-    made = recipe.data.source is None or is_dataset(path)
-    if not made and given is not None and given.path is not None:
+    is_there = recipe.data.source is None or is_dataset(path)
+    if not is_there and given is not None and given.path is not None:
         size, most = vocabulary_size(load_tokenizer(given.path)), recipe.model.vocab_size
         if most is not None and most < size:
             raise UserError(
@@ -153,150 +188,59 @@ def _check_directory(directory: Path) -> None:
         )
 
 
-def check_recipe_is_elsewhere(recipe_file: Path, directory: Path) -> None:
-    """Refuse to replace the user's recipe by the resolved one that a run keeps of it.
-
-    Raises:
-        UserError: the recipe lies where the run would write its own.
-    """
-    if recipe_file.resolve() == (directory / RECIPE).resolve():
-        raise UserError(
-            f"{recipe_file} would be overwritten by the run's own copy of it: choose another --out"
-        )
-
-
-def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
-    """The run at ``path`` (its directory, or one checkpoint in it) as it stood there.
-
-    Args:
-        overrides: ``section.key=value`` settings to change from here on.
-        allow_changes: keys among them that alter what was already trained, and may.
-
-    Raises:
-        UserError: there is nothing to resume, or a change that isn't allowed.
-        Damaged: no checkpoint is valid, or the dataset is not the one trained on.
-    """
-    directory, named = store.locate(path)
-    if named is not None and named.parent != checkpoints_dir(directory):
-        raise UserError(f"{named}: to go on from it, put it under RUN/checkpoints/")
-    world = start_world(_timeout_minutes(directory, overrides))
-    with ExitStack() as resources:
-        record = _claim(directory, world, resources)
-        _, checkpoint, manifest, skipped_checkpoints = store.choose(path, world)
-        for problem in skipped_checkpoints:
-            warn(problem)
-        # What the last resume of the run changed holds; a checkpoint that is named brings its own.
-        source = directory if named is None and (directory / RECIPE).exists() else checkpoint
-        old = load_recipe(source / RECIPE, name=directory.name)
-        recipe = load_recipe(source / RECIPE, overrides, name=directory.name)
-        check_changes(old, recipe, allow_changes)
-        record.state = state = read_state(checkpoint)
-        base, identity = (
-            open_recipe_base(recipe, world) if recipe.lora is not None else (None, None)
-        )
-        if base is not None:
-            recipe = complete_recipe(recipe, base)
-            check_base(recipe, state, identity)
-        run, fresh = build(
-            recipe, directory, world, resources, auxiliary_files_of_checkpoint(checkpoint)
-        )
-        if base is not None:
-            load_recipe_base(recipe, base, run)
-            fresh.dataset["base"] = identity
-        check_dataset(recipe, state, fresh, allow_changes)
-        load_tensors(
-            checkpoint,
-            manifest.tensors,
-            run.context.model,
-            run.context.optimizers,
-            world.control,
-        )
-        if state.scaler:
-            run.context.scaler.load_state_dict(state.scaler)
-        guard.restore(run.context.guard, state.guard, state.step, state.skipped)
-        for step, later in store.list_steps(directory) if world.rank == 0 else []:
-            if step > state.step:
-                aside = store.set_aside(later)
-                log(f"{later.name} is beyond where the run goes on from: now {aside.name}")
-        warn_of_another_machine(run)
-        log(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
-        return _ready(run, state, resources), state
-
-
 def _timeout_minutes(directory: Path, overrides: list[str]) -> float:
     try:
         return load_recipe(directory / RECIPE, overrides).distributed.timeout_minutes
-    except UserError:  # said later, if it matters
+    except UserError:  # raised again when the recipe is loaded, if it is the one that counts
         return DistributedSettings.timeout_minutes
 
 
-def _claim(
-    directory: Path,
-    world: World,
-    resources: ExitStack,
-    new: Recipe | None = None,
-    auxiliary_files: AuxiliaryFiles | None = None,
-) -> Record:
-    """Rank 0 locks the run directory for as long as the resources are open, cleans it up, and makes
-    a new run's data; the others wait.
+def _keep_status(directory: Path, world: World, resources: ExitStack) -> StatusRecord:
+    """Have rank 0 write status.json from here on; return the record to fill in."""
+    return resources.enter_context(recorded(directory)) if world.rank == 0 else StatusRecord()
 
-    Returns the record that rank 0 keeps in status.json from here on.
 
-    Raises:
-        UserError: another process trains in it, or it can't be written to.
-    """
-    record = Record(directory)
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what a killed process left half written."""
+    store.remove_stale(directory)
+    remove_stale_export(directory)
 
-    def claim() -> bool:
-        nonlocal record
-        if new is not None:
-            _check_start(new, directory)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            busy = f"{directory}: another process is training in it"
-            resources.enter_context(locked(directory / LOCK, busy))
-        except OSError as error:
-            raise UserError(f"{directory}: can't be written to: {error.strerror}") from None
-        if new is not None:
-            _check_start(new, directory)  # again: another process may just have left
-        record = resources.enter_context(recorded(directory))
-        store.remove_stale(directory)
-        finish.clear(directory)
-        if new is not None:
-            prepare_data(new, auxiliary_files)
-        return True
 
-    world.run_on_rank0(claim)
-    return record
+def _open_verified(recipe: Recipe, world: World) -> TrainingData:
+    if recipe.data.verify:  # it may take minutes, in which the other ranks wait for no collective
+        world.run_on_rank0(lambda: verify_data(recipe))
+    return open_data(recipe)
+
+
+def _set_aside_later(directory: Path, step: int) -> None:
+    for later, path in store.list_steps(directory):
+        if later > step:
+            aside = store.set_aside(path)
+            log(f"{path.name} is later than step {step}, where the run goes on: now {aside.name}")
 
 
 def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
-    """The run, with its files opened: the last thing before training, since it changes them."""
+    """Warm up, then open the run's files; last, because it changes them."""
     packed = isinstance(run.batches.sequences, PackedSequences)
     warm_up(run.context, run.recipe.train.sequence_length, packed)
-    tensors = tensors_of(run.context.model, run.context.optimizers)
-    size = bytes_of(tensors)
+    size = bytes_of(tensors_of(run.context.model, run.context.optimizers))
     if run.world.rank == 0:
         if warning := check_room(run.directory, size, run.recipe.checkpoint):
             warn(warning)
-        at = state.step or -1
-        metrics.cut_back(run.directory, at, evaluated=state.evaluated_step == state.step)
-        _record(run)
-        file = metrics.MetricsFile(run.directory)
-        resources.callback(file.close)
-        run = replace(run, metrics=file)
+        cut_back(run.directory, state.step or -1, evaluated=state.evaluated_step == state.step)
+        _write_run_files(run)
+        run = replace(run, metrics=MetricsFile(run.directory))
+        assert run.metrics is not None
+        resources.callback(run.metrics.close)
     return replace(run, resources=resources.pop_all())
 
 
-def _record(run: Run) -> None:
-    """Write what the run directory holds beside the checkpoints."""
-    machine = json.dumps(environment(run), indent=2) + "\n"
+def _write_run_files(run: Run) -> None:
+    """Write what the run directory holds beside checkpoints and metrics."""
+    environment = json.dumps(run_environment(run), indent=2) + "\n"
     try:
-        for name, content in {
-            RECIPE: dump_recipe(run.recipe).encode(),
-            TOKENIZER: run.tokenizer_json,
-            ENVIRONMENT: machine.encode(),
-        }.items():
-            write_atomically(run.directory / name, content)
+        write_atomically(run.directory / RECIPE, dump_recipe(run.recipe).encode())
+        write_atomically(run.directory / TOKENIZER, run.tokenizer_json)
+        write_atomically(run.directory / ENVIRONMENT, environment.encode())
     except OSError as error:
         raise UserError(f"{run.directory}: can't be written to: {error.strerror}") from None

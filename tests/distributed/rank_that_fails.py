@@ -14,7 +14,7 @@ from minigpt_cli import cli
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.world import World, _joined, end_with, own_rank, start_world
-from minigpt_cli.train.start import recorded
+from minigpt_cli.train.run_lock import recorded
 
 when = sys.argv.pop(1)
 

@@ -73,7 +73,7 @@ def test_a_forced_fp16_overflow_only_skips(tmp_path: Path, make_recipe: MakeReci
     recipe = make_recipe("precision.dtype=fp16", f"optimizer.name={name}", "train.steps=60")
     run, state = start_run(recipe, tmp_path)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-    run = replace(run, trainer=replace(run.context, scaler=scaler))
+    run = replace(run, context=replace(run.context, scaler=scaler))
     fit(run, state)
     lines = [line for line in metrics.read(tmp_path) if "loss" in line]
     skipped = [line for line in lines if line["grad_norm"] is None]

@@ -35,7 +35,9 @@ from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cost import Traffic, Workload
 from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.recipe import OptimizerSettings
-from minigpt_cli.train import guard, muon, optimizer
+from minigpt_cli.train import muon
+from minigpt_cli.train.guard import new_guard
+from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.step import StepContext, train_step
 from minigpt_cli.train.trainer import warm_up
 
@@ -191,7 +193,7 @@ def _layout(workload: Workload) -> parallel.ParallelDims:
 
 
 def _trainer(config: ModelConfig, workload: Workload, layout: parallel.ParallelDims) -> StepContext:
-    """As train/setup.py makes it."""
+    """Build what build_context builds, whose collectives need real peers."""
     dtype = DTYPES[workload.compute_bytes]
     model = GPT(config).train()
     model.checkpoint_activations = workload.activation_checkpointing
@@ -203,9 +205,9 @@ def _trainer(config: ModelConfig, workload: Workload, layout: parallel.ParallelD
         model=model,
         forward=forward,
         parallel_dims=layout,
-        optimizers=optimizer.build(model, OptimizerSettings(lr=1e-3, name=workload.optimizer)),
+        optimizers=build_optimizers(model, OptimizerSettings(lr=1e-3, name=workload.optimizer)),
         scaler=precision.grad_scaler(dtype, CPU),
-        guard=guard.new_guard(CPU),
+        guard=new_guard(CPU),
         dtype=dtype,
         seed=0,
         micro_batch_size=workload.micro_batch_size,

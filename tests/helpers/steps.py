@@ -4,19 +4,26 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.data.loader import Batch
-from minigpt_cli.distributed.parallel import ParallelDims
 from minigpt_cli.distributed.world import World
-from minigpt_cli.model import precision
-from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize_weights
-from minigpt_cli.recipe import OptimizerSettings
-from minigpt_cli.train import guard, optimizer
+from minigpt_cli.model.gpt import initialize_weights
+from minigpt_cli.recipe.schema import (
+    ModelSettings,
+    OptimizerSettings,
+    PrecisionSettings,
+    Recipe,
+    TrainSettings,
+)
 from minigpt_cli.train.step import StepContext
+from minigpt_cli.train.trainer import build_context
 
 CPU = torch.device("cpu")
-
-
 VOCAB = 67
+_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 
 
 def tiny_context(
@@ -26,32 +33,26 @@ def tiny_context(
     clip: float = 1.0,
     micro: int = 8,
     dropout: float = 0.0,
-    device: torch.device = CPU,
 ) -> StepContext:
-    config = model_config(
-        family="llama", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=16, dropout=dropout,
+    recipe = Recipe(
+        model=ModelSettings(
+            family="llama", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            dropout=dropout,
+        ),
+        train=TrainSettings(
+            global_batch_size=8, sequence_length=16, micro_batch_size=micro, seed=5
+        ),
+        optimizer=OptimizerSettings(lr=1e-2, name=name, clip_norm=clip),
+        precision=PrecisionSettings(dtype=_NAMES[dtype]),
     )  # fmt: skip
-    model = GPT(config).to(device, precision.weights_dtype(dtype))
-    initialize_weights(model, 3)
-    return StepContext(
-        model=model,
-        forward=model,
-        parallel_dims=ParallelDims("single", World(rank=0, size=1, device=device)),
-        optimizers=optimizer.build(model, OptimizerSettings(lr=1e-2, name=name, clip_norm=clip)),
-        scaler=precision.grad_scaler(dtype, device),
-        guard=guard.new_guard(device),
-        dtype=dtype,
-        seed=5,
-        micro_batch_size=micro,
-        clip_norm=clip,
-        dropout=bool(model.config.dropout),
-    )
+    context = build_context(recipe, VOCAB, World(rank=0, size=1, device=CPU))
+    initialize_weights(context.model, 3)
+    return context
 
 
-def batch(seed: int = 0, device: torch.device = CPU) -> Batch:
+def batch(seed: int = 0) -> Batch:
     tokens = torch.randint(VOCAB, (8, 17), generator=torch.Generator().manual_seed(seed))
-    return Batch(tokens[:, :-1].to(device), tokens[:, 1:].to(device), None)
+    return Batch(tokens[:, :-1], tokens[:, 1:], None)
 
 
 def everything(t: StepContext) -> list[Tensor]:

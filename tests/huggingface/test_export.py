@@ -356,4 +356,4 @@ def test_data_of_another_tokenizer(tmp_path: Path, license_dataset: Path, recipe
     file.write_text(text[:begin] + f'[model]\ninit_from = "{directory}"\n' + text[end:])
     done = minigpt("pretrain", file, "--out", tmp_path / "run")
     assert done.returncode == 2
-    assert "is of another tokenizer than that of" in done.stderr
+    assert "its tokenizer is not that of" in done.stderr

@@ -4,7 +4,16 @@ import re
 
 import pytest
 
+from minigpt_cli.core.console import console
 from minigpt_cli.report.live import TrainingDisplay
+
+
+@pytest.fixture(autouse=True)
+def new_console():
+    """The console looks at the terminal once, when it is made."""
+    console.cache_clear()
+    yield
+    console.cache_clear()
 
 
 @pytest.mark.parametrize("columns", ["60", "80", "160"])

@@ -21,7 +21,6 @@ from minigpt_cli.huggingface.base_model import open_base, stop_token_ids
 from minigpt_cli.huggingface.load import load_model
 from minigpt_cli.recipe import load_recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train import trainer
 from minigpt_cli.train.start import start_run
 from minigpt_cli.train.step import train_step
 from tests.helpers.models import saved_model
@@ -219,16 +218,19 @@ def test_a_base_kept_in_bf16_computes_what_autocast_would(
     tmp_path: Path,
     base: Path,
     license_dataset: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ):
-
     file = recipe(tmp_path, base, license_dataset)
     losses = []
     for name in ("rounded", "whole"):
-        if name == "whole":
-            monkeypatch.setattr(trainer, "round_frozen", lambda *_: None)
         loaded = load_recipe(file, ["precision.dtype=bf16"])
         run, _ = start_run(loaded, tmp_path / name)
+        if name == "whole":
+            weights = open_base(base)
+            for layer, module in run.context.model.layers.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    assert module.weight.dtype == torch.bfloat16
+                    whole = weights.read(f"layers.{layer}.weight").float()
+                    module.weight = torch.nn.Parameter(whole, requires_grad=False)
         losses.append([train_step(run.context, run.batches(s), s, 1.0)[0].item() for s in range(3)])
         run.resources.close()
     assert losses[0] == losses[1]
@@ -424,7 +426,7 @@ def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
         "no sequence of train.sequence_length 96, it holds no examples: nothing is evaluated"
         in said
     )
-    assert f"{base}: brings no tokenizer; was it trained with {mine}/tokenizer.json?" in said
+    assert f"{base}: has no tokenizer; was it trained with {mine}/tokenizer.json?" in said
     finished("resume", run, "--set", "train.steps=4")
     assert AutoTokenizer.from_pretrained(run / "final").chat_template == OWN_TEMPLATE
     finished("export", run, tmp_path / "merged")

@@ -2,11 +2,12 @@
 
 import copy
 import math
+import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from minigpt_cli.data.loader import Batch
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train.loop import Clock, fit
+from minigpt_cli.train.log_step import Clock
+from minigpt_cli.train.loop import fit
 from minigpt_cli.train.samples import Prompts
-from minigpt_cli.train.schedule import lr_at
+from minigpt_cli.train.schedule import lr_factor
 from minigpt_cli.train.start import resume_run, start_run
+from tests.helpers.events import in_micro_batches, limit_files
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -92,7 +95,7 @@ def test_a_run_is_a_plain_loop_of_torchs_own_adamw(tmp_path: Path, make_recipe: 
     )  # fmt: skip
     for step, (inputs, targets) in enumerate(batches):
         for group in adamw.param_groups:
-            group["lr"] = lr_at(recipe.schedule, recipe.optimizer.lr, 6, step + 1)
+            group["lr"] = recipe.optimizer.lr * lr_factor(recipe.schedule, 6, step + 1)
         adamw.zero_grad()
         (model(inputs, targets) / targets.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optimizer.clip_norm)
@@ -184,7 +187,7 @@ def test_the_first_loss_is_warned_about(
 
 
 def test_saving_by_the_clock(tmp_path: Path, make_recipe: MakeRecipe):
-    recipe = make_recipe("checkpoint.every_minutes=1e-6", "eval.every_steps=100")
+    recipe = make_recipe("checkpoint.every_minutes=1e-9", "eval.every_steps=100")
     fit(*start_run(recipe, tmp_path))
     assert [step for step, _ in store.list_steps(tmp_path)] == list(range(1, 13))
 
@@ -195,13 +198,14 @@ def test_a_save_that_is_still_running_when_the_next_is_due_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    flush_files = store.flush_files
+    fsync = os.fsync
 
-    def slow_disk(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-        time.sleep(1.5)
-        return flush_files(files)
+    def slow_disk(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+        fsync(descriptor)
 
-    monkeypatch.setattr(store, "flush_files", slow_disk)
+    monkeypatch.setattr(os, "fsync", slow_disk)
     recipe = make_recipe("checkpoint.every_steps=1", "train.steps=3", "schedule.warmup_steps=0")
     fit(*start_run(recipe, tmp_path))
     said = capsys.readouterr().err
@@ -213,19 +217,13 @@ def test_a_save_that_is_still_running_when_the_next_is_due_is_waited_for(
 
 
 def test_a_disk_that_is_full_for_a_while_costs_no_more_than_that_save(
-    tmp_path: Path,
-    make_recipe: MakeRecipe,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
-    free_bytes, answers = store.free_bytes, iter([10**9, 10**9, 1])  # at the start, step 4, step 8
-
-    def nearly_full(run: Path) -> int:
-        return next(answers, None) or free_bytes(run)
-
-    monkeypatch.setattr(store, "free_bytes", nearly_full)
-    fit(*start_run(make_recipe(), tmp_path))
+    """No file may be larger than 50 kB in step 8; a checkpoint's tensors need more."""
+    run, state = start_run(make_recipe("checkpoint.asynchronous=false"), tmp_path)
+    in_micro_batches(run, {2 * 7: lambda: limit_files(50_000), 2 * 8: lambda: limit_files(None)})
+    fit(run, state)
     said = capsys.readouterr().err
     assert said.count("training goes on and saves again at the next interval") == 1
-    assert "step-00000008: the checkpoint could not be written: it takes" in said
+    assert "step-00000008: the checkpoint could not be written: File too large" in said
     assert [step for step, _ in store.list_steps(tmp_path)] == [4, 12]

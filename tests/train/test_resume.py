@@ -1,22 +1,20 @@
 """N steps straight equal k steps, a resume, and N - k more: bit for bit."""
 
-import errno
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest
 from minigpt_cli.core.errors import Stopped, UserError
+from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe, dump_recipe, parse_recipe
-from minigpt_cli.train import loop
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.start import resume_run, start_run
+from tests.helpers.events import in_micro_batches, limit_files, stop
 from tests.helpers.recipes import TINY
 from tests.helpers.runs import assert_same_run, curve, rewind
 
@@ -167,48 +165,38 @@ def test_a_refused_resume_touches_nothing(tmp_path: Path, make_recipe: MakeRecip
     assert [step for step, _ in store.list_steps(tmp_path)] == [4, 8, 12]
 
 
-def test_an_evaluation_cut_short_is_made_up_for_once(
-    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_evaluation_cut_short_is_made_up_for_once(tmp_path: Path, make_recipe: MakeRecipe):
     """SIGTERM in the evaluation of step 4: the resume evaluates it, and saves that it did."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     fit(*start_run(make_recipe(), straight))
     run, state = start_run(make_recipe(), stopped)
-    batches = loop.sequence_batches
 
-    def signalled(*arguments: Any) -> Any:
-        for batch in batches(*arguments):
-            os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+    def stop_evaluation(model: GPT, _: object) -> None:
+        if not model.training:
+            stop()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "sequence_batches", signalled)
-        with pytest.raises(Stopped, match="at step 4 of 12, everything is saved"):
-            fit(run, state)
-    assert store.read_manifest(stopped / "checkpoints/step-00000004").val_loss is None
+    run.context.model.register_forward_pre_hook(stop_evaluation)
+    with pytest.raises(Stopped, match="at step 4 of 12, everything is saved"):
+        fit(run, state)
+    assert read_checkpoint_manifest(stopped / "checkpoints/step-00000004").val_loss is None
     fit(*resume_run(stopped, [], []))
     assert_same_run(straight, stopped, 12)
     lines = [line for line in curve(stopped) if line["step"] == 4 and "val_loss" in line]
     assert len(lines) == 1
     first = lines[0]["val_loss"]
-    assert store.read_manifest(stopped / "checkpoints/step-00000004").val_loss == first
+    assert read_checkpoint_manifest(stopped / "checkpoints/step-00000004").val_loss == first
 
 
-def test_a_signal_after_a_failed_save_saves_again(
-    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-):
-    """The disk is full at step 4, SIGTERM comes at the same time, and then there is room."""
+def test_a_signal_after_a_failed_save_saves_again(tmp_path: Path, make_recipe: MakeRecipe):
+    """The save of step 4 fails; in step 5 there is room again, and SIGTERM comes."""
     settings = ("eval.every_steps=100", "checkpoint.asynchronous=false")
     run, state = start_run(make_recipe(*settings), tmp_path)
-    finish, failures = store.finish, iter([True])
 
-    def full_once(*arguments: Any) -> Path:
-        if next(failures, False):
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return finish(*arguments)
+    def make_room_and_stop() -> None:
+        limit_files(None)
+        stop()
 
-    monkeypatch.setattr(store, "finish", full_once)
+    in_micro_batches(run, {2 * 3: lambda: limit_files(50_000), 2 * 4: make_room_and_stop})
     with pytest.raises(Stopped, match="at step 5 of 12, everything is saved"):
         fit(run, state)
     assert [step for step, _ in store.list_steps(tmp_path)] == [5]
@@ -222,7 +210,7 @@ def test_another_machine_is_told(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"threads": 99}))
     run, _ = resume_run(tmp_path, [], [])
     run.resources.close()
-    assert "goes on with another threads 99 -> " in capsys.readouterr().err
+    assert "threads changed from 99 to " in capsys.readouterr().err
 
 
 def test_a_checkpoint_elsewhere_makes_no_run_of_its_grandparent(

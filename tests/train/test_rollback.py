@@ -1,8 +1,6 @@
 """Back to the last checkpoint, and past the data: against a plain loop, and across resumes."""
 
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +18,10 @@ from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.run import Run
-from minigpt_cli.train.schedule import lr_at
+from minigpt_cli.train.schedule import lr_factor
 from minigpt_cli.train.start import resume_run, start_run
 from minigpt_cli.train.step import train_step
+from tests.helpers.events import in_micro_batches, stop
 from tests.helpers.poison import BATCH, LENGTH, SEED, SPIKES, incidents, poisoned, unused_token
 from tests.helpers.runs import assert_same_run, rewind, tensors
 from tests.helpers.steps import everything
@@ -46,8 +45,8 @@ def by_hand(recipe: Recipe, data: Path, start: tuple[Run, RunState], position: i
     for step in range(state.step, 40):
         ids = sample_ids(SEED, position + step - state.step, BATCH, windows)
         rows = torch.from_numpy(tokens[ids[:, None] * LENGTH + np.arange(LENGTH + 1)])
-        share = lr_at(recipe.schedule, 1.0, 40, step + 1)
-        train_step(run.context, Batch(rows[:, :-1], rows[:, 1:], None), step, share)
+        factor = lr_factor(recipe.schedule, 40, step + 1)
+        train_step(run.context, Batch(rows[:, :-1], rows[:, 1:], None), step, factor)
     run.resources.close()
     return run
 
@@ -87,7 +86,7 @@ def test_spikes_in_a_row_roll_back_and_pass_over_the_data(
     finished = by_hand(recipe, data, start, position=27)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(everything(run.context), everything(finished.trainer), strict=True)
+        for a, b in zip(everything(run.context), everything(finished.context), strict=True)
     )
 
 
@@ -135,7 +134,7 @@ def test_a_run_that_is_rolled_back_resumes_bit_exactly(
     run, state = start_run(recipe, straight)
     if dtype == "fp16":
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**23)
-        run = replace(run, trainer=replace(run.context, scaler=scaler))
+        run = replace(run, context=replace(run.context, scaler=scaler))
     fit(run, state)
     assert (state.skipped > 2) == (dtype == "fp16")
     assert state.data_offset == (27 - 26 if every == 1 else 27 - 20)
@@ -231,13 +230,7 @@ def test_a_stop_while_a_rollback_is_due_loses_nothing(
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     fit(*start_run(recipe, straight))
     run, state = start_run(recipe, stopped)
-    calls = iter(range(1000))
-
-    def signalled(grad: torch.Tensor) -> None:
-        if next(calls) == 2 * 27:  # two micro-batches a step
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    run.context.model.norm.weight.register_hook(signalled)
+    in_micro_batches(run, {2 * 27: stop})  # two micro-batches per step
     with pytest.raises(Stopped, match="stopped by SIGTERM at step 20 of 40, everything is saved"):
         fit(run, state)
     assert len(incidents(stopped, "rollback")) == 1
