@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import parts
 from minigpt_cli.data.tokenizer import eos_id
-from minigpt_cli.prepare.pieces import Bad
-from minigpt_cli.prepare.records import Completion, records
+from minigpt_cli.prepare.instruction_records import PromptCompletion, instruction_records
+from minigpt_cli.prepare.pieces import OnBad
 from minigpt_cli.prepare.sources import Source
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def examples(
     tokenizer: "Tokenizer",
     chat_template: str | None,
     variables: dict[str, str],
-    bad: Bad,
+    bad: OnBad,
 ) -> Iterator[Example]:
     """Yield the examples of a source's records, in the source's order.
 
@@ -58,7 +58,7 @@ def examples(
     itself, as the prompt is when the model is used; what the assistant wrote is trained. Malformed
     records, and those that leave nothing to train on, are told to ``bad``.
 
-    Raises ``UserError`` as `records` does, and for a conversation without a template.
+    Raises ``UserError`` as `instruction_records` does, and for a conversation without a template.
     """
     from tokenizers import Tokenizer
 
@@ -84,11 +84,11 @@ def examples(
 
 
 def _drafts(
-    source: Source, chat_template: str | None, variables: dict[str, str], bad: Bad
+    source: Source, chat_template: str | None, variables: dict[str, str], bad: OnBad
 ) -> Iterator[_Draft]:
     now = datetime.now()  # templates that tell the date tell one date to the whole dataset
-    for where, record in records(source, bad):
-        if isinstance(record, Completion):
+    for where, record in instruction_records(source, bad):
+        if isinstance(record, PromptCompletion):
             pieces = [(record.prompt, False), (record.completion, True)]
             yield _Draft(where, pieces, is_chat=False)
             continue

@@ -41,7 +41,7 @@ from minigpt_cli.prepare.journal import State, read_journal
 from minigpt_cli.prepare.pipeline import Work, encode_all, shard_files
 from minigpt_cli.prepare.progress import Progress, ProgressReporter
 from minigpt_cli.prepare.sources import Source, listing, source_files
-from minigpt_cli.prepare.split import Place, Rule, choose_rule, placed
+from minigpt_cli.prepare.split import SplitPosition, SplitRule, assign_splits, choose_split_rule
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -129,7 +129,7 @@ def _begun(
     if given is not None:
         _check_place(out, given)  # before a survey of the corpus
     modified = _modified(source)  # before the first byte is read
-    rule = choose_rule(source, strict, settings["val_fraction"])
+    rule = choose_split_rule(source, strict, settings["val_fraction"])
     tokenizer = given
     if tokenizer is None:
         assert train_vocab is not None
@@ -193,7 +193,7 @@ def _work(
     out: Path,
     strict: bool,
     settings: dict[str, Any],
-    rule: Rule,
+    rule: SplitRule,
     modified: int | None,
     tokenizer: "Tokenizer",
 ) -> Work:
@@ -259,12 +259,12 @@ def _finished(out: Path, settings: dict[str, Any]) -> DatasetManifest:
 
 
 def _training_texts(
-    source: Source, rule: Rule, strict: bool, tell: ProgressReporter
+    source: Source, rule: SplitRule, strict: bool, tell: ProgressReporter
 ) -> Iterator[str]:
     tell.begin("training the tokenizer")
     size = documents = 0
     # What is skipped here is told, and counted, when it is read to be encoded.
-    for piece in placed(source, rule, strict, None, Place()):
+    for piece in assign_splits(source, rule, strict, None, SplitPosition()):
         size += len(piece.data)
         documents += piece.last
         if not piece.val:

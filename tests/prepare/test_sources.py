@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.prepare.documents import documents
-from minigpt_cli.prepare.pieces import LONG_DOCUMENT, Position, cut
+from minigpt_cli.prepare.pieces import LONG_DOCUMENT, Position, find_cut
 from minigpt_cli.prepare.sources import Source, detect_source, listing, source_files
 
 
@@ -179,7 +179,7 @@ def test_json_lines_and_every_way_they_can_be_wrong(folder: Path) -> None:
     assert len(told) == len(bad_lines)
     for number, message in enumerate(told, start=4):
         assert message.startswith(f"x.jsonl:{number}: "), message
-    assert "fields: body" in told[3]
+    assert "fields: 'body'" in told[3]
     assert list(documents(source))[-1].after.bad == len(bad_lines)
     with pytest.raises(UserError, match=r"x\.jsonl:4: not valid JSON"):
         read(source, strict=True)
@@ -198,7 +198,7 @@ def test_a_json_array_is_not_json_lines(folder: Path) -> None:
 
 
 def test_a_line_that_never_ends_is_skipped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minigpt_cli.prepare.documents.MAX_LINE", 1000)
+    monkeypatch.setattr("minigpt_cli.prepare.readers.MAX_LINE", 1000)
     (folder / "x.jsonl").write_text(
         lines({"text": "a"}, {"text": "b" * 5000}, {"text": "c"}, {"text": "d" * 980})
     )
@@ -298,7 +298,7 @@ def test_cut_makes_progress_and_keeps_characters_whole(head: str, tail: str, lim
     text = (head + tail).encode()
     if len(text) <= limit or limit < 4:
         return
-    at = cut(text, limit)
+    at = find_cut(text, limit)
     assert 1 <= at <= limit
     text[:at].decode()
     if " a" in text[1:limit].decode(errors="ignore") and text.rfind(b" a", 1, limit) > 0:
@@ -307,13 +307,13 @@ def test_cut_makes_progress_and_keeps_characters_whole(head: str, tail: str, lim
 
 
 def test_cut_prefers_a_space_before_a_word() -> None:
-    assert cut(b"one two\n\n  three", 13) == 10
-    assert cut(b"one two three", 8) == 7
-    assert cut(b"one two  \n", 9) == 3  # a run of white space stays together
-    assert cut(b"one two three", 7) == 3  # the byte after the limit isn't part of the piece
-    assert cut("語語\n\n語語".encode(), 10) == 6
-    assert cut("語語語語".encode(), 10) == 9
-    assert cut(b" " * 20, 10) in range(1, 11)
+    assert find_cut(b"one two\n\n  three", 13) == 10
+    assert find_cut(b"one two three", 8) == 7
+    assert find_cut(b"one two  \n", 9) == 3  # a run of white space stays together
+    assert find_cut(b"one two three", 7) == 3  # the byte after the limit isn't part of the piece
+    assert find_cut("語語\n\n語語".encode(), 10) == 6
+    assert find_cut("語語語語".encode(), 10) == 9
+    assert find_cut(b" " * 20, 10) in range(1, 11)
 
 
 def test_all_kinds_cut_a_long_document_alike(folder: Path) -> None:
