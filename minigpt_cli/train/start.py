@@ -32,6 +32,7 @@ from minigpt_cli.distributed.world import World, end_with, recorded_by, start_wo
 from minigpt_cli.huggingface.base_model import (
     AuxiliaryFiles,
     auxiliary_files_of_checkpoint,
+    chat_template,
     complete_recipe,
 )
 from minigpt_cli.model import lora
@@ -260,11 +261,28 @@ def _claim(
         store.remove_stale(directory)
         finish.clear(directory)
         if new is not None:
-            prepare_data(new, auxiliary_files)
+            prepare_data(new, _model_template(new, auxiliary_files))
         return True
 
     world.run_on_rank0(claim)
     return record
+
+
+def _model_template(
+    recipe: Recipe, auxiliary_files: AuxiliaryFiles | None
+) -> tuple[str | None, dict[str, str]] | None:
+    """Return the chat template and the special tokens of the base's files.
+
+    None if there are no such files, or if the recipe has no instructions to render.
+    """
+    source, tokenizer = recipe.data.source, recipe.data.tokenizer
+    if source is None or source.format != "instructions":
+        return None
+    if auxiliary_files is None or not auxiliary_files.files:
+        return None
+    assert tokenizer is not None
+    assert tokenizer.path is not None
+    return chat_template(Path(tokenizer.path), auxiliary_files)
 
 
 @contextmanager

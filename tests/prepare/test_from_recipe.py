@@ -37,7 +37,7 @@ def test_a_dataset_whose_text_is_elsewhere_is_used_as_it_is(
     prepared(tmp_path)
     (tmp_path / "a.txt").unlink()
     prepared(tmp_path)
-    assert "the text it was made from is not here" in capsys.readouterr().err
+    assert "the text that it was made from is not here" in capsys.readouterr().err
 
 
 def test_missing_text_without_a_dataset_is_an_error(tmp_path: Path):
