@@ -23,7 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from minigpt_cli.data.dataset_manifest import read_manifest  # noqa: E402
+from minigpt_cli.data.dataset_manifest import read_dataset_manifest  # noqa: E402
 from minigpt_cli.data.tokenizer import load_tokenizer  # noqa: E402
 from minigpt_cli.prepare.bpe import train_bpe  # noqa: E402
 from minigpt_cli.prepare.sources import Source, source_files  # noqa: E402
@@ -131,7 +131,7 @@ def whole(corpus: Path, tokenizer_file: Path, folder: Path, workers: int) -> dic
             time.sleep(0.1)
         seconds = time.perf_counter() - began
         assert process.returncode == 0, process.returncode
-        splits = read_manifest(Path(out)).splits.values()
+        splits = read_dataset_manifest(Path(out)).splits.values()
     size = sum(split.bytes for split in splits)
     return {
         "seconds": round(seconds, 2),

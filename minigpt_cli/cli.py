@@ -398,13 +398,10 @@ def verify(
     """Check every file against the size and sha256 that were recorded when it was written."""
     from minigpt_cli.checkpoint import store
     from minigpt_cli.data.dataset import verify_dataset
-    from minigpt_cli.data.dataset_manifest import MANIFEST
-    from minigpt_cli.data.instruction_dataset import is_instructions, verify_instructions
+    from minigpt_cli.data.dataset_manifest import is_dataset
 
-    if (path / MANIFEST).exists():
+    if is_dataset(path):
         checked, damaged = 1, verify_dataset(path)
-    elif is_instructions(path):
-        checked, damaged = 1, verify_instructions(path)
     else:
         run, checkpoint = store.locate(path)
         checkpoints = [checkpoint] if checkpoint else [p for _, p in store.list_steps(run)]

@@ -4,19 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import render
-from minigpt_cli.data.dataset import open_dataset, require_same_tokenizer
-from minigpt_cli.data.dataset_manifest import SPLITS
-from minigpt_cli.data.instruction_dataset import is_instructions, open_instructions
-from minigpt_cli.data.packing import pack
+from minigpt_cli.data.sequences import open_eval_sequences
 from minigpt_cli.data.tokenizer import eos_id, token_byte_lengths, tokenizer_fingerprint
 from minigpt_cli.distributed.device import find_device
-from minigpt_cli.evaluate.loss import evaluate, sequence_batches, stream_batches
+from minigpt_cli.evaluate.loss import evaluate, stream_batches
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.generate.text import TextChunk, complete, stream_text
 from minigpt_cli.huggingface.base_model import Base, chat_template, ends
@@ -61,34 +57,14 @@ def evaluate_model(
         stream = torch.tensor([eos_id(trained.tokenizer), *ids]).numpy()
         tokens, bytes_per_token = len(stream), len(content.encode()) / max(1, len(ids))
         batches = stream_batches(lambda a, b: stream[a:b], tokens, length, batch_size)
-        where = str(text)
+        if tokens < 2:
+            raise UserError(f"{text}: holds no text to evaluate on")
     else:
         if data is None and recipe is None:
             raise UserError(f"{path}: what to evaluate on? give --data or --text")
         folder = data if data is not None else Path(recipe.data_path if recipe else "")
-        if split not in SPLITS:
-            raise UserError(f"{folder}: has no split {split}, but {', '.join(SPLITS)}")
-        tokenizer = tokenizer_fingerprint(trained.tokenizer)
-        where = f"{folder}, {split}"
-        if is_instructions(folder):
-            examples = open_instructions(folder, verify=True)
-            require_same_tokenizer(folder, examples.manifest.tokenizer_fingerprint, tokenizer)
-            rows = pack(examples.splits[split], length, seed=0)
-            if not rows.num_sequences:
-                raise UserError(f"{where}: holds no example of at most {length} tokens")
-            counts = examples.manifest.splits[split]
-            tokens, text_bytes = counts.trained_tokens, counts.trained_bytes
-            batches = sequence_batches(rows, np.arange(rows.num_sequences), batch_size)
-            if rows.left_out:
-                warn(f"{where}: {rows.left_out:,} examples are longer than {length} tokens")
-        else:
-            dataset = open_dataset(folder, tokenizer_fingerprint=tokenizer, verify=True)
-            chosen = dataset.splits[split]
-            tokens, text_bytes = chosen.tokens, dataset.manifest.splits[split].bytes
-            batches = stream_batches(chosen.slice, tokens, length, batch_size)
-        bytes_per_token = text_bytes / max(1, tokens)
-    if tokens < 2:
-        raise UserError(f"{where}: holds no text to evaluate on")
+        found = open_eval_sequences(folder, split, length, tokenizer_fingerprint(trained.tokenizer))
+        batches, bytes_per_token = found.batches(batch_size), found.bytes_per_token
     device = next(trained.model.parameters()).device
     result = evaluate(
         trained.model,

@@ -1,9 +1,8 @@
-"""Tokenizers: train a byte-level BPE, load one from disk, and tell whether two are the same.
+"""Load tokenizers and compare them.
 
-Every tokenizer that leaves this module encodes text as text: the characters ``<|endoftext|>``
-inside a document become ordinary tokens, never the special one, so only the end of a document ends
-a document. Encode with ``add_special_tokens=False``; the end-of-text id is appended by
-``tokenize.py``.
+Every tokenizer from this module encodes special tokens in a text as text: the characters
+``<|endoftext|>`` inside a document become ordinary tokens. So no text can end a document early.
+Encode with ``add_special_tokens=False``; ``prepare/`` appends the end-of-text id.
 """
 
 import hashlib
@@ -20,22 +19,27 @@ if TYPE_CHECKING:
 
 EOS = "<|endoftext|>"
 
-# What other families call the end of a text, most specific first.
+# End-of-text tokens of other model families, most specific first.
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[EOS]")
 
 
 def is_tokenizer(path: Path) -> bool:
-    """Whether there is one that ``load_tokenizer`` could load."""
+    """Return True if ``path`` holds the files that `load_tokenizer` reads."""
     pair = (path / "vocab.json", path / "merges.txt")
     return path.is_file() or (path / "tokenizer.json").is_file() or all(f.is_file() for f in pair)
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """Load a tokenizer from ``tokenizer.json``, or a directory with it, or GPT-2's vocab.json +
-    merges.txt.
+    """Load a tokenizer, without truncation and padding.
 
-    Truncation and padding are switched off, and special tokens in a text are encoded as text.
-    Raises ``UserError`` when nothing is there or what is there can't be read.
+    Args:
+        path: a tokenizer.json, a directory with one, or one with GPT-2's vocab.json and merges.txt.
+
+    Returns:
+        The tokenizer. It encodes special tokens in a text as text.
+
+    Raises:
+        UserError: there is no tokenizer, or it can't be read.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -52,7 +56,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
             tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-            # The pair of files doesn't say which entries are special; in GPT-2's it is this one.
+            # The two files don't say which entries are special. In GPT-2's it is this one.
             if tokenizer.token_to_id(EOS) is not None:
                 tokenizer.add_special_tokens([EOS])
         else:
@@ -62,23 +66,23 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             )
     except UserError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception for everything it can't parse
-        raise UserError(
-            f"{file} is not a tokenizer that can be read: {first_line(error)}"
-        ) from None
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file} is not a valid tokenizer: {first_line(error)}") from None
     return as_text_only(tokenizer)
 
 
 def eos_id(tokenizer: "Tokenizer") -> int:
-    """Return the id of the end-of-text token; ``UserError`` when the tokenizer has none that is
-    known.
+    """Return the id of the end-of-text token.
+
+    Raises:
+        UserError: the tokenizer has no known end-of-text token.
     """
     for name in (EOS, *_OTHER_ENDS):
         found = tokenizer.token_to_id(name)
         if found is not None:
             return int(found)
     raise UserError(
-        f"the tokenizer has no end-of-text token (looked for {EOS}, {', '.join(_OTHER_ENDS)}); "
+        f"the tokenizer has no end-of-text token (looked for {EOS}, {', '.join(_OTHER_ENDS)}): "
         "add one to its tokenizer.json"
     )
 
@@ -89,11 +93,11 @@ def vocabulary_size(tokenizer: "Tokenizer") -> int:
 
 
 def tokenizer_fingerprint(tokenizer: "Tokenizer") -> str:
-    """Return the sha256 (hex) of what decides how text becomes ids and ids become text.
+    """Return a sha256 (hex) that is the same for tokenizers that encode and decode the same.
 
-    The post-processor, truncation and padding are left out since encoding here never uses them.
-    Fields that are null or false are left out too, so that a newer `tokenizers` which writes one
-    more option at its default doesn't change the fingerprint of an old tokenizer.
+    It leaves out the post-processor, truncation and padding, which encoding here never uses. It
+    also leaves out fields that are null or false: a newer `tokenizers` may write one more option
+    at its default.
     """
     state = json.loads(tokenizer.to_str())
     kept = {name: state[name] for name in ("normalizer", "pre_tokenizer", "model", "decoder")}
@@ -106,10 +110,11 @@ def tokenizer_fingerprint(tokenizer: "Tokenizer") -> str:
 
 
 def token_byte_lengths(tokenizer: "Tokenizer") -> np.ndarray | None:
-    """Return int32 [vocabulary]: the UTF-8 bytes that each id stands for, 0 for special tokens and
-    gaps.
+    """Count the UTF-8 bytes that each id stands for.
 
-    None when the tokenizer isn't byte-level: then a token's bytes depend on its neighbours.
+    Returns:
+        int32 [vocabulary size], 0 for special tokens and gaps. None if the tokenizer isn't
+        byte-level: then a token's bytes depend on its neighbours.
     """
     from tokenizers import pre_tokenizers
 
@@ -131,9 +136,10 @@ def token_byte_lengths(tokenizer: "Tokenizer") -> np.ndarray | None:
 
 
 def as_text_only(tokenizer: "Tokenizer") -> "Tokenizer":
+    """Switch off truncation and padding, and encode special tokens in a text as text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # Not part of tokenizer.json: a property of the object, so it's set wherever one is made.
+    # Not saved in tokenizer.json, so it is set on each new object.
     tokenizer.encode_special_tokens = True
     return tokenizer
 

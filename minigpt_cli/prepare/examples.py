@@ -1,4 +1,4 @@
-"""Records -> examples: token ids, and which of them the loss counts for."""
+"""Encode records of prompts and answers: token ids, and the ones that the loss counts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.data.chat import parts
+from minigpt_cli.data.chat import masked_parts
 from minigpt_cli.data.tokenizer import eos_id
 from minigpt_cli.prepare.instruction_records import PromptCompletion, instruction_records
 from minigpt_cli.prepare.pieces import OnBad
@@ -25,22 +25,26 @@ _BATCH_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class Example:
-    """``tokens``: uint32 [n], n > 1. ``trained``: bool [n], whether the loss counts for a token;
-    never for the first, for nothing predicts it, and for at least one other. ``trained_bytes``: the
-    UTF-8 bytes of the trained text.
+    """One encoded record: one document of a dataset of instructions.
+
+    Attributes:
+        tokens: uint32 [n], n > 1.
+        loss_mask: bool [n], True for a token that the loss counts. False for the first token, which
+            nothing predicts; True for at least one other.
+        bytes: UTF-8 bytes of the text that the loss counts.
     """
 
     tokens: NDArray[np.uint32]
-    trained: NDArray[np.bool_]
-    trained_bytes: int
+    loss_mask: NDArray[np.bool_]
+    bytes: int
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """An example before it is encoded: pieces of (text, trained)."""
+    """An example before it is encoded."""
 
     where: str
-    pieces: list[tuple[str, bool]]
+    pieces: list[tuple[str, bool]]  # (text, whether the loss counts it)
     is_chat: bool
 
 
@@ -51,14 +55,28 @@ def examples(
     variables: dict[str, str],
     bad: OnBad,
 ) -> Iterator[Example]:
-    """Yield the examples of a source's records, in the source's order.
+    """Encode the records of a source, in its order.
 
-    A prompt and its completion become ids(prompt) + ids(completion) + end-of-text, of which the
-    completion and the end are trained. A conversation is rendered, and each of its parts encoded by
-    itself, as the prompt is when the model is used; what the assistant wrote is trained. Malformed
-    records, and those that leave nothing to train on, are told to ``bad``.
+    A prompt and its completion become ids(prompt) + ids(completion) + end-of-text. The loss counts
+    the completion and the end. Special tokens in their text are text.
 
-    Raises ``UserError`` as `instruction_records` does, and for a conversation without a template.
+    A conversation is rendered, and each of its parts is encoded by itself, as the prompt is when
+    the model is used. The loss counts the assistant's messages. Special tokens that the template
+    writes are recognised, and no end-of-text is appended.
+
+    Args:
+        source: JSON lines, Parquet, or a Hugging Face dataset.
+        tokenizer: encodes the text.
+        chat_template: renders conversations; None if there is none.
+        variables: what the template may use besides the messages.
+        bad: called with one line for each record that is skipped: a malformed one, or one without a
+            token that the loss counts.
+
+    Yields:
+        The examples.
+
+    Raises:
+        UserError: the source can't be read, or a conversation comes without a template.
     """
     from tokenizers import Tokenizer
 
@@ -78,7 +96,7 @@ def examples(
             ids = [next(encoded[draft.is_chat]).ids for _ in draft.pieces]
             example = _example(draft, ids, None if draft.is_chat else end)
             if example is None:
-                bad(f"{draft.where}: no token is left to train on; skipped")
+                bad(f"{draft.where}: has no token to train on; skipped")
             else:
                 yield example
 
@@ -86,7 +104,7 @@ def examples(
 def _drafts(
     source: Source, chat_template: str | None, variables: dict[str, str], bad: OnBad
 ) -> Iterator[_Draft]:
-    now = datetime.now()  # templates that tell the date tell one date to the whole dataset
+    now = datetime.now()  # templates may write the date: one for the whole dataset
     for where, record in instruction_records(source, bad):
         if isinstance(record, PromptCompletion):
             pieces = [(record.prompt, False), (record.completion, True)]
@@ -95,10 +113,10 @@ def _drafts(
         if chat_template is None:
             raise UserError(
                 f"{where} holds a conversation, and there is no chat template: "
-                "name one, or a tokenizer that brings one"
+                "name one, or a tokenizer that has one"
             )
         try:
-            pieces = parts(chat_template, record.messages, variables, now)
+            pieces = masked_parts(chat_template, record.messages, variables, now)
             "".join(text for text, _ in pieces).encode()
         except UserError as error:
             bad(f"{where}: {error}; skipped")
@@ -122,19 +140,17 @@ def _batches(drafts: Iterator[_Draft]) -> Iterator[list[_Draft]]:
 
 
 def _example(draft: _Draft, ids: list[list[int]], end: int | None) -> Example | None:
-    """Return the example whose pieces have these ids, followed by ``end``; None when nothing is
-    left to train on.
-    """
-    flags = [trained for _, trained in draft.pieces]
+    """Join the encoded pieces and ``end``. Return None if the loss would count no token."""
+    flags = [counts for _, counts in draft.pieces]
     tokens = np.concatenate([np.array(piece, dtype=np.uint32) for piece in ids])
-    trained = np.repeat(flags, [len(piece) for piece in ids])
-    if not trained.any():  # an end alone would teach to say nothing
+    loss_mask = np.repeat(flags, [len(piece) for piece in ids])
+    if not loss_mask.any():  # an end alone would teach the model to answer nothing
         return None
     if end is not None:
         tokens = np.append(tokens, np.uint32(end))
-        trained = np.append(trained, True)
-    trained[0] = False
-    if not trained.any():
+        loss_mask = np.append(loss_mask, True)
+    loss_mask[0] = False
+    if not loss_mask.any():
         return None
-    size = sum(len(text.encode()) for text, is_trained in draft.pieces if is_trained)
-    return Example(tokens, trained, size)
+    size = sum(len(text.encode()) for text, counts in draft.pieces if counts)
+    return Example(tokens, loss_mask, size)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from minigpt_cli.core.console import log
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.data.dataset_manifest import MANIFEST
-from minigpt_cli.data.instruction_dataset import is_instructions
+from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.prepare.make_dataset import ModelTemplate, make_dataset
 from minigpt_cli.prepare.sources import Source, listing
 from minigpt_cli.recipe import Recipe
@@ -29,7 +28,7 @@ def prepare_data(recipe: Recipe, model_template: ModelTemplate | None = None) ->
     assert tokenizer is not None
     path = Path(recipe.data_path)
     text = Source(source.kind, source.path, source.field, source.split, source.config)
-    if (path / MANIFEST).exists() or is_instructions(path):
+    if is_dataset(path):
         try:
             listing(text)
         except UserError:  # the dataset was made elsewhere and copied here, as onto a cluster

@@ -7,7 +7,6 @@ from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import CHATML, special_tokens, tokenizer_template
 from minigpt_cli.data.dataset_manifest import DatasetManifest
-from minigpt_cli.data.instruction_dataset import InstructionManifest
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.progress import progress_display
@@ -31,7 +30,7 @@ def make_dataset(
     shard_tokens: int = 100_000_000,
     strict: bool = False,
     workers: int | None = None,
-) -> DatasetManifest | InstructionManifest:
+) -> DatasetManifest:
     """Make the dataset in ``out``, with progress and a summary on standard error.
 
     A dataset that was made before with the same settings is returned at once.
@@ -64,95 +63,66 @@ def make_dataset(
                 "(--tokenizer, or [data.tokenizer] path)"
             )
         template, variables = model_template or _template_beside(Path(tokenizer_path))
-        if chat_template is not None:
-            template = _read_template(chat_template)
-        return _make_instructions(
-            source, out, tokenizer_path, template, variables, val_fraction, strict
-        )
-    if (tokenizer_path is None) == (vocab_size is None):
-        raise UserError("give a tokenizer (--tokenizer) or the size of one to train (--vocab-size)")
-    with progress_display() as show:
-        manifest = tokenize(
+        manifest = make_instructions(
             source,
             out,
             tokenizer_path=tokenizer_path,
-            train_vocab=vocab_size,
+            chat_template=template if chat_template is None else _read_template(chat_template),
+            variables=variables,
             val_fraction=val_fraction,
-            shard_tokens=shard_tokens,
-            strict=strict,
-            workers=workers,
-            progress=show,
-            warn=warn,
+            warn=_refuse if strict else warn,
         )
+        counted = "examples"
+    else:
+        if (tokenizer_path is None) == (vocab_size is None):
+            raise UserError(
+                "give a tokenizer (--tokenizer) or the size of one to train (--vocab-size)"
+            )
+        with progress_display() as show:
+            manifest = tokenize(
+                source,
+                out,
+                tokenizer_path=tokenizer_path,
+                train_vocab=vocab_size,
+                val_fraction=val_fraction,
+                shard_tokens=shard_tokens,
+                strict=strict,
+                workers=workers,
+                progress=show,
+                warn=warn,
+            )
+        counted = "documents"
     for name, split in manifest.splits.items():
+        masked = "" if split.loss_tokens is None else f", {split.loss_tokens:,} of them in the loss"
         log(
-            f"{out} {name}: {split.documents:,} documents, {split.bytes:,} bytes, "
-            f"{split.tokens:,} tokens"
+            f"{out} {name}: {split.documents:,} {counted}, {split.bytes:,} bytes, "
+            f"{split.tokens:,} tokens{masked}"
         )
     if manifest.bad_lines:
         warn(f"{out}: {manifest.bad_lines:,} malformed lines were skipped")
     return manifest
 
 
-def _make_instructions(
-    source: Source,
-    out: Path,
-    tokenizer_path: str | Path,
-    template: str | None,
-    variables: dict[str, str],
-    val_fraction: float,
-    strict: bool,
-) -> InstructionManifest:
-    def refuse(message: str) -> None:
-        raise UserError(f"{message.removesuffix('; skipped')} (refused: strict)")
-
-    manifest = make_instructions(
-        source,
-        out,
-        tokenizer_path=tokenizer_path,
-        chat_template=template,
-        variables=variables,
-        val_fraction=val_fraction,
-        warn=refuse if strict else warn,
-    )
-    for name, split in manifest.splits.items():
-        log(
-            f"{out} {name}: {split.examples:,} examples, {split.tokens:,} tokens, "
-            f"{split.trained_tokens:,} of them in the loss"
-        )
-    if manifest.malformed:
-        warn(f"{out}: {manifest.malformed:,} malformed records were skipped")
-    return manifest
-
-
-def summary(manifest: DatasetManifest | InstructionManifest, out: Path) -> dict[str, Any]:
+def summary(manifest: DatasetManifest, out: Path) -> dict[str, Any]:
     """Return what ``minigpt tokenize --json`` prints.
 
-    In a dataset of instructions ``documents`` counts examples, and ``bytes`` those of the text that
-    is in the loss.
+    In a dataset of instructions each example is a document, and ``bytes`` counts the text that is
+    in the loss.
     """
-    if isinstance(manifest, InstructionManifest):
-        bad_lines = manifest.malformed
-        sizes = {
-            name: (split.tokens, split.examples, split.trained_bytes)
-            for name, split in manifest.splits.items()
-        }
-    else:
-        bad_lines = manifest.bad_lines
-        sizes = {
-            name: (split.tokens, split.documents, split.bytes)
-            for name, split in manifest.splits.items()
-        }
     return {
         "path": str(out),
         "vocab_size": manifest.vocab_size,
         "dtype": manifest.dtype,
-        "bad_lines": bad_lines,
+        "bad_lines": manifest.bad_lines,
         "splits": {
-            name: {"tokens": tokens, "documents": documents, "bytes": size}
-            for name, (tokens, documents, size) in sizes.items()
+            name: {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
+            for name, split in manifest.splits.items()
         },
     }
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message.removesuffix('; skipped')} (refused: strict)")
 
 
 def _template_beside(tokenizer_path: Path) -> ModelTemplate:

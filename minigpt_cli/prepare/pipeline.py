@@ -1,7 +1,8 @@
-"""The work itself: read and place here, encode in the workers, write here, in order.
+"""Read the source, encode it in worker processes, and write the shards.
 
-Batches come back in the order they were read, so the bytes written depend on the source and the
-settings alone: not on the number of workers, nor on how often the work was killed.
+This process reads, assigns documents to splits, and writes. Batches come back in the order in which
+they were read. So the written bytes depend on the source and the settings alone, not on the number
+of workers, nor on how often the work was killed.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from minigpt_cli.data.dataset_manifest import SPLITS, TOKENIZER
+from minigpt_cli.data.dataset_manifest import SPLITS, TOKENIZER, token_dtype
 from minigpt_cli.prepare.encode import LAST, VAL, Batch, Ids, encoders
 from minigpt_cli.prepare.journal import Journal, State, write_journal
 from minigpt_cli.prepare.progress import BadLines, ProgressReporter
@@ -30,7 +31,20 @@ _JOURNAL_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Work:
-    """One tokenization: what stays the same from the start to the end, and over restarts."""
+    """One tokenization: the part that stays the same, over restarts too.
+
+    Attributes:
+        source: where the documents come from.
+        out: the dataset's directory.
+        strict: refuse bad lines instead of skipping them.
+        settings: what a call must have in common with an earlier one to continue its work.
+        rule: how documents are assigned to splits.
+        source_modified: last modification of the source (ns since the epoch), None for a Hugging
+            Face dataset.
+        tokenizer_fingerprint: of the tokenizer in ``out``.
+        eos_id: id of its end-of-text token.
+        vocab_size: its largest id plus one.
+    """
 
     source: Source
     out: Path
@@ -44,9 +58,11 @@ class Work:
 
     @property
     def dtype(self) -> str:
-        return "uint16" if self.vocab_size <= 65_536 else "uint32"
+        """Data type of the token ids."""
+        return token_dtype(self.vocab_size)
 
     def journal(self, state: State) -> None:
+        """Record ``state``. Everything that it counts as written must be on disk already."""
         write_journal(
             self.out,
             Journal(
@@ -56,10 +72,21 @@ class Work:
 
 
 def encode_all(
-    work: Work, state: State, workers: int, tell: ProgressReporter, warn: Callable[[str], None]
+    work: Work, state: State, workers: int, reporter: ProgressReporter, warn: Callable[[str], None]
 ) -> State:
-    """Read, encode and write everything from ``state`` on; return the state at the end."""
-    tell.begin("tokenizing", sum(state.bytes))
+    """Read, encode and write everything from ``state`` on.
+
+    Args:
+        work: what to do.
+        state: where to start.
+        workers: processes that encode.
+        reporter: told after each batch.
+        warn: called with one line for each of the first bad lines.
+
+    Returns:
+        The state at the end.
+    """
+    reporter.begin("tokenizing", sum(state.bytes))
     bad_before = state.place.position.bad
     bad = BadLines(warn)
     writers = tuple(
@@ -86,13 +113,13 @@ def encode_all(
                 writer.sync()
             work.journal(state)
             journaled = time.monotonic()
-        tell.written(state)
+        reporter.written(state)
 
     try:
         with encoders(workers, work.out / TOKENIZER, work.eos_id, work.dtype) as submit:
             for batch, reached in _batches(work, state, bad):
                 waiting.append((reached, submit(batch)))
-                if len(waiting) > 3 * workers:  # in work, in the pipe, and as many at hand
+                if len(waiting) > 3 * workers:  # enough to keep every worker busy
                     write_oldest()
             while waiting:
                 write_oldest()
@@ -100,7 +127,7 @@ def encode_all(
     finally:
         for writer in writers:
             writer.close()
-    # Lines after the last document belong to no position
+    # No position covers bad lines after the last document
     position = state.place.position._replace(bad=bad_before + bad.count)
     return replace(
         state, shards=shards, pending=(0, 0), place=state.place._replace(position=position)
@@ -110,9 +137,9 @@ def encode_all(
 def _batches(
     work: Work, state: State, on_bad: Callable[[str], None]
 ) -> Iterator[tuple[Batch, State]]:
-    """Yield batches of about ``_BATCH_BYTES``, each with the state once it is written.
+    """Yield batches of about ``_BATCH_BYTES``, each with the state after it is written.
 
-    Which pieces share a batch has no influence on what is written.
+    The written bytes don't depend on where batches end.
     """
     pieces: list[bytes] = []
     flags = bytearray()
@@ -121,7 +148,7 @@ def _batches(
     counts, sizes = list(state.documents), list(state.bytes)
     place: SplitPosition | None = state.place
     for piece in assign_splits(work.source, work.rule, work.strict, on_bad, state.place):
-        # A new batch begins where reading could
+        # Batches end where reading can start
         if (
             pieces
             and place is not None
@@ -147,11 +174,12 @@ def _reached(place: SplitPosition, chain: bytes, counts: list[int], sizes: list[
 
 
 def shard_files(out: Path) -> list[Path]:
+    """Return all files with tokens in ``out``, finished or not."""
     return sorted(file for split in SPLITS for file in out.glob(f"{split}-[0-9]*.npy*"))
 
 
 def _remove_strays(out: Path, state: State) -> None:
-    """Delete what was written after the journal, but for the shard that is appended to."""
+    """Delete the shards that ``state`` doesn't know: they were written after the last journal."""
     kept = set()
     for split, shards, pending in zip(SPLITS, state.shards, state.pending, strict=True):
         kept |= {shard.file for shard in shards}

@@ -1,35 +1,30 @@
-"""Documents -> a token dataset: bounded memory, all cores, restartable at any moment.
+"""Turn documents into a token dataset, with bounded memory, on all cores.
 
-The main process reads, places each document into a split and writes; workers encode. Batches come
-back in order, so the bytes written depend on the source and the settings alone: not on the number
-of workers, and not on how often the work was killed. ``journal.json`` says how far the shards on
-disk go.
+The work can be killed at any moment. The same call continues it: ``journal.json`` records how far
+the shards on disk go.
 """
 
-import errno
-import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli import __version__
-from minigpt_cli.core.console import error_line as to_stderr
+from minigpt_cli.core.console import error_line
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.files import sha256_of, write_atomically
-from minigpt_cli.data.dataset import open_dataset
+from minigpt_cli.core.files import locked, sha256_of, write_atomically
 from minigpt_cli.data.dataset_manifest import (
     JOURNAL,
+    LOCK,
     MANIFEST,
     SPLITS,
     TOKENIZER,
     DatasetManifest,
     Split,
+    is_dataset,
     shard_problem,
     write_dataset_manifest,
 )
-from minigpt_cli.data.instruction_dataset import is_instructions
 from minigpt_cli.data.tokenizer import (
     eos_id,
     load_tokenizer,
@@ -38,6 +33,7 @@ from minigpt_cli.data.tokenizer import (
 )
 from minigpt_cli.prepare.bpe import MIN_VOCAB, train_bpe
 from minigpt_cli.prepare.journal import State, read_journal
+from minigpt_cli.prepare.output import differences, finished_dataset, write_error
 from minigpt_cli.prepare.pipeline import Work, encode_all, shard_files
 from minigpt_cli.prepare.progress import Progress, ProgressReporter
 from minigpt_cli.prepare.sources import Source, listing, source_files
@@ -45,8 +41,6 @@ from minigpt_cli.prepare.split import SplitPosition, SplitRule, assign_splits, c
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-LOCK = ".lock"
 
 
 def tokenize(
@@ -62,28 +56,40 @@ def tokenize(
     progress: Callable[[Progress], None] | None = None,
     warn: Callable[[str], None] | None = None,
 ) -> DatasetManifest:
-    """Turn ``source`` into a token dataset in the directory ``out``; return what it holds.
+    """Turn ``source`` into a dataset of text in the directory ``out``.
 
-    Exactly one of ``tokenizer_path`` (see `load_tokenizer`) and ``train_vocab`` (train a BPE
-    tokenizer of that size on the training documents) is given. Every document ends with the
-    end-of-text id. About ``val_fraction`` of the documents become validation, by a hash of their
-    text; a single document is cut near its end instead (see `placement.py`). ``workers`` defaults
-    to the cores this process may use. ``progress`` is called after every batch, ``warn`` with one
-    line per bad line (the first 20) and notice; by default warnings go to standard error.
+    Every document ends with the end-of-text id. After a kill, the same call continues and gives the
+    same bytes. A dataset that is there already, made with the same settings, is returned at once.
 
-    Killed at any moment, the same call goes on where it was and gives the same bytes. A dataset
-    that is complete with these settings is returned at once.
+    Args:
+        source: where the documents come from.
+        out: the dataset's directory.
+        tokenizer_path: the tokenizer to use, see `load_tokenizer`. Exactly one of
+            ``tokenizer_path`` and ``train_vocab`` is given.
+        train_vocab: train a BPE tokenizer of this size on the training documents.
+        val_fraction: about this share of the documents becomes validation, chosen by a hash of the
+            text. A single document is cut near its end instead, see `split.py`.
+        shard_tokens: tokens per file.
+        strict: refuse bad lines instead of skipping them.
+        workers: processes that encode; None: one per core that this process may use.
+        progress: called after every batch.
+        warn: called with one line for each notice and each of the first 20 bad lines; None: print
+            it to standard error.
 
-    Raises ``UserError`` when the settings or the source are wrong, ``out`` holds a dataset made
-    with other settings, instructions or another tokenizer, another process works in it, or the disk
-    is full; ``Damaged`` when finished shards were changed.
+    Returns:
+        The dataset's manifest.
+
+    Raises:
+        UserError: the settings or the source are wrong, ``out`` holds another dataset or another
+            tokenizer, another process works in it, or the disk is full.
+        Damaged: finished shards were changed.
     """
     out = Path(out)
     _check_arguments(tokenizer_path, train_vocab, val_fraction, shard_tokens, workers)
-    warn = warn or to_stderr
+    warn = warn or error_line
     given = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     if given is not None:
-        eos_id(given)  # refused now rather than after a survey of the corpus
+        eos_id(given)  # fail before the corpus is read
     names_and_sizes, total_bytes = listing(source)
     settings = {
         "source": {key: value for key, value in source.describe().items() if key != "path"},
@@ -92,22 +98,22 @@ def tokenize(
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
     }
-    tell = ProgressReporter(progress, total_bytes)
-    if is_instructions(out):
-        raise UserError(f"{out} holds instructions: choose another place, or delete it")
+    reporter = ProgressReporter(progress, total_bytes)
+    busy = f"another process is tokenizing into {out}: wait for it, or choose another directory"
     try:
-        if (out / MANIFEST).exists():  # before the lock: a dataset may lie on a read-only disk
-            return _finished(out, settings)
-        with _locked(out):
-            if (out / MANIFEST).exists():
-                return _finished(out, settings)
+        if is_dataset(out):  # before the lock: a dataset may lie on a read-only disk
+            return finished_dataset(out, settings, instructions=False)
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / LOCK, busy):
+            if is_dataset(out):
+                return finished_dataset(out, settings, instructions=False)
             work, state = _resumed(source, out, strict, settings, warn) or _begun(
-                source, out, strict, settings, given, train_vocab, tell
+                source, out, strict, settings, given, train_vocab, reporter
             )
-            state = encode_all(work, state, workers or _cores(), tell, warn)
+            state = encode_all(work, state, workers or _cores(), reporter, warn)
             return _completed(work, state)
     except OSError as error:
-        raise _os_problem(error, out) from None
+        raise write_error(error, out) from None
 
 
 def _begun(
@@ -117,36 +123,42 @@ def _begun(
     settings: dict[str, Any],
     given: "Tokenizer | None",
     train_vocab: int | None,
-    tell: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> tuple[Work, State]:
-    """Choose what is validation, make the tokenizer, write the first journal."""
+    """Choose the split rule, make the tokenizer, write the first journal."""
     strays = shard_files(out)
     if strays and not (out / JOURNAL).exists():
         raise UserError(
             f"{out} holds {strays[0].name} but neither {MANIFEST} nor {JOURNAL}: "
-            "choose another --out, or delete it"
+            "choose another directory, or delete it"
         )
     if given is not None:
-        _check_place(out, given)  # before a survey of the corpus
+        _needs_tokenizer(out, given)  # fail before the corpus is read
     modified = _modified(source)  # before the first byte is read
     rule = choose_split_rule(source, strict, settings["val_fraction"])
     tokenizer = given
     if tokenizer is None:
         assert train_vocab is not None
-        tokenizer = train_bpe(_training_texts(source, rule, strict, tell), train_vocab)
-    if _check_place(out, tokenizer):
+        tokenizer = train_bpe(_training_texts(source, rule, strict, reporter), train_vocab)
+    if _needs_tokenizer(out, tokenizer):
         write_atomically(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
     work = _work(source, out, strict, settings, rule, modified, tokenizer)
     work.journal(State())
     return work, State()
 
 
-def _check_place(out: Path, tokenizer: "Tokenizer") -> bool:
-    """Whether the tokenizer is yet to be written; one of unknown origin is never written over."""
+def _needs_tokenizer(out: Path, tokenizer: "Tokenizer") -> bool:
+    """Return True if the tokenizer must still be written to ``out``.
+
+    Raises:
+        UserError: ``out`` holds another tokenizer, which may be a model's.
+    """
     if (out / JOURNAL).exists() or not (out / TOKENIZER).exists():
         return True
     if tokenizer_fingerprint(load_tokenizer(out / TOKENIZER)) != tokenizer_fingerprint(tokenizer):
-        raise UserError(f"{out / TOKENIZER} is another one: choose another place, or delete it")
+        raise UserError(
+            f"{out / TOKENIZER} is another tokenizer: choose another directory, or delete it"
+        )
     return False
 
 
@@ -157,7 +169,7 @@ def _resumed(
     settings: dict[str, Any],
     warn: Callable[[str], None],
 ) -> tuple[Work, State] | None:
-    """Return where an interrupted run was; None when there is none."""
+    """Return an interrupted work and its state, None if there is nothing to continue."""
     journal = read_journal(out)
     if journal is None:
         return None
@@ -167,24 +179,24 @@ def _resumed(
         changed = ["the source's files were written since"]
     state = journal.state
     if changed and not state.tokens:
-        warn(f"{out}: beginning anew with other settings ({'; '.join(changed)})")
+        warn(f"{out}: starting over with other settings ({'; '.join(changed)})")
         return None
-    anew = f"delete {out} to begin anew"
+    start_over = f"delete {out} to start over"
     if changed:
         raise UserError(
             f"{out} holds an unfinished dataset with other settings ({'; '.join(changed)}): "
-            f"run with the same settings to go on, choose another --out, or {anew}"
+            f"use the same settings to continue, choose another directory, or {start_over}"
         )
     tokenizer = load_tokenizer(out / TOKENIZER)
     work = _work(source, out, strict, settings, journal.rule, modified, tokenizer)
     if work.tokenizer_fingerprint != journal.tokenizer_fingerprint:
-        raise Damaged(f"{out / TOKENIZER} was changed since the work began: {anew}")
+        raise Damaged(f"{out / TOKENIZER} was changed since the work began: {start_over}")
     for shard in (shard for shards in state.shards for shard in shards):
         problem = shard_problem(out / shard.file, shard, work.dtype, verify=False)
         if problem:
-            raise Damaged(f"{out / shard.file}: {problem}; {anew}")
+            raise Damaged(f"{out / shard.file}: {problem}; {start_over}")
     if state.tokens:
-        warn(f"{out}: going on after {sum(state.documents):,} documents, {state.tokens:,} tokens")
+        warn(f"{out}: continuing after {sum(state.documents):,} documents, {state.tokens:,} tokens")
     return work, state
 
 
@@ -220,7 +232,7 @@ def _completed(work: Work, state: State) -> DatasetManifest:
     }
     if not splits["train"].tokens:
         raise UserError(
-            f"all {splits['val'].documents} documents fell to validation; lower val_fraction"
+            f"all {splits['val'].documents} documents became validation: lower val_fraction"
         )
     manifest = DatasetManifest(
         splits=splits,
@@ -241,35 +253,18 @@ def _completed(work: Work, state: State) -> DatasetManifest:
     return manifest
 
 
-def _finished(out: Path, settings: dict[str, Any]) -> DatasetManifest:
-    """Return the complete dataset that is there; ``UserError`` when it was made with other
-    settings.
-    """
-    manifest = open_dataset(out).manifest
-    then = dict(manifest.settings)
-    if settings["tokenizer"] == manifest.tokenizer_fingerprint:
-        then["tokenizer"] = settings["tokenizer"]  # the very tokenizer that was trained here
-    changed = differences(then, settings)
-    if changed:
-        raise UserError(
-            f"{out} holds a dataset with other settings ({'; '.join(changed)}): "
-            "choose another --out, or delete it"
-        )
-    return manifest
-
-
 def _training_texts(
-    source: Source, rule: SplitRule, strict: bool, tell: ProgressReporter
+    source: Source, rule: SplitRule, strict: bool, reporter: ProgressReporter
 ) -> Iterator[str]:
-    tell.begin("training the tokenizer")
+    reporter.begin("training the tokenizer")
     size = documents = 0
-    # What is skipped here is told, and counted, when it is read to be encoded.
+    # Bad lines are reported and counted later, when the text is read to be encoded.
     for piece in assign_splits(source, rule, strict, None, SplitPosition()):
         size += len(piece.data)
         documents += piece.last
         if not piece.val:
             yield piece.data.decode(errors="replace")
-            tell.read(size, documents)
+            reporter.read(size, documents)
 
 
 def _check_arguments(
@@ -280,7 +275,7 @@ def _check_arguments(
     workers: int | None,
 ) -> None:
     if (tokenizer_path is None) == (train_vocab is None):
-        raise UserError("give either a tokenizer to load or the vocabulary size to train one with")
+        raise UserError("give either a tokenizer to load, or a vocabulary size to train one")
     if train_vocab is not None and train_vocab < MIN_VOCAB:
         raise UserError(f"a vocabulary of {train_vocab} is too small; ask for at least {MIN_VOCAB}")
     if not 0 <= val_fraction < 1:
@@ -291,60 +286,20 @@ def _check_arguments(
         raise UserError(f"workers must be positive, not {workers}")
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the directory for this process; the system lets go of it however the process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is tokenizing into {out}: wait for it or choose another --out"
-            ) from None
-        yield
-
-
 def _modified(source: Source) -> int | None:
-    """Return when the source's files were last written (ns); None for a Hugging Face dataset."""
+    """Return the last modification (ns since the epoch), None for a Hugging Face dataset."""
     if source.kind == "huggingface":
         return None
     return max(file.stat().st_mtime_ns for file in source_files(source))
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return, in words, which settings of a run differ from those of another."""
-    words = []
-    for name in sorted(then.keys() | now.keys()):
-        before, after = then.get(name), now.get(name)
-        if before == after:
-            continue
-        if name == "source_files":
-            words.append("the source's files have other names or sizes")
-        elif name == "tokenizer":
-            words.append(f"tokenizer: {str(before)[:12]} -> {str(after)[:12]}")
-        else:
-            words.append(f"{name}: {before} -> {after}")
-    return words
-
-
-def _os_problem(error: OSError, out: Path) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"the disk of {out} is full: free some space and run the same command again; "
-            "it goes on where it was"
-        )
-    where = error.filename or out
-    return UserError(f"can't write to {out}: {where}: {error.strerror}; choose another --out")
-
-
 def _cores() -> int:
-    """Return how many cores this process may use, a container's share counted."""
+    """Return the number of cores that this process may use, within its container's quota."""
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(cores, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # another system, or "max": no limit
+    except (OSError, ValueError):  # not Linux, or "max": no limit
         return cores

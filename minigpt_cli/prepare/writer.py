@@ -1,4 +1,4 @@
-"""Shards on their way to disk: appended to, finished one by one, taken up again after a kill."""
+"""Write the shards of a split, and continue an unfinished one after a kill."""
 
 import io
 import os
@@ -15,12 +15,17 @@ _HEADER = 128  # bytes before the tokens; numpy pads a 1-D header to this whatev
 
 
 class ShardWriter:
-    """Appends tokens to the shards of one split; every shard but the last holds ``shard_tokens``
-    tokens.
+    """Append tokens to the shards of one split.
 
-    What a shard holds depends on the tokens alone, not on how they arrive or where writing was
-    interrupted. ``finished`` and ``pending`` (tokens in the unfinished shard) after a `sync` are
-    what a new writer needs to go on from there; anything written later is cut off.
+    Every shard but the last holds ``shard_tokens`` tokens. The files depend on the tokens alone,
+    not on how they arrive or where writing was interrupted.
+
+    To continue after a kill, save ``finished`` and ``pending`` after a `sync` and hand them to a
+    new writer. It cuts off everything written later.
+
+    Attributes:
+        finished: the finished shards.
+        pending: tokens in the unfinished shard.
     """
 
     def __init__(
@@ -32,6 +37,19 @@ class ShardWriter:
         finished: tuple[Shard, ...] = (),
         pending: int = 0,
     ):
+        """Open the unfinished shard if there is one.
+
+        Args:
+            directory: the dataset's directory.
+            split: its name begins the files' names.
+            dtype: data type of the tokens.
+            shard_tokens: tokens per shard.
+            finished: shards that an earlier writer finished.
+            pending: tokens in the shard that it left unfinished.
+
+        Raises:
+            Damaged: the unfinished shard holds fewer tokens than ``pending``.
+        """
         assert shard_tokens > 0, shard_tokens
         assert 0 <= pending < shard_tokens, (pending, shard_tokens)
         self.finished = list(finished)
@@ -46,10 +64,11 @@ class ShardWriter:
 
     @property
     def tokens(self) -> int:
+        """Tokens written so far."""
         return sum(shard.tokens for shard in self.finished) + self.pending
 
     def write(self, tokens: NDArray[Any]) -> None:
-        """Append 1-D ``tokens`` of the dataset's type."""
+        """Append ``tokens``, a 1-D array of the dataset's data type."""
         assert tokens.dtype == self._dtype, (tokens.dtype, self._dtype)
         while len(tokens):
             if self._stream is None:
@@ -63,18 +82,18 @@ class ShardWriter:
                 self._finish()
 
     def sync(self) -> None:
-        """Return once everything written is on disk."""
+        """Flush everything written to disk."""
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
     def finish(self) -> tuple[Shard, ...]:
-        """Finish the last shard; return all."""
+        """Finish the last shard and return all of them."""
         if self._stream is not None:
             self._finish()
         return tuple(self.finished)
 
     def close(self) -> None:
-        """Let go of the open file, as it is."""
+        """Close the unfinished shard as it is."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -91,7 +110,7 @@ class ShardWriter:
             raise damaged(partial, f"should hold {pending} tokens by now")
         self._stream = io.FileIO(partial, "r+")
         self._stream.truncate(size)
-        # The header says `shard_tokens` again, in case it was patched to a shorter length.
+        # `_finish` may have written a shorter length into the header
         _write_all(self._stream, npy_header(self._dtype, self._shard_tokens))
         self._stream.seek(size)
         self.pending = pending
@@ -107,14 +126,14 @@ class ShardWriter:
         file = self._file()
         self._file(".partial").rename(file)
         sync_directory(self._directory)
-        # Read back rather than hashed on the way: the header of the last shard is only known now.
+        # Hashed now and not while writing, because the last shard's header has just changed
         size, digest = file.stat().st_size, sha256_of(file)
         self.finished.append(Shard(file.name, self.pending, size, digest))
         self.pending = 0
 
 
 def npy_header(dtype: np.dtype[Any], length: int) -> bytes:
-    """Return the first ``_HEADER`` bytes of a 1-D .npy file."""
+    """Return the header of a 1-D .npy file, ``_HEADER`` bytes."""
     stream = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(dtype.newbyteorder("<"))
     entry = {"descr": descr, "fortran_order": False, "shape": (length,)}

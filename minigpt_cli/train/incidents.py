@@ -74,7 +74,7 @@ def sequences_of_batch(
         return [
             {
                 "window": row,
-                "examples": [{"example": n, "text": text(t)} for n, t in rows.texts(row)],
+                "examples": [{"example": n, "text": text(t)} for n, t in rows.documents(row)],
             }
             for row in ids
         ]
@@ -102,7 +102,7 @@ def _describe(run: Run, state: RunState, bad: BadStep) -> dict[str, Any]:
         "data_position": position,
         "window_tokens": recipe.train.sequence_length + 1,
         "windows": sequences_of_batch(
-            run.batches.rows,
+            run.batches.sequences,
             run.prompts.tokenizer,
             seed=recipe.train.seed,
             position=position,

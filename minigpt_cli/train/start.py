@@ -23,8 +23,7 @@ from minigpt_cli.core.errors import Outcome, UserError
 from minigpt_cli.core.files import write_atomically
 from minigpt_cli.core.run_dir import ENVIRONMENT, LOCK, RECIPE, TOKENIZER
 from minigpt_cli.core.status import write_status
-from minigpt_cli.data.dataset_manifest import MANIFEST
-from minigpt_cli.data.instruction_dataset import is_instructions
+from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.packing import PackedSequences
 from minigpt_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
 from minigpt_cli.distributed import parallel
@@ -135,7 +134,7 @@ def _check_start(recipe: Recipe, directory: Path) -> None:
     """
     config_from_recipe(recipe, vocab_size=1)
     given, path = recipe.data.tokenizer, Path(recipe.data_path)
-    made = recipe.data.source is None or (path / MANIFEST).exists() or is_instructions(path)
+    made = recipe.data.source is None or is_dataset(path)
     if not made and given is not None and given.path is not None:
         size, most = vocabulary_size(load_tokenizer(given.path)), recipe.model.vocab_size
         if most is not None and most < size:
@@ -304,7 +303,7 @@ def _claimed(directory: Path) -> Iterator[None]:
 
 def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
     """The run, with its files opened: the last thing before training, since it changes them."""
-    packed = isinstance(run.batches.rows, PackedSequences)
+    packed = isinstance(run.batches.sequences, PackedSequences)
     warm_up(run.context, run.recipe.train.sequence_length, packed)
     tensors = tensors_of(run.context.model, run.context.optimizers)
     size = bytes_of(tensors)

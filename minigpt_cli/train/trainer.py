@@ -86,7 +86,7 @@ def build(
         data.train,
         seed=recipe.train.seed,
         global_batch_size=recipe.train.global_batch_size,
-        share=_share(recipe, world),
+        local_slice=_share(recipe, world),
         device=device,
     )
     resources.callback(batches.close)

@@ -1,4 +1,4 @@
-"""Shards: windows over many files equal slices of one array, and damage is found and named."""
+"""Datasets: sequences over many shards equal slices of one array; damage is found and named."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def dataset(quick: Path, tokenizer: Any) -> Path:
     dtype=st.sampled_from(["uint16", "uint32"]),
     data=st.data(),
 )
-def test_windows_and_slices_equal_those_of_one_array(
+def test_sequences_and_slices_equal_those_of_one_array(
     quick: Path,
     tokenizer: Any,
     count: int,
@@ -92,11 +92,11 @@ def test_windows_and_slices_equal_those_of_one_array(
         else [],
         dtype=np.int64,
     )
-    windows = split.gather(ids, length)
-    assert windows.dtype == np.int64
-    assert windows.shape == (len(ids), length + 1)
-    for window, start in zip(windows, ids * length, strict=True):
-        assert np.array_equal(window, tokens[start : start + length + 1])
+    sequences = split.gather(ids, length)
+    assert sequences.dtype == np.int64
+    assert sequences.shape == (len(ids), length + 1)
+    for sequence, start in zip(sequences, ids * length, strict=True):
+        assert np.array_equal(sequence, tokens[start : start + length + 1])
     start = data.draw(st.integers(0, count))
     stop = data.draw(st.integers(start, count))
     assert np.array_equal(split.slice(start, stop), tokens[start:stop])
@@ -105,11 +105,11 @@ def test_windows_and_slices_equal_those_of_one_array(
         assert np.load(path / file, mmap_mode="r")[offset] == tokens[start]
 
 
-def test_neighbouring_windows_share_one_token(dataset: Path) -> None:
+def test_neighbouring_sequences_share_one_token(dataset: Path) -> None:
     split = open_dataset(dataset).splits["train"]
-    windows = split.gather(np.arange(split.num_sequences(100)), 100)
-    assert len(windows) == 9  # the last 99 tokens don't fill a tenth
-    assert np.array_equal(windows[1:, 0], windows[:-1, -1])
+    sequences = split.gather(np.arange(split.num_sequences(100)), 100)
+    assert len(sequences) == 9  # the last 99 tokens don't fill a tenth
+    assert np.array_equal(sequences[1:, 0], sequences[:-1, -1])
 
 
 def test_outside_of_the_data_is_rejected(dataset: Path) -> None:
@@ -234,8 +234,8 @@ def other_length(file: Path) -> None:
         (Path.unlink, "is missing"),
         (lambda file: os.truncate(file, 400), "is 400 bytes instead of 728"),
         (lambda file: file.write_bytes(b"\0" * 728), "header is not that of a shard"),
-        (other_dtype, "header doesn't say 300 tokens of uint16"),
-        (other_length, "header doesn't say 300 tokens of uint16"),
+        (other_dtype, "header doesn't say 300 entries of uint16"),
+        (other_length, "header doesn't say 300 entries of uint16"),
     ],
 )
 def test_damage_is_found_on_opening(dataset: Path, harm: Any, message: str) -> None:
@@ -244,7 +244,7 @@ def test_damage_is_found_on_opening(dataset: Path, harm: Any, message: str) -> N
     harm(dataset / "train-00002.npy")
     with pytest.raises(Damaged, match=rf"train-00002\.npy: (its )?{message}") as caught:
         open_dataset(dataset)
-    assert "tokenize again" in str(caught.value)
+    assert "make it again" in str(caught.value)
     assert caught.value.exit_code == 4
     assert verify_dataset(dataset) == ["train-00002.npy"]
 
@@ -270,8 +270,8 @@ def test_a_changed_manifest_is_damage(dataset: Path) -> None:
         assert verify_dataset(dataset) == ["dataset.json"]
     file.write_text(json.dumps(json.loads(whole), indent=4))  # the same content in another layout
     open_dataset(dataset)
-    file.write_text(json.dumps(json.loads(whole) | {"format": 2}))
-    with pytest.raises(UserError, match="newer than the 1"):
+    file.write_text(json.dumps(json.loads(whole) | {"format": 3}))
+    with pytest.raises(UserError, match="format 3, newer than the 2"):
         open_dataset(dataset)
 
 

@@ -66,7 +66,8 @@ def test_a_larger_vocabulary_never_encodes_longer() -> None:
 
 def test_training_is_the_same_in_another_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from minigpt_cli.data.tokenizer import *\n"
+        "import sys; from minigpt_cli.prepare.bpe import train_bpe\n"
+        "from minigpt_cli.data.tokenizer import tokenizer_fingerprint\n"
         "texts = open(sys.argv[1]).read().split('|')\n"
         "print(tokenizer_fingerprint(train_bpe(iter(texts), 500)))"
     )
@@ -190,12 +191,12 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     for content in ("", "{", '{"version": "1.0"}', "[]", '{"model": {"type": "Unknown"}}'):
         file = tmp_path / "tokenizer.json"
         file.write_text(content)
-        with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
+        with pytest.raises(UserError, match=r"tokenizer\.json is not a valid tokenizer"):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").write_text("{")
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(UserError, match=r"vocab\.json is not a tokenizer"):
+    with pytest.raises(UserError, match=r"vocab\.json is not a valid tokenizer"):
         load_tokenizer(tmp_path)
 
 

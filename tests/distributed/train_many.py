@@ -28,7 +28,7 @@ class Recorder:
 
     def __init__(self, batches: BatchLoader):
         self.batches = batches
-        self.rows = batches.rows
+        self.sequences = batches.sequences
         self.trained_on: dict[int, list[str]] = {}
 
     def __call__(self, step: int) -> Batch:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.data.instruction_dataset import open_instructions
+from minigpt_cli.data.dataset import open_dataset
 from minigpt_cli.prepare.bpe import train_bpe
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.recipe import parse_recipe
@@ -69,5 +69,5 @@ def test_the_models_template_renders_a_recipes_conversations(tmp_path: Path):
         prepare_data(recipe)
     template = "{% for m in messages %}{{ m.content }}{{ bos_token }}{% endfor %}"
     prepare_data(recipe, (template, {"bos_token": "!"}))
-    tokens, _ = open_instructions(tmp_path / "data").splits["train"].example(0)
+    tokens, _ = open_dataset(tmp_path / "data").splits["train"].document(0)
     assert Tokenizer.from_file(str(tokenizer)).decode(tokens.tolist()) == "a!b!"

@@ -1,7 +1,8 @@
-"""Instruction datasets: what is encoded, what is trained, what is refused, what damage is found."""
+"""Datasets of instructions: tokens and loss masks, what is refused, what damage is found."""
 
 import fcntl
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -16,19 +17,14 @@ import pytest
 
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.data.chat import CHATML
-from minigpt_cli.data.dataset_manifest import sealed
-from minigpt_cli.data.instruction_dataset import (
-    InstructionManifest,
-    is_instructions,
-    open_instructions,
-    verify_instructions,
-)
+from minigpt_cli.data.dataset import open_dataset, verify_dataset
+from minigpt_cli.data.dataset_manifest import DatasetManifest, is_dataset
 from minigpt_cli.prepare.bpe import train_bpe
 from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.sources import Source
 from tests.helpers.processes import ROOT
 
-ARRAYS = ("tokens", "trained", "offsets")
+ARRAYS = ("00000", "loss-mask", "offsets")
 FILES = [f"{split}-{array}.npy" for split in ("train", "val") for array in ARRAYS]
 
 PAIRS = [
@@ -71,7 +67,7 @@ def make(
     template: str | None = CHATML,
     val_fraction: float = 0.0,
     warnings: list[str] | None = None,
-) -> InstructionManifest:
+) -> DatasetManifest:
     return make_instructions(
         source,
         out,
@@ -84,19 +80,20 @@ def make(
 
 
 def texts(path: Path, tokenizer: Path, split: str = "train") -> list[tuple[str, str]]:
-    """(whole text, its trained tokens' text) of every example, decoded by a plain tokenizer."""
+    """(whole text, text that the loss counts) of every example, decoded by a plain tokenizer."""
     from tokenizers import Tokenizer
 
     plain = Tokenizer.from_file(str(tokenizer))
-    examples = open_instructions(path, verify=True).splits[split]
+    dataset = open_dataset(path, verify=True)
+    examples = dataset.splits[split]
     found = []
-    for index in range(examples.examples):
-        tokens, trained = examples.example(index)
-        assert not trained[0]
-        assert trained.any()
+    for index in range(dataset.manifest.splits[split].documents):
+        tokens, loss_mask = examples.document(index)
+        assert not loss_mask[0]
+        assert loss_mask.any()
         found.append(
             tuple(plain.decode(ids.tolist(), skip_special_tokens=False)
-                  for ids in (tokens, tokens[trained]))
+                  for ids in (tokens, tokens[loss_mask]))
         )  # fmt: skip
     return found  # type: ignore[return-value]
 
@@ -114,20 +111,21 @@ def test_prompts_and_completions(quick: Path, tokenizer: Path) -> None:
 
     # A marker in the text is text: its id isn't there
     marker = Tokenizer.from_file(str(tokenizer)).token_to_id("<|im_end|>")
-    dataset = open_instructions(quick / "out")
+    dataset = open_dataset(quick / "out")
     train = dataset.splits["train"]
-    assert marker not in train.tokens
+    tokens = np.load(quick / "out" / "train-00000.npy")
+    assert marker not in tokens
     assert dataset.tokenizer_file.read_text() == Tokenizer.from_file(str(tokenizer)).to_str(True)
-    assert train.tokens.dtype == np.uint16
-    assert (train.tokens[train.offsets[1:] - 1] == manifest.eos_id).all()
+    assert tokens.dtype == np.uint16
+    assert (tokens[train.offsets[1:] - 1] == manifest.eos_id).all()
     counted = manifest.splits["train"]
-    assert (counted.examples, counted.tokens) == (40, len(train.tokens))
-    assert counted.trained_tokens == train.trained.sum()
-    assert counted.trained_bytes == sum(len(each["completion"].encode()) for each in PAIRS)
-    assert manifest.splits["val"].examples == 0
-    assert dataset.splits["val"].examples == 0
-    assert is_instructions(quick / "out")
-    assert not is_instructions(quick)
+    assert (counted.documents, counted.tokens) == (40, len(tokens))
+    assert counted.loss_tokens == train.loss_mask.sum()
+    assert counted.bytes == sum(len(each["completion"].encode()) for each in PAIRS)
+    assert manifest.splits["val"].documents == 0
+    assert dataset.splits["val"].offsets.tolist() == [0]
+    assert is_dataset(quick / "out")
+    assert not is_dataset(quick)
 
 
 def test_conversations(quick: Path, tokenizer: Path) -> None:
@@ -143,12 +141,12 @@ def test_conversations(quick: Path, tokenizer: Path) -> None:
         )
         expected.append(("".join(turns), "".join(answers)))
     assert texts(quick / "out", tokenizer) == expected
-    assert manifest.splits["train"].trained_bytes == sum(len(trained) for _, trained in expected)
+    assert manifest.splits["train"].bytes == sum(len(counted) for _, counted in expected)
     from tokenizers import Tokenizer
 
     marker = Tokenizer.from_file(str(tokenizer)).token_to_id("<|im_end|>")
-    train = open_instructions(quick / "out").splits["train"]
-    assert (train.tokens == marker).sum() == 5 * 10  # here it is the token
+    tokens = np.load(quick / "out" / "train-00000.npy")
+    assert (tokens == marker).sum() == 5 * 10  # here it is the token
     assert manifest.chat_template == CHATML
 
 
@@ -159,11 +157,11 @@ def test_ids_are_those_of_each_part_by_itself(quick: Path, tokenizer: Path) -> N
     # Encoded as one text, "some te|xt" would share a token
     source = jsonl(quick / "a.jsonl", {"prompt": "some te", "completion": "xt"})
     make(source, quick / "out", tokenizer)
-    tokens, trained = open_instructions(quick / "out").splits["train"].example(0)
+    tokens, loss_mask = open_dataset(quick / "out").splits["train"].document(0)
     ids = [plain.encode(part).ids for part in ("some te", "xt", "<|endoftext|>")]
     assert tokens.tolist() == [*ids[0], *ids[1], *ids[2]]
     assert tokens.tolist() != plain.encode("some text<|endoftext|>").ids
-    assert trained.tolist() == [False] * len(ids[0]) + [True] * (len(ids[1]) + 1)
+    assert loss_mask.tolist() == [False] * len(ids[0]) + [True] * (len(ids[1]) + 1)
 
 
 def test_what_follows_the_last_answer_is_left_out(quick: Path, tokenizer: Path) -> None:
@@ -176,8 +174,8 @@ def test_what_follows_the_last_answer_is_left_out(quick: Path, tokenizer: Path) 
 def test_first_tokens_are_never_trained(quick: Path, tokenizer: Path) -> None:
     source = jsonl(quick / "a.jsonl", {"prompt": "", "completion": "text"})
     make(source, quick / "out", tokenizer)
-    tokens, trained = open_instructions(quick / "out").splits["train"].example(0)
-    assert trained.tolist() == [False] + [True] * (len(tokens) - 1)
+    tokens, loss_mask = open_dataset(quick / "out").splits["train"].document(0)
+    assert loss_mask.tolist() == [False] + [True] * (len(tokens) - 1)
 
 
 def test_one_content_in_every_kind_of_source(quick: Path, tokenizer: Path) -> None:
@@ -243,7 +241,7 @@ def test_two_runs_make_the_same_bytes(quick: Path, tokenizer: Path) -> None:
     made = [make(source, quick / name / "out", tokenizer, CHATML, 0.2) for name in "ab"]
     assert made[0].fingerprint == made[1].fingerprint
     files = sorted(os.listdir(quick / "a" / "out"))
-    assert files == sorted([*FILES, "instructions.json", "tokenizer.json"])
+    assert files == sorted([*FILES, "dataset.json", "tokenizer.json"])
     for file in files:
         assert (quick / "a" / "out" / file).read_bytes() == (quick / "b/out" / file).read_bytes()
     assert os.listdir(quick / "a") == ["out"]
@@ -291,17 +289,20 @@ def test_another_process_is_not_disturbed(quick: Path, tokenizer: Path) -> None:
     assert (work / "tokens.spool").exists()
     make(source, quick / "out", tokenizer)  # it is gone now, and what it left is removed
     assert not work.exists()
-    assert verify_instructions(quick / "out") == []
+    assert verify_dataset(quick / "out") == []
 
 
 def test_a_killed_run_leaves_nothing_behind_that_harms(quick: Path, tokenizer: Path) -> None:
     source = jsonl(quick / "a.jsonl", *PAIRS)
     os.mkfifo(quick / "b.jsonl")  # the reader waits here for ever
     code = (
-        "import sys; from pathlib import Path; from tests.prepare.test_instructions import *\n"
-        "folder, tokenizer = map(Path, sys.argv[1:])\n"
-        "source = Source('jsonl', (str(folder / 'a.jsonl'), str(folder / 'b.jsonl')))\n"
-        "make(source, folder / 'out', tokenizer)"
+        "import sys\n"
+        "from minigpt_cli.prepare.instructions import make_instructions\n"
+        "from minigpt_cli.prepare.sources import Source\n"
+        "folder, tokenizer = sys.argv[1:]\n"
+        "source = Source('jsonl', (f'{folder}/a.jsonl', f'{folder}/b.jsonl'))\n"
+        "make_instructions(source, f'{folder}/out', tokenizer_path=tokenizer, chat_template=None,\n"
+        "                  variables={}, val_fraction=0.0, warn=print)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(quick), str(tokenizer)],
@@ -321,7 +322,7 @@ def test_a_killed_run_leaves_nothing_behind_that_harms(quick: Path, tokenizer: P
     assert (quick / ".out.unfinished").exists()
     make(source, quick / "out", tokenizer)
     assert not (quick / ".out.unfinished").exists()
-    assert verify_instructions(quick / "out") == []
+    assert verify_dataset(quick / "out") == []
 
 
 def test_a_failure_leaves_nothing(quick: Path, tokenizer: Path) -> None:
@@ -376,8 +377,8 @@ def test_a_malformed_record_is_skipped_and_named(
     warnings: list[str] = []
     source = jsonl(quick / "a.jsonl", PAIRS[0], "", record, PAIRS[1])
     manifest = make(source, quick / "out", tokenizer, warnings=warnings)
-    assert manifest.malformed == 1
-    assert manifest.splits["train"].examples == 2
+    assert manifest.bad_lines == 1
+    assert manifest.splits["train"].documents == 2
     (line,) = warnings
     assert re.search(rf"a\.jsonl:3: .*({message}).*; skipped$", line)
     assert "\n" not in line
@@ -388,7 +389,7 @@ def test_a_template_that_refuses_a_conversation_skips_it(quick: Path, tokenizer:
     warnings: list[str] = []
     without = {"messages": TALKS[0]["messages"][1:]}
     source = jsonl(quick / "a.jsonl", without, TALKS[1])
-    assert make(source, quick / "out", tokenizer, template + CHATML, 0, warnings).malformed == 1
+    assert make(source, quick / "out", tokenizer, template + CHATML, 0, warnings).bad_lines == 1
     assert warnings == [
         f"{quick}/a.jsonl:1: the chat template refuses a conversation: no system; skipped"
     ]
@@ -407,16 +408,14 @@ def test_nothing_to_train_on_is_malformed(quick: Path, tokenizer: Path) -> None:
     warnings: list[str] = []
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # one token, the first
     manifest = make(source, quick / "out", quick / "tokenizer.json", template, 0, warnings)
-    assert manifest.splits["train"].examples == 1
-    assert warnings == [
-        f"{quick}/a.jsonl:{n}: no token is left to train on; skipped" for n in (2, 3)
-    ]
+    assert manifest.splits["train"].documents == 1
+    assert warnings == [f"{quick}/a.jsonl:{n}: has no token to train on; skipped" for n in (2, 3)]
 
 
 def test_only_the_first_malformed_records_are_shown(quick: Path, tokenizer: Path) -> None:
     warnings: list[str] = []
     source = jsonl(quick / "a.jsonl", *["{"] * 30, PAIRS[0])
-    assert make(source, quick / "out", tokenizer, warnings=warnings).malformed == 30
+    assert make(source, quick / "out", tokenizer, warnings=warnings).bad_lines == 30
     assert len(warnings) == 21
 
 
@@ -459,26 +458,26 @@ def dataset(quick: Path, tokenizer: Path) -> Path:
     return quick / "out"
 
 
-@pytest.mark.parametrize("file", [*FILES, "tokenizer.json", "instructions.json"])
+@pytest.mark.parametrize("file", [*FILES, "tokenizer.json", "dataset.json"])
 def test_damage_of_each_file_is_found_and_named(dataset: Path, file: str) -> None:
     whole = (dataset / file).read_bytes()
-    assert verify_instructions(dataset) == []
+    assert verify_dataset(dataset) == []
 
     def found(verify: bool) -> None:
-        assert verify_instructions(dataset) == [file]
+        assert verify_dataset(dataset) == [file]
         with pytest.raises(Damaged, match=f"{file}: .*(restore|again)"):
-            open_instructions(dataset, verify)
+            open_dataset(dataset, verify=verify)
 
     (dataset / file).write_bytes(whole[:-9])
     found(verify=False)
     middle = len(whole) - 9  # among the data
     (dataset / file).write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     found(verify=True)
-    if file != "instructions.json":
+    if file != "dataset.json":
         (dataset / file).unlink()
         found(verify=False)
     (dataset / file).write_bytes(whole)
-    assert verify_instructions(dataset) == []
+    assert verify_dataset(dataset) == []
 
 
 def test_offsets_that_do_not_divide_the_tokens_are_found_without_reading_all(dataset: Path) -> None:
@@ -486,23 +485,61 @@ def test_offsets_that_do_not_divide_the_tokens_are_found_without_reading_all(dat
     offsets[3] = offsets[2]
     offsets.flush()
     with pytest.raises(Damaged, match=r"train-offsets\.npy: its offsets don't divide"):
-        open_instructions(dataset)
+        open_dataset(dataset)
 
 
-def test_what_is_not_a_dataset_is_refused(dataset: Path, quick: Path) -> None:
-    for path, hint in ((quick / "nowhere", "no such directory"), (quick, r"no instructions\.json")):
-        for read in (open_instructions, verify_instructions):
-            with pytest.raises(UserError, match=f"is not an instruction dataset: .*{hint}"):
-                read(path)
-    record = json.loads((dataset / "instructions.json").read_bytes())
-    del record["checksum"]
-    (dataset / "instructions.json").write_bytes(sealed(record | {"format": 99}))
-    with pytest.raises(UserError, match="format 99, newer than"):
-        open_instructions(dataset)
-    del record["eos_id"]
-    (dataset / "instructions.json").write_bytes(sealed(record))
-    with pytest.raises(Damaged, match=r"instructions\.json: an entry is missing.*eos_id"):
-        open_instructions(dataset)
+def test_an_entry_that_is_missing_is_damage(dataset: Path) -> None:
+    record = json.loads((dataset / "dataset.json").read_bytes())
+    del record["checksum"], record["eos_id"]
+    record["checksum"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (dataset / "dataset.json").write_text(json.dumps(record))
+    with pytest.raises(Damaged, match=r"dataset\.json: an entry is missing.*eos_id"):
+        open_dataset(dataset)
+
+
+def old_format(dataset: Path) -> None:
+    """Turn a dataset into one with ``instructions.json``, as versions before format 2 made it."""
+    record = json.loads((dataset / "dataset.json").read_bytes())
+    del record["checksum"], record["source_fingerprint"]
+    record["malformed"] = record.pop("bad_lines")
+    record.setdefault("chat_template", None)
+    record["format"] = 1
+    for name, split in record["splits"].items():
+        files = [*split["shards"], split["loss_mask"], split["offsets"]]
+        for file, array in zip(files, ("tokens", "trained", "offsets"), strict=True):
+            (dataset / file["file"]).rename(dataset / f"{name}-{array}.npy")
+            file["file"] = f"{name}-{array}.npy"
+        record["splits"][name] = {
+            "files": files,
+            "examples": split["documents"],
+            "tokens": split["tokens"],
+            "trained_tokens": split["loss_tokens"],
+            "trained_bytes": split["bytes"],
+        }
+    record["checksum"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (dataset / "dataset.json").unlink()
+    (dataset / "instructions.json").write_text(json.dumps(record, indent=1))
+
+
+def test_a_dataset_of_the_old_format_is_read(dataset: Path, quick: Path, tokenizer: Path) -> None:
+    new = open_dataset(dataset, verify=True).manifest
+    before = [texts(dataset, tokenizer, split) for split in ("train", "val")]
+    old_format(dataset)
+    assert is_dataset(dataset)
+    old = open_dataset(dataset, verify=True).manifest
+    assert old.fingerprint == new.fingerprint
+    assert [texts(dataset, tokenizer, split) for split in ("train", "val")] == before
+    for split in ("train", "val"):
+        assert old.splits[split].bytes_per_token == new.splits[split].bytes_per_token
+    assert verify_dataset(dataset) == []
+    # The same command finds it finished
+    assert make(jsonl(quick / "a.jsonl", *PAIRS), dataset, tokenizer, None, 0.2) == old
+    (dataset / "train-trained.npy").unlink()
+    assert verify_dataset(dataset) == ["train-trained.npy"]
+    (dataset / "instructions.json").write_text("{}")
+    assert verify_dataset(dataset) == ["instructions.json"]
+    with pytest.raises(Damaged, match=r"instructions\.json: .*delete .* and make it again"):
+        open_dataset(dataset)
 
 
 def test_a_large_vocabulary_takes_uint32(quick: Path) -> None:
@@ -514,5 +551,5 @@ def test_a_large_vocabulary_takes_uint32(quick: Path) -> None:
     source = jsonl(quick / "a.jsonl", {"prompt": "x", "completion": "<65399>"})
     manifest = make(source, quick / "out", quick / "tokenizer.json")
     assert manifest.dtype == "uint32"
-    tokens, _ = open_instructions(quick / "out", verify=True).splits["train"].example(0)
+    tokens, _ = open_dataset(quick / "out", verify=True).splits["train"].document(0)
     assert tokens[1] == manifest.vocab_size - 1 > 65_535

@@ -9,7 +9,6 @@ from tokenizers import Tokenizer
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.dataset import open_dataset
-from minigpt_cli.data.instruction_dataset import open_instructions
 from minigpt_cli.prepare.bpe import train_bpe
 from minigpt_cli.prepare.make_dataset import make_dataset, summary
 from minigpt_cli.prepare.sources import Source
@@ -42,7 +41,7 @@ def make(folder: Path, model: Path, out: str = "out", **options: Any) -> str:
     options = {"val_fraction": 0.0, "tokenizer_path": model} | options
     make_dataset(source_of(folder, TALK), path, format="instructions", **options)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-    tokens, _ = open_instructions(path).splits["train"].example(0)
+    tokens, _ = open_dataset(path).splits["train"].document(0)
     return tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
 
 

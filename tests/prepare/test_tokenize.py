@@ -25,6 +25,7 @@ from minigpt_cli.data.dataset_manifest import DatasetManifest
 from minigpt_cli.data.tokenizer import EOS, eos_id, load_tokenizer, tokenizer_fingerprint
 from minigpt_cli.prepare.bpe import train_bpe
 from minigpt_cli.prepare.documents import documents
+from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.pieces import LONG_DOCUMENT
 from minigpt_cli.prepare.progress import Progress
 from minigpt_cli.prepare.sources import Source, source_files
@@ -453,7 +454,7 @@ def test_killed_at_random_moments_it_goes_on(
     notices.append(run.communicate()[1])
     assert run.returncode == 0, notices
     assert content(out) == straight
-    assert any("going on after" in notice for notice in notices), notices
+    assert any("continuing after" in notice for notice in notices), notices
 
 
 def test_interrupted_after_each_shard_it_goes_on(
@@ -599,7 +600,7 @@ def test_a_complete_dataset_is_returned_as_it_is(
         ({"tokenizer_path": tokenizer_file}, "tokenizer: "),
         ({"train_vocab": 300, "val_fraction": 0.1}, r"val_fraction: 0.05 -> 0.1"),
     ):
-        with pytest.raises(UserError, match=f"other settings.*{message}.*choose another --out"):
+        with pytest.raises(UserError, match=f"other settings.*{message}.*choose another directory"):
             tokenize(source, out, **change)
     write_jsonl(quick / "x.jsonl", many_texts()[:201])
     with pytest.raises(UserError, match="the source's files have other names or sizes"):
@@ -652,7 +653,7 @@ def test_settings_never_mix(
         tokenize(corpus, unfinished, tokenizer_path=tokenizer_file, **SHARDS)
 
 
-def test_with_nothing_written_other_settings_begin_anew(
+def test_with_nothing_written_other_settings_start_over(
     corpus: Source, quick: Path, tokenizer_file: str
 ) -> None:
     out = quick / "out"
@@ -665,7 +666,7 @@ def test_with_nothing_written_other_settings_begin_anew(
     assert (out / "journal.json").exists()
     told: list[str] = []
     manifest = tokenize(corpus, out, train_vocab=300, warn=told.append)
-    assert any("beginning anew" in message for message in told)
+    assert any("starting over" in message for message in told)
     assert manifest.vocab_size == 300
     assert verify_dataset(out) == []
 
@@ -678,17 +679,28 @@ def test_what_others_left_is_not_written_over(quick: Path, tokenizer_file: str) 
     shutil.copy(tokenizer_file, model / "tokenizer.json")
     (model / "config.json").write_text("{}")
     before = (model / "tokenizer.json").read_bytes()
-    with pytest.raises(UserError, match=r"model/tokenizer\.json is another one: choose another"):
+    with pytest.raises(
+        UserError, match=r"model/tokenizer\.json is another tokenizer: choose another"
+    ):
         tokenize(source, model, train_vocab=300)
+    (quick / "y.jsonl").write_text(json.dumps({"prompt": "one", "completion": "two"}) + "\n")
     chats = quick / "chats"
-    chats.mkdir()
-    (chats / "instructions.json").write_text("{}")
-    with pytest.raises(UserError, match="chats holds instructions: choose another"):
+    make_instructions(
+        Source("jsonl", (str(quick / "y.jsonl"),)),
+        chats,
+        tokenizer_path=tokenizer_file,
+        chat_template=None,
+        variables={},
+        val_fraction=0.0,
+        warn=pytest.fail,
+    )
+    made = content(chats)
+    with pytest.raises(UserError, match="chats holds a dataset of instructions: choose another"):
         tokenize(source, chats, train_vocab=300)
     assert sorted(os.listdir(model)) == [".lock", "config.json", "tokenizer.json"]
     tokenize(source, model, tokenizer_path=tokenizer_file)  # its own one may lie there
     assert (model / "tokenizer.json").read_bytes() == before
-    assert sorted(os.listdir(chats)) == ["instructions.json"]
+    assert content(chats) == made
 
 
 def test_shards_of_unknown_origin_are_left_alone(

@@ -342,7 +342,7 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path, base: Path, chats
     run = tmp_path / "run"
     length = ("--set", "train.sequence_length=96")
     said = finished("finetune-lora", file, "--out", run, *length)
-    assert "train: 1 of 25 examples are longer than train.sequence_length 96" in said
+    assert "train: 1 of 25 examples are longer than 96 tokens" in said
     assert "24 examples in" in said
     shutil.copytree(base, tmp_path / "with-template")
     shutil.copy(run / "final/chat_template.jinja", tmp_path / "with-template")

@@ -43,7 +43,7 @@ def test_resume_is_bit_exact_twice_in_a_row_and_across_epochs(
     recipe = make_recipe(*overrides, data=small_dataset)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     run, state = start_run(recipe, straight)
-    windows = run.batches.rows.num_sequences
+    windows = run.batches.sequences.num_sequences
     assert 4 * 8 < windows * 1.5 < 12 * 8  # an epoch ends between the first resume and the end
     fit(run, state)
     shutil.copytree(straight, resumed)
