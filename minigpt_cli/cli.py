@@ -97,14 +97,14 @@ def tokenize(
     as_json: Json = False,
 ) -> None:
     """Make a token dataset from text."""
-    from minigpt_cli.prepare.from_recipe import make_dataset, summary
+    from minigpt_cli.prepare.make_dataset import make_dataset, summary
     from minigpt_cli.prepare.sources import detect_source
 
     manifest = make_dataset(
         detect_source(sources, text_field, split, config),
         out,
         tokenizer_path=tokenizer,
-        train_vocab=train_vocab,
+        vocab_size=train_vocab,
         val_fraction=val_fraction,
         strict=strict,
         workers=workers,

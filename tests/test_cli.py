@@ -118,7 +118,7 @@ def test_verify_names_damage(run: Path, tmp_path: Path, dataset: Path):
         (2, "temperature", ("sample", "{run}", "--temperature", "-1")),
         (2, "nowhere", ("tokenize", "nowhere.txt", "--out", "out", "--train-vocab", "300")),
         (2, "", ("tokenize", "{empty}", "--out", "out", "--train-vocab", "300")),
-        (2, "--train-vocab", ("tokenize", "{recipe}", "--out", "out")),
+        (2, "--vocab-size", ("tokenize", "{recipe}", "--out", "out")),
         (2, "no such run or checkpoint", ("verify", "nowhere")),
     ],
 )  # fmt: skip

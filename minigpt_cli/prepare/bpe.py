@@ -10,27 +10,33 @@ from minigpt_cli.data.tokenizer import EOS, as_text_only
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MIN_VOCAB = 257  # the bytes and EOS
+MIN_VOCAB = 257  # the 256 bytes, and EOS
 
-# Training sees the beginning of the corpus, so that its memory and time don't grow with the corpus.
-TRAINING_BYTES = 100_000_000
+TRAINING_BYTES = 100_000_000  # used of a corpus, so that time and memory don't grow with it
 
-# The trainer buffers 256 texts and counts distinct words: short pieces and a limit on runs without
-# white space (base64, minified code) bound both. No useful token comes out of the tail of such a
-# run.
-_TRAINING_PIECE = 16_384
-_TRAINING_RUN = 1_000
+# The trainer buffers 256 texts and counts distinct words. Short pieces and a limit on runs without
+# white space (base64, minified code) bound its memory. Such a run's end gives no useful token.
+_TRAINING_PIECE = 16_384  # characters
+_TRAINING_RUN = 1_000  # characters
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
-    """Train a byte-level BPE tokenizer with ``vocab_size`` entries: 256 bytes, merges, and ``EOS``.
+    """Train a byte-level BPE tokenizer: 256 bytes, merges, and ``EOS``.
 
-    Deterministic in the order-independent counts of the words in ``texts``. At most the first
-    ``TRAINING_BYTES`` of text are used; of a run of more than 1,000 characters without white space
-    only the first 1,000 count. The result has fewer entries when the text has nothing left to
-    merge.
+    The result depends on the counts of the words in ``texts``, not on their order. At most the
+    first ``TRAINING_BYTES`` of text are used, and the first 1,000 characters of a run without white
+    space.
 
-    Raises ``UserError`` when ``vocab_size`` can't hold the bytes and ``EOS``.
+    Args:
+        texts: The training text.
+        vocab_size: Number of entries. The tokenizer has fewer if the text has nothing left to
+            merge.
+
+    Returns:
+        The tokenizer. It encodes special tokens in a text as text.
+
+    Raises:
+        UserError: ``vocab_size`` is less than ``MIN_VOCAB``.
     """
     if vocab_size < MIN_VOCAB:
         raise UserError(
@@ -60,7 +66,7 @@ def _training_pieces(texts: Iterator[str]) -> Iterator[str]:
         start = 0
         while start < len(text) and left > 0:
             end = min(len(text), start + _TRAINING_PIECE)
-            if end < len(text):  # end at white space if there is some, so that no word is torn
+            if end < len(text):  # end at white space if there is any, so that no word is cut
                 space = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
                 end = space if space > 0 else end
             piece = text[start:end]

@@ -1,189 +1,170 @@
-"""Documents of a source, streamed in pieces of bounded size, from any position on."""
+"""Documents of a source: streamed in pieces of bounded size, from any position on."""
 
-import io
-import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.prepare.pieces import LONG_DOCUMENT, Bad, Piece, Pieces, Position, cut, split_text
-from minigpt_cli.prepare.sources import Source, source_files
-from minigpt_cli.prepare.tables import huggingface, parquet
+from minigpt_cli.prepare.pieces import (
+    LONG_DOCUMENT,
+    DocumentPiece,
+    OnBad,
+    Position,
+    cut_document,
+    find_cut,
+)
+from minigpt_cli.prepare.readers import (
+    BYTE_ORDER_MARK,
+    RawRecord,
+    field_names,
+    files_from,
+    open_uncompressed,
+    raw_records,
+    readable,
+    text_problem,
+)
+from minigpt_cli.prepare.sources import Source
 
-# A line of JSON must be in memory as a whole to be read; a longer one counts as malformed.
-MAX_LINE = 256 << 20
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass
+class _BadText:
+    """Counts and reports text that can't be used."""
+
+    on_bad: OnBad | None
+    strict: bool
+    count: int
+
+    def report(self, message: str) -> None:
+        if self.strict:
+            raise UserError(f"{message.removesuffix('; skipped')} (refused: strict)")
+        self.count += 1
+        if self.on_bad is not None:
+            self.on_bad(message)
 
 
 def documents(
     source: Source,
     strict: bool = False,
-    on_bad: Callable[[str], None] | None = None,
+    on_bad: OnBad | None = None,
     start: Position | None = None,
-) -> Iterator[Piece]:
-    """Yield the source's documents, in an order that depends on the source alone.
+) -> Iterator[DocumentPiece]:
+    """Read the documents of a source, in an order that depends on the source alone.
 
-    Empty documents are passed over. What can't be read as text is counted in ``Position.bad`` and
-    told to ``on_bad`` in one line with file and line: a malformed line of JSON lines, a null in
-    Parquet or a standard library file in another encoding is skipped; in a plain text file invalid
-    bytes become U+FFFD. With ``strict`` each of these raises ``UserError`` instead. Memory stays
-    bounded whatever the size of files and of text documents. ``start`` is the ``after`` of an
-    earlier piece.
+    Empty documents are left out. Bad text is reported and counted in ``Position.bad``: a malformed
+    line of JSON, an empty cell of a table, or a standard library file that isn't UTF-8 is skipped;
+    invalid bytes in a text file become U+FFFD. The size of files and of text documents has no
+    influence on the memory in use.
 
-    Raises ``UserError`` for files that can't be read and for a missing field, naming those there
-    are.
+    Args:
+        source: What to read.
+        strict: Refuse bad text.
+        on_bad: Called with one line for each bad text, with its file and line.
+        start: Where to continue: the ``after`` of an earlier piece.
+
+    Yields:
+        The documents, in pieces of about ``LONG_DOCUMENT`` bytes at most.
+
+    Raises:
+        UserError: A file can't be read, a field is missing, or a text is bad and ``strict`` is set.
     """
-
-    def bad(message: str) -> None:
-        if strict:
-            raise UserError(f"{message.removesuffix('; skipped')} (refused: strict)")
-        if on_bad is not None:
-            on_bad(message)
-
     start = start or Position()
-    if source.kind == "huggingface":
-        yield from huggingface(source, bad, start)
+    bad = _BadText(on_bad, strict, start.bad)
+    if source.kind not in ("files", "python-stdlib"):
+        yield from _from_records(source, bad, start)
         return
-    read = {
-        "files": _text_file,
-        "jsonl": _json_lines,
-        "parquet": parquet,
-        "python-stdlib": _python_file,
-    }[source.kind]
-    for index, file in enumerate(source_files(source)):
-        if index < start.file:
-            continue
-        here = start if index == start.file else Position(file=index, bad=start.bad)
-        try:
-            # Each reader returns the number of bad lines so far, which the next file starts from.
-            start = start._replace(bad=(yield from read(file, source.field, bad, here)))
-        except (OSError, EOFError, zlib.error) as error:  # the last two from torn .gz files
-            reason = error.strerror if isinstance(error, OSError) else None
-            raise UserError(f"{file} can't be read: {reason or error}") from None
+    read = _text_file if source.kind == "files" else _python_file
+    for file, here in files_from(source, start):
+        with readable(file):
+            yield from read(file, bad, here._replace(bad=bad.count))
 
 
-def _text_file(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
-    """One document: the whole file, never in memory as a whole."""
-    with opened(file) as stream:
-        _skip(stream, here.offset)
+def _from_records(source: Source, bad: _BadText, start: Position) -> Iterator[DocumentPiece]:
+    """Read one document per record."""
+
+    def text_column(schema: "pa.Schema", table: str) -> list[str]:
+        return _text_column(schema, table, source.field)
+
+    for record in raw_records(source, text_column, start, text_as_bytes=True):
+        text = _text_of(record, source.field)
+        if isinstance(text, str):
+            # With `inside` set, this record was good when it was first read.
+            bad.report(f"{record.where}: {text}; skipped")
+        elif text:
+            after = record.after
+            if bad.count != after.bad:
+                after = after._replace(bad=bad.count)
+            yield from cut_document(text, record.here, after)
+
+
+def _text_column(schema: "pa.Schema", table: str, field: str) -> list[str]:
+    import pyarrow as pa
+
+    if field not in schema.names:
+        raise UserError(f"{table} has no field {field!r}; it has {', '.join(schema.names)}")
+    kind = schema.field(field).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UserError(f"field {field!r} of {table} holds {kind}, not text")
+    return [field]
+
+
+def _text_of(record: RawRecord, field: str) -> bytes | str:
+    """Return the record's text in UTF-8, or a string that says what is wrong."""
+    content = record.content
+    if isinstance(content, str):
+        return content
+    if field not in content:
+        return f"no field {field!r} (fields: {field_names(content)})"
+    text = content[field]
+    if text is None:
+        return f"no text in field {field!r}"
+    if isinstance(text, bytes):  # from a table
+        return text
+    problem = text_problem(text)
+    return text.encode() if problem is None else f"field {field!r} {problem}"
+
+
+def _text_file(file: Path, bad: _BadText, here: Position) -> Iterator[DocumentPiece]:
+    """Read a file as one document, at most a piece at a time."""
+    with open_uncompressed(file, here.offset) as stream:
         buffer = bytearray()
-        done = False
+        at_end = False
         while True:
-            while not done and len(buffer) <= LONG_DOCUMENT:
+            while not at_end and len(buffer) <= LONG_DOCUMENT:
                 chunk = stream.read(LONG_DOCUMENT + 1 - len(buffer))
                 buffer += chunk
-                done = not chunk
-            if done and not buffer:
-                return here.bad
-            last = done and len(buffer) <= LONG_DOCUMENT
-            end = len(buffer) if last else cut(buffer, LONG_DOCUMENT)
+                at_end = not chunk
+            last = len(buffer) <= LONG_DOCUMENT
+            end = len(buffer) if last else find_cut(buffer, LONG_DOCUMENT)
             data = bytes(buffer[:end])
             del buffer[:end]
             if here.offset == 0:
-                data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark isn't text
+                data = data.removeprefix(BYTE_ORDER_MARK)
             try:
                 data.decode()
             except UnicodeDecodeError as error:
-                if not here.line:  # each file is counted once
-                    bad(f"{file}: not valid UTF-8 at byte {here.offset + error.start}")
-                    here = here._replace(line=1, bad=here.bad + 1)
+                if not here.line:  # a file is counted once
+                    bad.report(f"{file}: not valid UTF-8 at byte {here.offset + error.start}")
+                    here = here._replace(line=1, bad=bad.count)
                 data = data.decode(errors="replace").encode()
             here = here._replace(offset=here.offset + end, inside=here.inside + len(data))
             if last:
-                after = Position(file=here.file + 1, bad=here.bad)
                 if data:
-                    yield Piece(data, True, after)
-                return here.bad
-            yield Piece(data, False, here)
+                    yield DocumentPiece(data, True, Position(file=here.file + 1, bad=here.bad))
+                return
+            yield DocumentPiece(data, False, here)
 
 
-def _python_file(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
-    """One document: a module of the standard library; skipped when it can't be read as UTF-8."""
-    after = Position(file=here.file + 1, bad=here.bad)
+def _python_file(file: Path, bad: _BadText, here: Position) -> Iterator[DocumentPiece]:
+    """Read a module of the standard library as one document."""
     try:
         text = file.read_bytes()
         text.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = "not valid UTF-8" if isinstance(error, ValueError) else error.strerror
-        bad(f"{file}: {reason}; skipped")
-        return here.bad + 1
-    yield from split_text(text, here, after)
-    return here.bad
-
-
-def _json_lines(file: Path, field: str, bad: Bad, here: Position) -> Pieces:
-    """One document per line."""
-    with opened(file) as stream:
-        _skip(stream, here.offset)
-        while line := stream.readline(MAX_LINE):
-            after = here._replace(offset=here.offset + len(line), line=here.line + 1, inside=0)
-            reason = None
-            text = b""
-            if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                while rest := stream.readline(MAX_LINE):
-                    after = after._replace(offset=after.offset + len(rest))
-                    if rest.endswith(b"\n"):
-                        break
-                reason = f"longer than {MAX_LINE >> 20} MiB"
-            else:
-                if here.offset == 0:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                    if line.lstrip().startswith(b"["):
-                        raise UserError(
-                            f"{file} begins with '[': it is a JSON array, not JSON lines; "
-                            "write one object per line"
-                        )
-                if line.strip():
-                    text, reason = _text_of(line, field)
-            if reason is not None:
-                # `inside` means that this line was good when it was read first
-                bad(f"{file}:{after.line}: {reason}; skipped")
-                after = after._replace(bad=after.bad + 1)
-            elif text:
-                yield from split_text(text, here, after)
-            here = after
-    return here.bad
-
-
-def _text_of(line: bytes, field: str) -> tuple[bytes, str | None]:
-    """Return (the text of one JSON line, None) or (nothing, what is wrong with the line)."""
-    try:
-        record = json.loads(line.decode())
-        if not isinstance(record, dict):
-            return b"", f"not a JSON object but {type(record).__name__}"
-        if field not in record:
-            names = ", ".join(sorted(record)[:8]) or "none"
-            return b"", f"no field {field!r} (fields: {names})"
-        if not isinstance(record[field], str):
-            return b"", f"field {field!r} is not a string but {type(record[field]).__name__}"
-        return record[field].encode(), None
-    except UnicodeDecodeError as error:
-        return b"", f"not valid UTF-8 at byte {error.start} of the line"
-    except UnicodeEncodeError:
-        return b"", f"field {field!r} holds half of a surrogate pair, which is not Unicode text"
-    except RecursionError:
-        return b"", "JSON nested too deeply"
-    except ValueError as error:
-        return b"", f"not valid JSON ({error})"
-
-
-def opened(file: Path) -> BinaryIO:
-    """Open a file to read its bytes, those of .gz and .zst unpacked."""
-    if file.suffix == ".gz":
-        import gzip
-
-        return cast(BinaryIO, gzip.open(file))
-    if file.suffix == ".zst":
-        import pyarrow as pa
-
-        return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(file), compression="zstd")))
-    return file.open("rb")
-
-
-def _skip(stream: BinaryIO, offset: int) -> None:
-    if isinstance(stream, io.BufferedReader) and stream.seekable():
-        stream.seek(offset)
-        return
-    while offset > 0:  # a compressed stream can only be read through
-        offset -= len(stream.read(min(offset, LONG_DOCUMENT))) or offset
+        bad.report(f"{file}: {reason}; skipped")
+    else:
+        yield from cut_document(text, here, Position(file=here.file + 1, bad=here.bad))

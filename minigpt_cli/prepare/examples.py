@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import masked_parts
 from minigpt_cli.data.tokenizer import eos_id
-from minigpt_cli.prepare.pieces import Bad
-from minigpt_cli.prepare.records import Completion, records
+from minigpt_cli.prepare.instruction_records import PromptCompletion, instruction_records
+from minigpt_cli.prepare.pieces import OnBad
 from minigpt_cli.prepare.sources import Source
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def examples(
     tokenizer: "Tokenizer",
     chat_template: str | None,
     variables: dict[str, str],
-    bad: Bad,
+    bad: OnBad,
 ) -> Iterator[Example]:
     """Encode the records of a source, in its order.
 
@@ -102,11 +102,11 @@ def examples(
 
 
 def _drafts(
-    source: Source, chat_template: str | None, variables: dict[str, str], bad: Bad
+    source: Source, chat_template: str | None, variables: dict[str, str], bad: OnBad
 ) -> Iterator[_Draft]:
     now = datetime.now()  # templates may write the date: one for the whole dataset
-    for where, record in records(source, bad):
-        if isinstance(record, Completion):
+    for where, record in instruction_records(source, bad):
+        if isinstance(record, PromptCompletion):
             pieces = [(record.prompt, False), (record.completion, True)]
             yield _Draft(where, pieces, is_chat=False)
             continue

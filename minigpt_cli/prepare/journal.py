@@ -9,7 +9,7 @@ from minigpt_cli.core.errors import Damaged
 from minigpt_cli.core.files import write_atomically
 from minigpt_cli.data.dataset_manifest import JOURNAL, Shard
 from minigpt_cli.prepare.pieces import Position
-from minigpt_cli.prepare.split import Place, Rule
+from minigpt_cli.prepare.split import SplitPosition, SplitRule
 
 _FORMAT = 1
 
@@ -29,7 +29,7 @@ class State:
         pending: tokens in the unfinished shard of each split.
     """
 
-    place: Place = field(default_factory=Place)
+    place: SplitPosition = field(default_factory=SplitPosition)
     chain: str = ""
     documents: tuple[int, ...] = (0, 0)
     bytes: tuple[int, ...] = (0, 0)
@@ -58,7 +58,7 @@ class Journal:
     settings: dict[str, Any]
     source_modified: int | None
     tokenizer_fingerprint: str
-    rule: Rule
+    rule: SplitRule
     state: State
 
 
@@ -78,7 +78,7 @@ def read_journal(out: Path) -> Journal | None:
         record = json.loads(file.read_bytes())
         if record.pop("format") != _FORMAT:
             raise ValueError("of another version of minigpt")
-        rule = Rule(**record["rule"] | {"digests": tuple(record["rule"]["digests"])})
+        rule = SplitRule(**record["rule"] | {"digests": tuple(record["rule"]["digests"])})
         return Journal(**record | {"rule": rule, "state": _state(record["state"])})
     except FileNotFoundError:
         return None
@@ -90,5 +90,5 @@ def _state(record: dict[str, Any]) -> State:
     position, val = record["place"]
     shards = tuple(tuple(Shard(**shard) for shard in split) for split in record["shards"])
     numbers = {name: tuple(record[name]) for name in ("documents", "bytes", "pending")}
-    place = Place(Position(*position), val)
+    place = SplitPosition(Position(*position), val)
     return State(place, record["chain"], shards=shards, **numbers)

@@ -1,30 +1,35 @@
-"""Pieces of documents, and where a document too long to be in memory as a whole is cut.
+"""Pieces of documents, and where to cut a document that is too long to hold in memory.
 
-A document of more than ``LONG_DOCUMENT`` bytes comes as several pieces. They are cut just before a
-space that a word follows, where byte-level tokenizers (GPT-2's pattern and its descendants) start a
-token anyway, so that encoding the pieces gives the ids of the whole. Without such a space in the
-last ``_REACH`` bytes the cut falls before other white space, and without any at a character's
-boundary.
+A document of more than ``LONG_DOCUMENT`` bytes is cut into several pieces. The cut falls before a
+space that is followed by a word. Byte-level tokenizers (GPT-2's pattern and its descendants) start
+a token there, so the pieces give the same ids as the whole document. If the last ``_SEARCHED``
+bytes have no such space, the cut falls before other white space, or else between two characters.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-# One piece's encoding takes up to 200 times its size in memory while it lasts (base64, measured),
-# and one piece is in work per core.
+# While a piece is encoded it takes up to 200 times its size in memory (measured on base64 text),
+# and each core encodes one piece.
 LONG_DOCUMENT = 1 << 20
 
-_REACH = 64 << 10
-_WHITE = b" \t\n\r\v\f"
+_SEARCHED = 64 << 10
+_WHITE_SPACE = b" \t\n\r\v\f"
+
+# A function that reports text that can't be used, in one line.
+OnBad = Callable[[str], None]
 
 
 class Position(NamedTuple):
-    """A place between two pieces, from which reading goes on. Plain JSON values.
+    """A place between two pieces, from which reading can continue.
 
-    ``file``: index into the source's files. ``offset``: bytes (unpacked) into a file of text or
-    JSON lines; rows into a Parquet file or a Hugging Face dataset. ``line``: lines read so far
-    (JSON lines); 1 once the current text file has been counted as bad. ``inside``: UTF-8 bytes of
-    the current document that were already yielded. ``bad``: bad lines or files so far.
+    Attributes:
+        file: Index into the source's files.
+        offset: Bytes (uncompressed) into a file of text or JSON lines; rows into a Parquet file or
+            a Hugging Face dataset.
+        line: Lines read so far (JSON lines). In a text file: 1 once the file was counted as bad.
+        inside: UTF-8 bytes of the current document that were read before.
+        bad: Bad lines, rows and files so far.
     """
 
     file: int = 0
@@ -34,10 +39,14 @@ class Position(NamedTuple):
     bad: int = 0
 
 
-# Named tuples rather than frozen dataclasses: two are made per document, and they cost a quarter.
-class Piece(NamedTuple):
-    """``data``: UTF-8 text, not empty. ``last``: the document ends here. ``after``: where reading
-    goes on.
+# Named tuples cost a quarter of a frozen dataclass, and several are made per document.
+class DocumentPiece(NamedTuple):
+    """A piece of a document, or a whole one.
+
+    Attributes:
+        data: UTF-8 text, not empty.
+        last: Whether the document ends here.
+        after: Where reading continues after this piece.
     """
 
     data: bytes
@@ -45,21 +54,25 @@ class Piece(NamedTuple):
     after: Position
 
 
-def cut(text: bytes | bytearray, limit: int) -> int:
-    """Return where to end a piece: at most ``limit`` bytes, at least 1; ``text`` is longer than
-    ``limit``.
+def find_cut(text: bytes | bytearray, limit: int) -> int:
+    """Find where to end a piece.
 
-    The last space within reach that an ASCII word follows; else the last white space that begins a
-    run of it; else the last character's boundary.
+    Args:
+        text: UTF-8 text of more than ``limit`` bytes.
+        limit: The most bytes that the piece may have.
+
+    Returns:
+        The piece's length in bytes, from 1 to ``limit``: up to the last space before an ASCII word;
+        else up to the last run of white space; else up to the last whole character.
     """
     assert 0 < limit < len(text), (limit, len(text))
-    low = max(1, limit - _REACH)
+    low = max(1, limit - _SEARCHED)
     at = limit
     while (at := text.rfind(b" ", low, at)) > 0:
         if 0x20 < text[at + 1] < 0x80:
             return at
     for at in range(limit, low - 1, -1):
-        if text[at] in _WHITE and text[at - 1] not in _WHITE:
+        if text[at] in _WHITE_SPACE and text[at - 1] not in _WHITE_SPACE:
             return at
     at = limit
     while at > max(1, limit - 4) and text[at] & 0xC0 == 0x80:  # a continuation byte
@@ -67,24 +80,27 @@ def cut(text: bytes | bytearray, limit: int) -> int:
     return at
 
 
-# What a reader calls with a line about text that it can't use.
-Bad = Callable[[str], None]
-# A reader of one file; it returns the number of bad lines and files so far.
-Pieces = Generator[Piece, None, int]
+def cut_document(text: bytes, here: Position, after: Position) -> Iterator[DocumentPiece]:
+    """Cut a document that is in memory into pieces.
 
+    Args:
+        text: The whole document, UTF-8.
+        here: The document's position. The first ``here.inside`` bytes are left out.
+        after: The position of what follows the document.
 
-def split_text(text: bytes, here: Position, after: Position) -> Iterator[Piece]:
-    """Yield a document that is in memory, from ``here.inside`` on."""
+    Yields:
+        The pieces, none if nothing is left.
+    """
     done = here.inside
     if len(text) - done <= LONG_DOCUMENT:
         if len(text) > done:
-            yield Piece(text[done:] if done else text, True, after)
+            yield DocumentPiece(text[done:] if done else text, True, after)
         return
     view = memoryview(text)
     while len(text) - done > LONG_DOCUMENT:
-        # The window is one byte longer than the limit: `cut` looks at the byte after.
+        # One byte more than the limit: find_cut looks at the byte after the cut.
         window = bytes(view[done : done + LONG_DOCUMENT + 1])
-        end = cut(window, LONG_DOCUMENT)
+        end = find_cut(window, LONG_DOCUMENT)
         done += end
-        yield Piece(window[:end], False, here._replace(inside=done, bad=after.bad))
-    yield Piece(text[done:], True, after)
+        yield DocumentPiece(window[:end], False, here._replace(inside=done, bad=after.bad))
+    yield DocumentPiece(text[done:], True, after)

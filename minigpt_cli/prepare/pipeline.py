@@ -21,7 +21,7 @@ from minigpt_cli.prepare.encode import LAST, VAL, Batch, Ids, encoders
 from minigpt_cli.prepare.journal import Journal, State, write_journal
 from minigpt_cli.prepare.progress import BadLines, ProgressReporter
 from minigpt_cli.prepare.sources import Source
-from minigpt_cli.prepare.split import Place, Rule, placed
+from minigpt_cli.prepare.split import SplitPosition, SplitRule, assign_splits
 from minigpt_cli.prepare.writer import ShardWriter
 
 _BATCH_BYTES = 512 << 10
@@ -50,7 +50,7 @@ class Work:
     out: Path
     strict: bool
     settings: dict[str, Any]
-    rule: Rule
+    rule: SplitRule
     source_modified: int | None
     tokenizer_fingerprint: str
     eos_id: int
@@ -146,8 +146,8 @@ def _batches(
     size = 0
     chain = bytes.fromhex(state.chain)
     counts, sizes = list(state.documents), list(state.bytes)
-    place: Place | None = state.place
-    for piece in placed(work.source, work.rule, work.strict, on_bad, state.place):
+    place: SplitPosition | None = state.place
+    for piece in assign_splits(work.source, work.rule, work.strict, on_bad, state.place):
         # Batches end where reading can start
         if (
             pieces
@@ -169,7 +169,7 @@ def _batches(
         yield Batch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
 
 
-def _reached(place: Place, chain: bytes, counts: list[int], sizes: list[int]) -> State:
+def _reached(place: SplitPosition, chain: bytes, counts: list[int], sizes: list[int]) -> State:
     return State(place, chain.hex(), (counts[0], counts[1]), (sizes[0], sizes[1]))
 
 

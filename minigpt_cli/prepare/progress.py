@@ -1,24 +1,30 @@
-"""What a tokenization tells while it works: counters, and the first of the bad lines."""
+"""Report the progress of a tokenization, and the first of the bad lines that it meets."""
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from minigpt_cli.core.console import console, log
 from minigpt_cli.prepare.journal import State
 
-_REPORTED_BAD = 20
+_SHOWN_BAD_LINES = 20
+_LOG_SECONDS = 10.0  # between two lines where there is no terminal
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a tokenization is.
+    """How far a tokenization is.
 
-    ``phase``: "training the tokenizer" or "tokenizing". ``bytes`` of UTF-8 text, ``documents``,
-    ``tokens`` and ``bad`` lines so far, of which ``resumed_bytes`` were done by an earlier,
-    interrupted run; ``total_bytes`` when the source's size tells (None: unknown); ``seconds`` since
-    this run began.
+    Attributes:
+        phase: "training the tokenizer" or "tokenizing".
+        bytes: UTF-8 bytes of text so far.
+        total_bytes: UTF-8 bytes in the whole source; None if its files' sizes don't say.
+        documents: Documents so far.
+        tokens: Tokens so far.
+        bad: Bad lines so far.
+        resumed_bytes: The part of ``bytes`` that an earlier, interrupted call did.
+        seconds: Since this call began the phase.
     """
 
     phase: str
@@ -30,9 +36,17 @@ class Progress:
     resumed_bytes: int = 0
     seconds: float = 0.0
 
+    def __str__(self) -> str:
+        rate = (self.bytes - self.resumed_bytes) / max(self.seconds, 1e-9)
+        line = f"{self.phase}: {self.bytes / 1e6:,.1f} MB"
+        if self.total_bytes:
+            line += f" of {self.total_bytes / 1e6:,.1f} ({self.bytes / self.total_bytes:.0%})"
+        line += f", {self.documents:,} documents, {rate / 1e6:.1f} MB/s"
+        return line + (f", {self.bad:,} malformed" if self.bad else "")
+
 
 class ProgressReporter:
-    """Hands the caller's ``progress`` where the work is; does nothing without one."""
+    """Calls ``progress``, if there is one, with how far the work is."""
 
     def __init__(self, progress: Callable[[Progress], None] | None, total_bytes: int | None):
         self._progress = progress
@@ -40,72 +54,70 @@ class ProgressReporter:
         self._began = time.monotonic()
 
     def begin(self, phase: str, resumed_bytes: int = 0) -> None:
+        """Begin a phase, of which an earlier call did ``resumed_bytes``."""
         self._began = time.monotonic()
         self._now = replace(self._now, phase=phase, resumed_bytes=resumed_bytes)
 
     def read(self, size: int, documents: int) -> None:
-        self._tell(bytes=size, documents=documents)
+        """Report how many bytes and documents were read to train the tokenizer."""
+        self._report(bytes=size, documents=documents)
 
     def written(self, state: State) -> None:
-        self._tell(
+        """Report what was encoded and written."""
+        self._report(
             bytes=sum(state.bytes),
             documents=sum(state.documents),
             tokens=state.tokens,
             bad=state.place.position.bad,
         )
 
-    def _tell(self, **changes: int) -> None:
+    def _report(self, **counts: int) -> None:
         if self._progress is not None:
             seconds = time.monotonic() - self._began
-            self._progress(replace(self._now, seconds=seconds, **changes))  # type: ignore[arg-type]
+            self._progress(replace(self._now, seconds=seconds, **counts))  # type: ignore[arg-type]
 
 
 @dataclass
 class BadLines:
-    """Counts the bad lines that are met and reports the first of them."""
+    """Counts bad lines and reports the first of them.
+
+    Attributes:
+        warn: Called with one line for each of the first 20.
+        count: Bad lines so far.
+    """
 
     warn: Callable[[str], None]
     count: int = 0
 
     def __call__(self, message: str) -> None:
         self.count += 1
-        if self.count <= _REPORTED_BAD:
+        if self.count <= _SHOWN_BAD_LINES:
             self.warn(message)
-        elif self.count == _REPORTED_BAD + 1:
+        elif self.count == _SHOWN_BAD_LINES + 1:
             self.warn("further bad lines are counted but not shown")
 
 
-class TokenizingDisplay:
-    """Bytes, documents and rate: a live line on a terminal, a line every few seconds elsewhere."""
+@contextlib.contextmanager
+def progress_display() -> Iterator[Callable[[Progress], None]]:
+    """Give a function that shows progress: on a live line of a terminal, or as a log line every
+    few seconds."""
+    screen = console()
+    status = screen.status("")
+    shown = time.monotonic()
 
-    SECONDS = 10.0
-
-    def __init__(self) -> None:
-        self._console = console()
-        self._status = self._console.status("")
-        self._shown = time.monotonic()
-
-    def __enter__(self) -> "TokenizingDisplay":
-        if self._console.is_terminal:
-            self._status.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):
-            self._status.stop()
-
-    def update(self, progress: Progress) -> None:
-        p = progress
-        rate = (p.bytes - p.resumed_bytes) / max(p.seconds, 1e-9)
-        line = f"{p.phase}: {p.bytes / 1e6:,.1f} MB"
-        if p.total_bytes:
-            line += f" of {p.total_bytes / 1e6:,.1f} ({p.bytes / p.total_bytes:.0%})"
-        line += f", {p.documents:,} documents, {rate / 1e6:.1f} MB/s"
-        if p.bad:
-            line += f", {p.bad:,} malformed"
-        if self._console.is_terminal:
+    def show(progress: Progress) -> None:
+        nonlocal shown
+        if screen.is_terminal:
             with contextlib.suppress(OSError):
-                self._status.update(line)
-        elif time.monotonic() - self._shown > self.SECONDS:
-            self._shown = time.monotonic()
-            log(line)
+                status.update(str(progress))
+        elif time.monotonic() - shown > _LOG_SECONDS:
+            shown = time.monotonic()
+            log(str(progress))
+
+    if screen.is_terminal:
+        status.start()
+    try:
+        yield show
+    finally:
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            status.stop()

@@ -1,7 +1,4 @@
-"""Where documents come from: what a user names on the command line or in a recipe, made precise.
-
-`documents.py` reads the documents of a ``Source``; this module only says which files they are in.
-"""
+"""Find the files that a user's words for a source mean; ``documents.py`` reads them."""
 
 import glob
 import hashlib
@@ -23,7 +20,7 @@ _JSONL = (".jsonl", ".ndjson", ".json")
 _TEXT = (".txt", ".text", ".md", ".rst", ".py", ".log", ".tex", ".html", ".xml")
 _FILE_KINDS = ("files", "jsonl", "parquet")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_STDLIB_LEFT_OUT = frozenset(
+_STDLIB_SKIPPED = frozenset(
     ("test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__")
 )
 
@@ -32,10 +29,17 @@ _STDLIB_LEFT_OUT = frozenset(
 class Source:
     """Where documents come from.
 
-    ``kind`` is one of ``KINDS``. ``path`` holds files, directories or glob patterns (``**`` crosses
-    directories) for ``files``, ``jsonl`` and ``parquet``; exactly one local directory or Hub id for
-    ``huggingface``; nothing for ``python-stdlib``. ``field`` names the text's field in JSONL,
-    Parquet and Hugging Face datasets; ``split`` and ``config`` matter to ``huggingface`` only.
+    Attributes:
+        kind: One of ``KINDS``.
+        path: Files, directories or glob patterns (``**`` crosses directories) for ``files``,
+            ``jsonl`` and ``parquet``; one local directory or Hub id for ``huggingface``; nothing
+            for ``python-stdlib``.
+        field: The field that holds the text, in JSON lines, Parquet and Hugging Face datasets.
+        split: The split of a Hugging Face dataset.
+        config: The configuration of a Hugging Face dataset.
+
+    Raises:
+        UserError: The kind is unknown, or the path doesn't suit it.
     """
 
     kind: str
@@ -51,11 +55,11 @@ class Source:
             )
         if self.kind == "python-stdlib":
             if self.path:
-                raise UserError(f"python-stdlib takes no path, but got {', '.join(self.path)}")
+                raise UserError(f"python-stdlib takes no path: leave out {', '.join(self.path)}")
         elif not self.path:
-            raise UserError(f"a source of kind {self.kind} needs a path")
+            raise UserError(f"a source of kind {self.kind} needs a path: name files or a dataset")
         elif not all(self.path):
-            raise UserError("the name of a source is empty")
+            raise UserError("a source's name is empty: name a file, a directory or a dataset")
         elif self.kind == "huggingface" and len(self.path) != 1:
             raise UserError(
                 "give one Hugging Face dataset (a directory or a Hub id) at a time, "
@@ -63,7 +67,7 @@ class Source:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return the source as plain JSON values, for ``dataset.json``."""
+        """Describe the source in plain JSON values, for ``dataset.json``."""
         described: dict[str, Any] = {"kind": self.kind, "path": list(self.path)}
         if self.kind in ("jsonl", "parquet", "huggingface"):
             described["field"] = self.field
@@ -75,26 +79,34 @@ class Source:
 def detect_source(
     arguments: list[str], field: str = "text", split: str = "train", config: str | None = None
 ) -> Source:
-    """Return the source that the arguments of ``minigpt tokenize SOURCE...`` mean.
+    """Find out what the arguments of ``minigpt tokenize SOURCE...`` mean.
 
-    ``python-stdlib`` is the standard library's source; an existing file, directory or glob pattern
-    is read by its ending (.jsonl, .ndjson, .json: JSON lines; .parquet; anything else: plain text,
-    one document per file; .gz and .zst are unpacked); a name like ``org/name`` that isn't there is
-    a Hub id.
+    The ending of a file decides how it is read: .jsonl, .ndjson and .json are JSON lines, .parquet
+    is Parquet, anything else is plain text with one document per file. .gz and .zst files are
+    decompressed. A name like ``org/name`` that isn't a file or a directory is a Hub id.
 
-    Raises ``UserError`` for a path that doesn't exist, a pattern without matches, and mixed kinds.
+    Args:
+        arguments: Files, directories, glob patterns, one Hugging Face dataset, or "python-stdlib".
+        field: The field that holds the text.
+        split: The split of a Hugging Face dataset.
+        config: The configuration of a Hugging Face dataset.
+
+    Raises:
+        UserError: A path doesn't exist, a pattern matches nothing, or the kinds are mixed.
     """
     if not arguments:
         raise UserError("no source given: name files, a directory, a Hub dataset, or python-stdlib")
     if "python-stdlib" in arguments and len(arguments) > 1:
-        raise UserError("python-stdlib can't be mixed with other sources in one dataset")
+        raise UserError("python-stdlib can't be mixed with other sources: make a dataset of each")
     kinds: dict[str, str] = {}  # kind -> the first argument of that kind
     for argument in arguments:
         kind = argument if argument == "python-stdlib" else _kind_of(argument)
         kinds.setdefault(kind, argument)
     if len(kinds) > 1:
         mixed = ", ".join(f"{argument} ({kind})" for kind, argument in kinds.items())
-        raise UserError(f"sources of different kinds can't go into one dataset: {mixed}")
+        raise UserError(
+            f"sources of different kinds can't be mixed: {mixed}; make a dataset of each"
+        )
     kind = next(iter(kinds))
     if kind != "huggingface" and (split != "train" or config is not None):
         raise UserError(f"--split and --config are for Hugging Face datasets, not for {kind}")
@@ -104,11 +116,14 @@ def detect_source(
 
 
 def source_files(source: Source) -> list[Path]:
-    """Return the files of a source of kind files, jsonl, parquet or python-stdlib, in reading
-    order.
+    """List the files of a source of kind files, jsonl, parquet or python-stdlib.
 
-    Each pattern's and each directory's files are sorted by name; the arguments keep their order; a
-    file that is named twice is read once. Raises ``UserError`` for what doesn't exist.
+    Returns:
+        The files in the order of reading: the paths keep their order, the files of a pattern or a
+        directory are sorted by name, and a file that is named twice is listed once.
+
+    Raises:
+        UserError: A path doesn't exist, or gives no file.
     """
     if source.kind == "python-stdlib":
         return _stdlib_files()
@@ -121,18 +136,25 @@ def source_files(source: Source) -> list[Path]:
 
 
 def local_folder(source: Source) -> Path | None:
-    """Return the directory of a ``huggingface`` source, None when it is a Hub id."""
+    """Return the directory of a ``huggingface`` source, None if it is a Hub id."""
     folder = Path(source.path[0]).expanduser()
     return folder if folder.is_dir() else None
 
 
 def listing(source: Source) -> tuple[str, int | None]:
-    """Return (sha256 hex over the names and sizes of the source's files, their total bytes).
+    """Fingerprint the names and sizes of a source's files.
 
-    A cheap answer to "is this the source that was read before?": names are relative to the common
-    folder, so that a moved corpus stays the same, and modification times are left out, so that a
-    fresh checkout does too. For a Hub id it covers the id alone, and the size is None. What was
-    really read is covered by the content fingerprint in ``dataset.json``.
+    It tells cheaply whether a source is the one that was read before. Names are relative to the
+    common directory, and modification times don't count: a corpus that was moved or checked out
+    anew keeps its fingerprint. The fingerprint of a Hub id covers the id alone. The text itself has
+    a fingerprint of its own in ``dataset.json``.
+
+    Returns:
+        The sha256 (hex), and the bytes of text in all files. These are None if the files are
+        compressed, or tables.
+
+    Raises:
+        UserError: A file doesn't exist or can't be read.
     """
     if source.kind == "huggingface":
         folder = local_folder(source)
@@ -149,13 +171,13 @@ def listing(source: Source) -> tuple[str, int | None]:
     names = [os.path.relpath(file.absolute(), root) for file in files]
     total = None if source.kind in ("huggingface", "parquet") else sum(sizes)
     if any(file.suffix in _COMPRESSED for file in files):
-        total = None  # bytes on disk say nothing about the bytes of text
+        total = None  # the size on disk is not the size of the text
     return _digest(json.dumps([name, size]) for name, size in zip(names, sizes, strict=True)), total
 
 
 def _kind_of(argument: str) -> str:
     if not argument:
-        raise UserError("the name of a source is empty")
+        raise UserError("a source's name is empty: name a file, a directory or a dataset")
     path = Path(argument).expanduser()
     if path.is_dir() and _is_saved_dataset(path):
         return "huggingface"
@@ -163,11 +185,11 @@ def _kind_of(argument: str) -> str:
         kinds = {_kind_of_file(file) for file in _expand(argument)}
         if len(kinds) > 1:
             raise UserError(
-                f"{argument} holds files of different kinds ({', '.join(sorted(kinds))}); "
-                "name the ones to read, for example with a pattern"
+                f"{argument} holds files of different kinds ({', '.join(sorted(kinds))}): "
+                f"name those to read, for example '{argument.rstrip('/')}/**/*.jsonl'"
             )
         return kinds.pop()
-    # `data/missing` next to a directory `data` is a path mistyped rather than a dataset on the Hub.
+    # If `data` is a directory, `data/missing` is a mistyped path and not a dataset on the Hub.
     looks_like_a_file = _has_known_ending(path) or path.parts[0] in ("/", "..", "~")
     if _HUB_ID.fullmatch(argument) and not looks_like_a_file and not Path(path.parts[0]).exists():
         return "huggingface"
@@ -189,9 +211,9 @@ def _has_known_ending(file: Path) -> bool:
 
 
 def _expand(argument: str, kind: str | None = None) -> list[Path]:
-    """Return the files that one argument stands for, sorted by name.
+    """List the files that one argument stands for, sorted by name.
 
-    Of a directory, only those of one ``kind``; by default data before text.
+    From a directory take the files of one kind; by default all that hold data, or else all texts.
     """
     path = Path(argument).expanduser()
     if path.is_dir():
@@ -202,7 +224,7 @@ def _expand(argument: str, kind: str | None = None) -> list[Path]:
             and _has_known_ending(file)
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
         ]
-        if kind is None:  # a README.md beside the data isn't part of it
+        if kind is None:  # a README.md beside data is no data
             files = [file for file in files if _kind_of_file(file) != "files"] or files
         else:
             files = [file for file in files if _kind_of_file(file) == kind]
@@ -210,7 +232,7 @@ def _expand(argument: str, kind: str | None = None) -> list[Path]:
             what = {"files": "text", "jsonl": "JSON lines", "parquet": "Parquet"}.get(kind or "")
             raise UserError(
                 f"no {what or 'text, JSON lines or Parquet'} files in {argument}; "
-                f"for other endings give a pattern such as '{argument.rstrip('/')}/**/*.c'"
+                f"to read other files give a pattern such as '{argument.rstrip('/')}/**/*.c'"
             )
         return files
     if path.exists():
@@ -219,7 +241,7 @@ def _expand(argument: str, kind: str | None = None) -> list[Path]:
         matches = sorted(glob.glob(str(path), recursive=True))
         files = [Path(match) for match in matches if os.path.isfile(match)]
         if not files:
-            raise UserError(f"no file matches {argument}")
+            raise UserError(f"no file matches {argument}: check the pattern")
         return files
     raise UserError(f"{argument}: no such file or directory")
 
@@ -232,7 +254,7 @@ def _stdlib_files() -> list[Path]:
     root = sysconfig.get_paths()["stdlib"]
     found = []
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(set(folders) - _STDLIB_LEFT_OUT)
+        folders[:] = sorted(set(folders) - _STDLIB_SKIPPED)
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     if not found:
         raise UserError(f"this Python has no standard library source in {root}; name other files")

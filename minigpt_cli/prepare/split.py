@@ -1,24 +1,25 @@
-"""Which documents become validation: decided from the text, so that it never changes.
+"""Decide which documents are validation, from their text alone, so that it never changes.
 
-Three rules, by the corpus's size, so that there is validation data whenever there can be:
+There are three rules. The size of the corpus decides which one applies, so that there is validation
+data whenever there can be:
 
-- one document: cut near its end, before white space; what follows is validation (nanoGPT's way);
-- at most ``FEW`` documents and ``_SURVEYED`` bytes: those with the smallest hashes, at least one;
-- otherwise: every document whose hash falls below ``val_fraction``.
+- tail: one document is cut near its end, before white space; the end is validation (as in nanoGPT);
+- smallest: of at most ``FEW`` documents and ``_SURVEYED`` bytes, those with the smallest hashes are
+  validation, at least one;
+- hash: of more, every document whose hash is below ``val_fraction`` is validation.
 
-The hash is the sha256 of the document's UTF-8 bytes, of the first piece only (about
-``LONG_DOCUMENT`` bytes) when it comes in several: a document's place must be known before its end
-is read.
+The hash is the sha256 of the document's UTF-8 bytes. A document longer than ``LONG_DOCUMENT`` bytes
+is read in pieces, and its split must be known before its end is read: the first piece is hashed.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.prepare.documents import documents
-from minigpt_cli.prepare.pieces import Position, cut
+from minigpt_cli.prepare.pieces import OnBad, Position, find_cut
 from minigpt_cli.prepare.sources import Source
 
 FEW = 100
@@ -26,8 +27,15 @@ _SURVEYED = 64 << 20
 
 
 @dataclass(frozen=True)
-class Rule:
-    """``name``: "hash", "smallest" (``digests``, hex) or "tail" (``cut_at``, bytes)."""
+class SplitRule:
+    """The rule that assigns the documents of a source to splits.
+
+    Attributes:
+        name: "hash", "smallest" or "tail".
+        val_fraction: The share of the documents that becomes validation.
+        digests: The sha256 (hex) of the validation documents; for "smallest" only.
+        cut_at: The bytes of the document that are for training; for "tail" only.
+    """
 
     name: str
     val_fraction: float
@@ -35,34 +43,54 @@ class Rule:
     cut_at: int = 0
 
 
-class Place(NamedTuple):
-    """A position in the source, and whether the document that it is inside of is validation."""
+class SplitPosition(NamedTuple):
+    """A position in the source, with the split of the document around it.
+
+    Attributes:
+        position: The position.
+        val: Whether the document that continues there is validation.
+    """
 
     position: Position = Position()
     val: bool = False
 
 
-class Placed(NamedTuple):
-    """A piece of a document in its split.
+class SplitPiece(NamedTuple):
+    """A piece of a document, assigned to a split.
 
-    ``mark`` stands for the source's piece in the fingerprint of the text: its sha256 and whether
-    its document ends with it. It and ``after``, where to go on, are None for the first part of a
-    piece that was cut in two: positions lie between the source's pieces.
+    Attributes:
+        data: UTF-8 text, not empty.
+        val: Whether it is validation.
+        last: Whether the document ends here.
+        mark: What stands for the source's piece in the fingerprint of the text: its sha256, and
+            one byte that says whether its document ends with it. None for the first half of a
+            piece that was cut in two.
+        after: Where to continue. None for such a first half: positions lie between the source's
+            pieces.
     """
 
     data: bytes
     val: bool
     last: bool
     mark: bytes | None
-    after: Place | None
+    after: SplitPosition | None
 
 
-def choose_rule(source: Source, strict: bool, val_fraction: float) -> Rule:
-    """Read as much of the source as it takes to choose; ``UserError`` when it has no document."""
-    first_bad: list[str] = []
+def choose_split_rule(source: Source, strict: bool, val_fraction: float) -> SplitRule:
+    """Choose the rule for a source; read only as much of it as that takes.
+
+    Args:
+        source: What to read.
+        strict: Refuse bad text, as in ``documents``.
+        val_fraction: The share of the documents for validation, at least 0 and below 1.
+
+    Raises:
+        UserError: The source has no text, or can't be read.
+    """
+    last_bad: list[str] = []
 
     def on_bad(message: str) -> None:
-        first_bad[1:] = [message]
+        last_bad[:] = [message.removesuffix("; skipped")]
 
     digests: set[bytes] = set()
     count = size = 0
@@ -70,30 +98,37 @@ def choose_rule(source: Source, strict: bool, val_fraction: float) -> Rule:
     for piece in documents(source, strict, on_bad):
         if begins:
             if val_fraction == 0 or count == FEW or (count and size > _SURVEYED):
-                return Rule("hash", val_fraction)
+                return SplitRule("hash", val_fraction)
             count += 1
             digests.add(hashlib.sha256(piece.data).digest())
         size += len(piece.data)
         begins = piece.last
     if count == 0:
         where = ", ".join(source.path) or source.kind
-        because = f"; everything was skipped, for example {first_bad[-1]}" if first_bad else ""
-        raise UserError(f"no text found in {where}{because}")
+        example = f"; everything was skipped, for example {last_bad[0]}" if last_bad else ""
+        raise UserError(f"no text found in {where}{example}")
     if count == 1:
-        return Rule("tail", val_fraction, cut_at=max(1, int(size * (1 - val_fraction))))
-    # Documents with the same text go together, and one text must be left for training.
+        return SplitRule("tail", val_fraction, cut_at=max(1, int(size * (1 - val_fraction))))
+    # Equal documents stay together, and one distinct text must be left for training.
     wanted = min(max(1, round(count * val_fraction)), len(digests) - 1)
-    return Rule("smallest", val_fraction, tuple(d.hex() for d in sorted(digests)[:wanted]))
+    return SplitRule("smallest", val_fraction, tuple(d.hex() for d in sorted(digests)[:wanted]))
 
 
-def placed(
-    source: Source,
-    rule: Rule,
-    strict: bool,
-    on_bad: Callable[[str], None] | None,
-    start: Place,
-) -> Iterator[Placed]:
-    """Yield the source's pieces from ``start`` on, each in its split."""
+def assign_splits(
+    source: Source, rule: SplitRule, strict: bool, on_bad: OnBad | None, start: SplitPosition
+) -> Iterator[SplitPiece]:
+    """Read the pieces of a source's documents and assign each to a split.
+
+    Args:
+        source: What to read.
+        rule: The rule that was chosen for this source.
+        strict: Refuse bad text, as in ``documents``.
+        on_bad: Called with one line for each bad text.
+        start: Where to continue: the ``after`` of an earlier piece.
+
+    Raises:
+        UserError: The source can't be read.
+    """
     held_out = {bytes.fromhex(digest) for digest in rule.digests}
     threshold = rule.val_fraction * 2.0**64
     inside, val = start.position.inside, start.val
@@ -103,9 +138,9 @@ def placed(
         if rule.name == "tail":
             here, end = inside, inside + len(data)
             if here < rule.cut_at < end and len(data) > 1:
-                at = cut(data, rule.cut_at - here)
+                at = find_cut(data, rule.cut_at - here)
                 head, data = data[:at], data[at:]
-                yield Placed(head, False, True, None, None)
+                yield SplitPiece(head, False, True, None, None)
             val = here >= rule.cut_at or end > rule.cut_at
             last = last or end == rule.cut_at
         elif not inside:
@@ -114,5 +149,5 @@ def placed(
                 if rule.name == "smallest"
                 else int.from_bytes(digest[:8]) < threshold
             )
-        yield Placed(data, val, last, mark, Place(after, val))
+        yield SplitPiece(data, val, last, mark, SplitPosition(after, val))
         inside = after.inside

@@ -37,7 +37,7 @@ from minigpt_cli.prepare.output import differences, finished_dataset, write_erro
 from minigpt_cli.prepare.pipeline import Work, encode_all, shard_files
 from minigpt_cli.prepare.progress import Progress, ProgressReporter
 from minigpt_cli.prepare.sources import Source, listing, source_files
-from minigpt_cli.prepare.split import Place, Rule, choose_rule, placed
+from minigpt_cli.prepare.split import SplitPosition, SplitRule, assign_splits, choose_split_rule
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -135,7 +135,7 @@ def _begun(
     if given is not None:
         _needs_tokenizer(out, given)  # fail before the corpus is read
     modified = _modified(source)  # before the first byte is read
-    rule = choose_rule(source, strict, settings["val_fraction"])
+    rule = choose_split_rule(source, strict, settings["val_fraction"])
     tokenizer = given
     if tokenizer is None:
         assert train_vocab is not None
@@ -205,7 +205,7 @@ def _work(
     out: Path,
     strict: bool,
     settings: dict[str, Any],
-    rule: Rule,
+    rule: SplitRule,
     modified: int | None,
     tokenizer: "Tokenizer",
 ) -> Work:
@@ -254,12 +254,12 @@ def _completed(work: Work, state: State) -> DatasetManifest:
 
 
 def _training_texts(
-    source: Source, rule: Rule, strict: bool, reporter: ProgressReporter
+    source: Source, rule: SplitRule, strict: bool, reporter: ProgressReporter
 ) -> Iterator[str]:
     reporter.begin("training the tokenizer")
     size = documents = 0
     # Bad lines are reported and counted later, when the text is read to be encoded.
-    for piece in placed(source, rule, strict, None, Place()):
+    for piece in assign_splits(source, rule, strict, None, SplitPosition()):
         size += len(piece.data)
         documents += piece.last
         if not piece.val:

@@ -10,7 +10,7 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.tokenizer import is_tokenizer, load_tokenizer, tokenizer_fingerprint
 from minigpt_cli.distributed.parallel import copy_full_tensor
 from minigpt_cli.distributed.world import World
-from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, files_beside
+from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, chat_template, files_beside
 from minigpt_cli.huggingface.base_model import (
     BaseModel,
     complete_recipe,
@@ -80,6 +80,20 @@ def auxiliary_files_of(recipe: Recipe, base: BaseModel | None) -> AuxiliaryFiles
     if of_base.files or not is_chat or tokenizer is None or tokenizer.path is None:
         return of_base
     return replace(of_base, files=files_beside(Path(tokenizer.path)))
+
+
+def model_template_of(
+    recipe: Recipe, auxiliary_files: AuxiliaryFiles
+) -> tuple[str | None, dict[str, str]] | None:
+    """Return the chat template and the special tokens of the base's files.
+
+    None if there are no such files, or if the recipe has no instructions to render.
+    """
+    source, tokenizer = recipe.data.source, recipe.data.tokenizer
+    if source is None or source.format != "instructions" or not auxiliary_files.files:
+        return None
+    assert tokenizer is not None
+    return chat_template(Path(str(tokenizer.path)), auxiliary_files)
 
 
 def load_recipe_base(recipe: Recipe, base: BaseModel, model: GPT) -> None:

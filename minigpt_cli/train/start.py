@@ -33,6 +33,7 @@ from minigpt_cli.train.base_weights import (
     auxiliary_files_of,
     check_base_tokenizer,
     load_recipe_base,
+    model_template_of,
     open_recipe_base,
     start_from_base,
 )
@@ -79,7 +80,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
 
         def prepare() -> None:
             _remove_leftovers(directory)
-            prepare_data(recipe, auxiliary_files)
+            prepare_data(recipe, model_template_of(recipe, auxiliary_files))
 
         world.run_on_rank0(lock)
         record = _keep_status(directory, world, resources)

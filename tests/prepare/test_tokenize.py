@@ -29,7 +29,7 @@ from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.pieces import LONG_DOCUMENT
 from minigpt_cli.prepare.progress import Progress
 from minigpt_cli.prepare.sources import Source, source_files
-from minigpt_cli.prepare.split import Place, Rule, placed
+from minigpt_cli.prepare.split import SplitPosition, SplitRule, assign_splits
 from minigpt_cli.prepare.tokenize import tokenize
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -232,7 +232,11 @@ def test_a_tail_that_begins_with_a_piece(quick: Path) -> None:
     source = write_jsonl(quick / "x.jsonl", ["word " * (LONG_DOCUMENT // 2)])
     first, *others = documents(source)
     assert len(others) == 2
-    found = list(placed(source, Rule("tail", 0.5, cut_at=len(first.data)), True, None, Place()))
+    found = list(
+        assign_splits(
+            source, SplitRule("tail", 0.5, cut_at=len(first.data)), True, None, SplitPosition()
+        )
+    )
     assert [(piece.val, piece.last) for piece in found] == [
         (False, True),
         (True, False),
@@ -242,15 +246,20 @@ def test_a_tail_that_begins_with_a_piece(quick: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [Rule("hash", 0.9999), Rule("hash", 0), Rule("tail", 0.5, cut_at=LONG_DOCUMENT + 99)]
+    "rule",
+    [
+        SplitRule("hash", 0.9999),
+        SplitRule("hash", 0),
+        SplitRule("tail", 0.5, cut_at=LONG_DOCUMENT + 99),
+    ],
 )
-def test_placement_goes_on_inside_of_a_document(quick: Path, rule: Rule) -> None:
+def test_placement_goes_on_inside_of_a_document(quick: Path, rule: SplitRule) -> None:
     source = write_jsonl(quick / "x.jsonl", ["word " * (LONG_DOCUMENT // 2)])
-    found = list(placed(source, rule, True, None, Place()))
+    found = list(assign_splits(source, rule, True, None, SplitPosition()))
     assert found[-1].val == (rule.val_fraction > 0)
     for index, piece in enumerate(found):
         if piece.after is not None:
-            assert list(placed(source, rule, True, None, piece.after)) == found[index + 1 :]
+            assert list(assign_splits(source, rule, True, None, piece.after)) == found[index + 1 :]
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 100])
@@ -734,7 +743,7 @@ def test_a_corpus_without_text(quick: Path, tokenizer_file: str) -> None:
     (quick / "b.jsonl").write_text('{"text": ""}\n{"body": "x"}\n')
     for kind, name, message in (
         ("files", "a.txt", "no text found"),
-        ("jsonl", "b.jsonl", r"no text found.*b\.jsonl:2: no field 'text' \(fields: body\)"),
+        ("jsonl", "b.jsonl", r"no text found.*b\.jsonl:2: no field 'text' \(fields: 'body'\)"),
         ("files", "missing.txt", "no such file"),
     ):
         with pytest.raises(UserError, match=message):
