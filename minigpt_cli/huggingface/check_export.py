@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.distributed.device import available_memory
 from minigpt_cli.huggingface.base_model import Base, load_base
@@ -83,9 +83,8 @@ def check_export(base: Base, folder: Path, dtype: torch.dtype) -> ExportCheck:
     except (Mismatch, MemoryError):
         raise
     except Exception as error:  # of any kind: it is all of transformers that runs here
-        reason = str(error).strip().partition("\n")[0]
         raise Mismatch(
-            f"transformers can't load the export: {reason}; nothing was written"
+            f"transformers can't load the export: {first_line(error)}; nothing was written"
         ) from error
     difference = (ours - theirs).abs().max().item()
     limit = TOLERANCE * max(1.0, ours.abs().max().item())

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.model.hf_names import huggingface_name, is_transposed
@@ -84,9 +84,9 @@ def find(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except Exception as error:  # of many kinds: no network, no such model, no right to it
-        first = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{name}: no such directory here, and it can't be fetched from the Hub: {first}"
+            f"{name}: no such directory here, and it can't be fetched from the Hub: "
+            f"{first_line(error)}"
         ) from None
 
 

@@ -90,14 +90,13 @@ def make_dataset(
     tokenizer_path: str | Path | None,
     train_vocab: int | None,
     val_fraction: float,
+    shard_tokens: int = 100_000_000,
     strict: bool = False,
     workers: int | None = None,
 ) -> DatasetManifest:
     """``tokenize`` with its progress and a summary on standard error."""
     if (tokenizer_path is None) == (train_vocab is None):
-        raise UserError(
-            "give a tokenizer (--tokenizer) or the size of one to train (--train-vocab)"
-        )
+        raise UserError("give a tokenizer (--tokenizer) or the size of one to train (--vocab-size)")
     with TokenizingDisplay() as display:
         manifest = tokenize(
             source,
@@ -105,6 +104,7 @@ def make_dataset(
             tokenizer_path=tokenizer_path,
             train_vocab=train_vocab,
             val_fraction=val_fraction,
+            shard_tokens=shard_tokens,
             strict=strict,
             workers=workers,
             progress=display.update,

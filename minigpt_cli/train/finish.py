@@ -8,7 +8,7 @@ from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.manifest import MANIFEST
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import warn
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.huggingface.card import model_card
 from minigpt_cli.huggingface.check_export import Mismatch
 from minigpt_cli.huggingface.directory import sweep
@@ -57,6 +57,8 @@ def _export(run: Run, checkpoint: Path, final: Path) -> str:
         raise
     except (UserError, OSError, MemoryError, RuntimeError) as error:  # torch's: no memory
         # All is trained and saved: a full disk or little memory is no loss.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        warn(f"{final} was not made: {reason}; make it with minigpt export {checkpoint} OUT")
+        warn(
+            f"{final} was not made: {first_line(error)}; "
+            f"make it with minigpt export {checkpoint} OUT"
+        )
         return f"everything is saved in {checkpoint}"

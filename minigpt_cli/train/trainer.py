@@ -8,7 +8,7 @@ import torch
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import log, warn
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.data.loader import BatchLoader
 from minigpt_cli.data.sequences import open_data, verify_data
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer, token_byte_lengths
@@ -208,7 +208,7 @@ def warm_up(trainer: StepContext, sequence_length: int, packed: bool = False) ->
             else:  # a step's collectives would wait for a rank that has no compiler
                 torch.compile(lambda x: x.sin() + 1)(zeros[0].float())
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
         if reasons := [each for each in world.all_gather_json(reason) if each]:
             warn(f"torch.compile failed, training goes on without it: {reasons[0]}")
             for layer in model.layers:

@@ -1,0 +1,243 @@
+"""``minigpt tokenize``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from minigpt_cli.commands.options import OUTPUT, PROCESSES, Debug, Json, Version
+from minigpt_cli.core.console import log, print_json, warn
+from minigpt_cli.core.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from minigpt_cli.prepare.sources import Source
+
+EXAMPLE = "minigpt tokenize 'corpus/**/*.txt' --vocab-size 16384 -o data/mine"
+
+SHARD_TOKENS = 100_000_000
+SOURCE, TOKENIZER, INSTRUCTIONS = "Source", "Tokenizer", "Instructions"
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SOURCE",
+        help="Text files, globs, .jsonl or .parquet files, a Hugging Face dataset (a directory or "
+        "ORG/NAME), or python-stdlib.",
+    ),
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", metavar="DIR", help="The token dataset to make.", rich_help_panel=OUTPUT
+    ),
+]
+VocabSize = Annotated[
+    int | None,
+    typer.Option(
+        "--vocab-size",
+        metavar="N",
+        help="Train a byte-level BPE tokenizer with N tokens.",
+        rich_help_panel=TOKENIZER,
+    ),
+]
+TrainVocab = Annotated[
+    int | None, typer.Option("--train-vocab", metavar="N", hidden=True)  # the option's old name
+]
+TokenizerPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="PATH",
+        help="Use this tokenizer: a tokenizer.json, or a directory with it or with vocab.json and "
+        "merges.txt.",
+        rich_help_panel=TOKENIZER,
+    ),
+]
+Format = Annotated[
+    Literal["text", "instructions"],
+    typer.Option(
+        "--format",
+        help="instructions: records with prompt and completion, or with messages.",
+        rich_help_panel=INSTRUCTIONS,
+    ),
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template",
+        metavar="FILE",
+        help="A Jinja file for records with messages, or chatml; default: the tokenizer's.",
+        rich_help_panel=INSTRUCTIONS,
+    ),
+]
+TextField = Annotated[
+    str,
+    typer.Option(
+        "--text-field",
+        metavar="NAME",
+        help="The field of a record that holds its text.",
+        rich_help_panel=SOURCE,
+    ),
+]
+Split = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        metavar="NAME",
+        help="The split of a Hugging Face dataset.",
+        rich_help_panel=SOURCE,
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="NAME",
+        help="The configuration of a Hugging Face dataset.",
+        rich_help_panel=SOURCE,
+    ),
+]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict/--no-strict",
+        help="End with an error at a malformed document, instead of skipping it.",
+        rich_help_panel=SOURCE,
+    ),
+]
+ValFraction = Annotated[
+    float,
+    typer.Option(
+        "--val-fraction",
+        metavar="X",
+        help="Share of documents for validation.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+ShardTokens = Annotated[
+    int,
+    typer.Option(
+        "--shard-tokens",
+        metavar="N",
+        min=1,
+        help="Tokens per file, at most.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", metavar="N", help="Processes; default: all cores.", rich_help_panel=PROCESSES
+    ),
+]
+
+
+def tokenize_command(
+    sources: Sources,
+    out: Out,
+    vocab_size: VocabSize = None,
+    train_vocab: TrainVocab = None,
+    tokenizer: TokenizerPath = None,
+    text_field: TextField = "text",
+    split: Split = "train",
+    config: Config = None,
+    strict: Strict = False,
+    dataset_format: Format = "text",
+    chat_template: ChatTemplate = None,
+    val_fraction: ValFraction = 0.05,
+    shard_tokens: ShardTokens = SHARD_TOKENS,
+    workers: Workers = None,
+    as_json: Json = False,
+    version: Version = False,
+    debug: Debug = False,
+) -> None:
+    """Turn text into a token dataset.
+
+    A command that was killed continues when it is run again.
+    """
+    from minigpt_cli.prepare.from_recipe import make_dataset, summary
+    from minigpt_cli.prepare.sources import detect_source
+
+    vocab_size = train_vocab if vocab_size is None else vocab_size
+    if (tokenizer is None) == (vocab_size is None):
+        raise UserError("give either --tokenizer PATH, or --vocab-size N to train a tokenizer")
+    source = detect_source(sources, text_field, split, config)
+    if dataset_format == "instructions":
+        text_only = {
+            "--vocab-size": vocab_size is not None,
+            "--text-field": text_field != "text",
+            "--strict": strict,
+            "--shard-tokens": shard_tokens != SHARD_TOKENS,
+            "--workers": workers is not None,
+        }
+        if given := [name for name, is_given in text_only.items() if is_given]:
+            raise UserError(f"{', '.join(given)}: not allowed with --format instructions")
+        assert tokenizer is not None
+        result = _make_instructions(source, out, tokenizer, chat_template, val_fraction)
+    else:
+        if chat_template is not None:
+            raise UserError("--chat-template: only allowed with --format instructions")
+        manifest = make_dataset(
+            source,
+            out,
+            tokenizer_path=tokenizer,
+            train_vocab=vocab_size,
+            val_fraction=val_fraction,
+            shard_tokens=shard_tokens,
+            strict=strict,
+            workers=workers,
+        )
+        result = summary(manifest, out)
+    if as_json:
+        print_json(result)
+
+
+def _make_instructions(
+    source: "Source", out: Path, tokenizer: Path, chat_template: str | None, val_fraction: float
+) -> dict[str, Any]:
+    from minigpt_cli.data.chat import CHATML
+    from minigpt_cli.huggingface.base_model import AuxiliaryFiles
+    from minigpt_cli.huggingface.base_model import chat_template as tokenizer_template
+    from minigpt_cli.prepare.instructions import make_instructions
+
+    template, variables = tokenizer_template(tokenizer, AuxiliaryFiles())
+    if chat_template == "chatml":
+        template = CHATML
+    elif chat_template is not None:
+        try:
+            template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--chat-template {chat_template}: can't be read: {first_line(error)}; give a "
+                "file, or chatml"
+            ) from None
+    manifest = make_instructions(
+        source,
+        out,
+        tokenizer_path=tokenizer,
+        chat_template=template,
+        variables=variables,
+        val_fraction=val_fraction,
+        warn=warn,
+    )
+    for name, split in manifest.splits.items():
+        log(
+            f"{out} {name}: {split.examples:,} examples, {split.tokens:,} tokens, the loss is on "
+            f"{split.trained_tokens:,} of them"
+        )
+    if manifest.malformed:
+        warn(f"{out}: {manifest.malformed:,} malformed records were skipped")
+    return {
+        "path": str(out),
+        "vocab_size": manifest.vocab_size,
+        "dtype": manifest.dtype,
+        "bad_lines": manifest.malformed,
+        "splits": {
+            name: {
+                "tokens": split.tokens,
+                "examples": split.examples,
+                "trained_tokens": split.trained_tokens,
+            }
+            for name, split in manifest.splits.items()
+        },
+    }
