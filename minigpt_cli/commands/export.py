@@ -1,6 +1,5 @@
 """``minigpt export``."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -69,6 +68,8 @@ def export_command(
 def _export_merged(
     base: "Base", adapter: "LoadedAdapter | None", model: Path, out: Path, dtype: str
 ) -> dict[str, Any]:
+    import json
+
     from minigpt_cli.huggingface.card import model_card
     from minigpt_cli.huggingface.export import export_model
     from minigpt_cli.huggingface.peft import ORIGIN, is_ours, merge, origin_of

@@ -11,8 +11,9 @@ from minigpt_cli.core.console import print_json
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
-    from minigpt_cli.generate.text import TextChunk
+    from minigpt_cli.generate.text import Completion, TextChunk
     from minigpt_cli.huggingface.load import TrainedModel
+    from minigpt_cli.huggingface.peft import LoadedAdapter
     from minigpt_cli.model.gpt import GPT
 
 EXAMPLE = "minigpt sample runs/tiny --prompt 'def main' --temperature 0.7 --num-samples 3"
@@ -161,10 +162,7 @@ def sample_command(
 
     With several --adapter each one continues the prompt in turn.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("--prompt is not valid UTF-8 text") from None
+    _check_utf8(prompt)
     from minigpt_cli.commands.loading import each_adapter, load_and_report
     from minigpt_cli.data.tokenizer import eos_id
     from minigpt_cli.generate.sampling import SamplingOptions
@@ -172,13 +170,8 @@ def sample_command(
     from minigpt_cli.huggingface.base_model import ends
     from minigpt_cli.huggingface.load import newest_run
 
-    sampling = SamplingOptions(
-        temperature=0.0 if greedy else temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
+    temperature = 0.0 if greedy else temperature
+    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
     trained = load_and_report(model or newest_run(), adapter, device)
     _set_dtype(trained.model, dtype)
     prompt_ids = _chat_ids(trained, prompt) if chat else _text_ids(trained, prompt)
@@ -198,16 +191,27 @@ def sample_command(
         )
         if not as_json:
             chunks = _print_live(chunks, num_samples, "" if chat else prompt)
-        completions = complete(chunks)
-        result: dict[str, Any] = {
-            "prompt": prompt,
-            "completions": [completion.text for completion in completions],
-            "finish_reasons": [completion.finish_reason for completion in completions],
-            "checkpoint": str((each and each.checkpoint) or trained.base.directory),
-        }
-        results.append(result if each is None else result | {"adapter": each.name})
+        results.append({"prompt": prompt} | _result(complete(chunks), trained, each))
     if as_json:
         print_json(results[0] if len(results) == 1 else {"prompt": prompt, "adapters": results})
+
+
+def _check_utf8(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # the shell passed bytes that are no UTF-8
+        raise UserError("--prompt: is not UTF-8 text") from None
+
+
+def _result(
+    completions: list["Completion"], trained: "TrainedModel", adapter: "LoadedAdapter | None"
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "completions": [completion.text for completion in completions],
+        "finish_reasons": [completion.finish_reason for completion in completions],
+        "checkpoint": str((adapter and adapter.checkpoint) or trained.base.directory),
+    }
+    return result if adapter is None else result | {"adapter": adapter.name}
 
 
 def _set_dtype(model: "GPT", dtype: str) -> None:

@@ -195,22 +195,13 @@ def tokenize_command(
 def _make_instructions(
     source: "Source", out: Path, tokenizer: Path, chat_template: str | None, val_fraction: float
 ) -> dict[str, Any]:
-    from minigpt_cli.data.chat import CHATML
     from minigpt_cli.huggingface.base_model import AuxiliaryFiles
     from minigpt_cli.huggingface.base_model import chat_template as tokenizer_template
     from minigpt_cli.prepare.instructions import make_instructions
 
     template, variables = tokenizer_template(tokenizer, AuxiliaryFiles())
-    if chat_template == "chatml":
-        template = CHATML
-    elif chat_template is not None:
-        try:
-            template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--chat-template {chat_template}: can't be read: {first_line(error)}; give a "
-                "file, or chatml"
-            ) from None
+    if chat_template is not None:
+        template = _read_template(chat_template)
     manifest = make_instructions(
         source,
         out,
@@ -241,3 +232,16 @@ def _make_instructions(
             for name, split in manifest.splits.items()
         },
     }
+
+
+def _read_template(name: str) -> str:
+    from minigpt_cli.data.chat import CHATML
+
+    if name == "chatml":
+        return CHATML
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat-template {name}: can't be read: {first_line(error)}; give a file, or chatml"
+        ) from None

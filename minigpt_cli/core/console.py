@@ -4,7 +4,6 @@ rich is imported when the first line is printed: commands that print nothing sta
 """
 
 import contextlib
-import json
 import sys
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -51,4 +50,6 @@ def error_line(message: str) -> None:
 
 def print_json(value: object) -> None:
     """Print the result of ``--json``: one object on one line of standard output."""
+    import json  # here, so that --help starts faster
+
     print(json.dumps(value))
