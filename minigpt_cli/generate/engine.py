@@ -4,7 +4,7 @@ S: number of samples; B: number of samples that are still in the batch.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.generate.sampling import NOT_FINITE, SamplingOptions, draw_uniforms, next_tokens
 from minigpt_cli.model.gpt import GPT, KVCache, new_cache
+from minigpt_cli.model.precision import autocast
 
 
 def generate(
@@ -176,10 +177,10 @@ def _evaluating(model: GPT, dtype: torch.dtype) -> Iterator[None]:
     """Enter evaluation mode, without autograd, with autocast to dtype, for one step."""
     training = model.training
     weight = model.embed_tokens.weight
-    autocast = torch.autocast(weight.device.type, dtype=dtype, enabled=dtype != weight.dtype)
+    mixed = nullcontext() if dtype == weight.dtype else autocast(dtype, weight.device)
     model.eval()
     try:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), mixed:
             yield
     finally:
         model.train(training)

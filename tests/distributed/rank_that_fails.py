@@ -12,6 +12,7 @@ from typing import Any
 
 from minigpt_cli import cli
 from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.commands.launching import join_ranks
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.world import World, _joined, end_with, own_rank, start_world
 from minigpt_cli.train.run_lock import recorded
@@ -21,7 +22,7 @@ when = sys.argv.pop(1)
 
 @cli.app.command()
 def fail() -> None:
-    cli._join()
+    join_ranks()
     if when == "before":
         fail_on_rank_1()
     world = start_world()

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from minigpt_cli.cli import _join, _leave, _report
+from minigpt_cli.cli import _leave, _report
+from minigpt_cli.commands.launching import join_ranks
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.loader import Batch, BatchLoader
 from minigpt_cli.distributed import parallel
@@ -96,7 +97,7 @@ def train(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _join()
+    join_ranks()
     try:
         for each in json.loads(Path(sys.argv[1]).read_text()):
             train(each)

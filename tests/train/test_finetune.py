@@ -146,6 +146,12 @@ def test_peft_loads_what_a_run_leaves(tmp_path: Path, base: Path, license_datase
     # TokenSequences as long as the context, where no recipe says how long.
     assert losses[2] == pytest.approx(losses[3], rel=1e-2)
     assert losses[2] < losses[4] - 0.1
+    both = (base, "--adapter", run, "--adapter", run / "final")
+    done = minigpt("eval", *both, "--data", license_dataset, "--json")
+    found = json.loads(done.stdout)["adapters"]
+    assert [each["loss"] for each in found] == [losses[0], losses[0]]
+    assert [each["adapter"] for each in found] == [str(run), str(run / "final")]
+    assert minigpt("export", *both[:1], tmp_path / "x", *both[1:]).returncode == 2
     prompt = ("--prompt", "The ", "--greedy", "--max-new-tokens", 8, "--json")
     half = ("--adapter", run, "--adapter", run / "final", *prompt, "--dtype", "bf16")
     assert minigpt("sample", base, *half).returncode == 0
