@@ -18,11 +18,12 @@ from minigpt_cli.commands import (
     tokenize,
     verify,
 )
-from minigpt_cli.commands.launching import is_one_of_many
 from minigpt_cli.commands.options import Command, Debug, Group, Version, epilog
 from minigpt_cli.core.console import error_line
-from minigpt_cli.core.errors import Outcome, Stopped, describe, exit_code_of
+from minigpt_cli.core.errors import Stopped
 from minigpt_cli.core.signals import ignore_signals, stop_at_signals
+from minigpt_cli.distributed.failure import announce_failure
+from minigpt_cli.distributed.join import leave_world, session
 
 app = typer.Typer(
     name="minigpt",
@@ -63,7 +64,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         code = _report(error)
-    if "minigpt_cli.distributed.world" in sys.modules and is_one_of_many():
+    if session.info is not None:
         _leave(code)
     sys.exit(code)
 
@@ -81,8 +82,6 @@ def _run(arguments: list[str]) -> int:
 
 def _leave(code: int) -> NoReturn:
     """End one of several ranks at once: gloo's threads may abort the interpreter at its exit."""
-    from minigpt_cli.distributed.world import leave_world
-
     leave_world(patience=30 if code == 0 else 4)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
@@ -108,11 +107,7 @@ def _report(error: Exception | Stopped) -> int:
     if isinstance(error, BrokenPipeError):  # `minigpt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    outcome = Outcome(exit_code_of(error), describe(error))
-    if "minigpt_cli.distributed.world" in sys.modules:
-        from minigpt_cli.distributed.world import end_with
-
-        outcome = end_with(error)
+    outcome = announce_failure(error)
     if outcome.is_shown_here:
         error_line(outcome.message)
     return outcome.code

@@ -32,7 +32,8 @@ from minigpt_cli.checkpoint.tensors import (
 )
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.run_dir import checkpoint_path
-from minigpt_cli.distributed.world import World, is_lost_rank
+from minigpt_cli.distributed.failure import is_lost_rank
+from minigpt_cli.distributed.world import World
 from minigpt_cli.recipe import CheckpointSettings
 
 

@@ -1,18 +1,12 @@
-"""Lock a run directory and keep its status.json true while a process trains in it."""
+"""Lock a run directory, so that one process trains in it at a time."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.core.errors import Outcome, UserError
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import locked
 from minigpt_cli.core.run_dir import LOCK
-from minigpt_cli.core.status import write_status
-from minigpt_cli.distributed.world import end_with, recorded_by
-
-_STATUS = {3: "diverged", 75: "stopped", 130: "stopped"}  # by exit code
 
 
 @contextmanager
@@ -30,36 +24,3 @@ def run_lock(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"{directory}: can't be written to: {error.strerror}") from None
         yield
-
-
-@dataclass
-class StatusRecord:
-    """What status.json is written from.
-
-    Attributes:
-        state: whose step is recorded; None until it is known.
-    """
-
-    state: RunState | None = None
-
-
-@contextmanager
-def recorded(directory: Path) -> Iterator[StatusRecord]:
-    """Write status.json when the ``with`` block begins and when it ends, however it ends."""
-    record = StatusRecord()
-
-    def write(status: str, exit_code: int | None, message: str) -> None:
-        step = record.state.step if record.state is not None else None
-        write_status(directory, status, exit_code, step, message)
-
-    def write_outcome(outcome: Outcome) -> None:
-        write(_STATUS.get(outcome.code, "failed"), outcome.code, outcome.message)
-
-    write("running", None, "")
-    try:
-        with recorded_by(write_outcome):
-            yield record
-    except BaseException as error:
-        write_outcome(end_with(error))
-        raise
-    write("finished", 0, "")

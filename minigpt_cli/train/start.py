@@ -20,6 +20,7 @@ from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.packing import PackedSequences
 from minigpt_cli.data.sequences import TrainingData, open_data, verify_data
 from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
+from minigpt_cli.distributed.failure import StatusRecord, record_status
 from minigpt_cli.distributed.parallel import copy_full_tensor
 from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.huggingface.auxiliary_files import auxiliary_files_of_checkpoint
@@ -46,7 +47,7 @@ from minigpt_cli.train.changes import (
 from minigpt_cli.train.checkpointing import restore_checkpoint
 from minigpt_cli.train.finish import remove_stale_export
 from minigpt_cli.train.run import Run, build_run, run_environment
-from minigpt_cli.train.run_lock import StatusRecord, recorded, run_lock
+from minigpt_cli.train.run_lock import run_lock
 from minigpt_cli.train.trainer import warm_up
 
 
@@ -65,7 +66,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     Raises:
         UserError: the directory already holds a run, or the recipe can't be followed.
     """
-    world = start_world(recipe.distributed.timeout_minutes)
+    world = start_world(recipe.distributed.timeout_minutes, directory)
     _check_directory(directory)
     base, base_fingerprint = open_recipe_base(recipe, world)
     if base is not None:
@@ -116,7 +117,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
     directory, named = store.locate(path)
     if named is not None and named.parent != checkpoints_dir(directory):
         raise UserError(f"{named}: to go on from it, put it under RUN/{CHECKPOINTS}/")
-    world = start_world(_timeout_minutes(directory, overrides))
+    world = start_world(_timeout_minutes(directory, overrides), directory)
     with ExitStack() as resources:
         world.run_on_rank0(lambda: resources.enter_context(run_lock(directory)))
         record = _keep_status(directory, world, resources)
@@ -198,7 +199,9 @@ def _timeout_minutes(directory: Path, overrides: list[str]) -> float:
 
 def _keep_status(directory: Path, world: World, resources: ExitStack) -> StatusRecord:
     """Have rank 0 write status.json from here on; return the record to fill in."""
-    return resources.enter_context(recorded(directory)) if world.rank == 0 else StatusRecord()
+    if world.rank:
+        return StatusRecord(directory)
+    return resources.enter_context(record_status(directory))
 
 
 def _remove_leftovers(directory: Path) -> None:

@@ -14,8 +14,10 @@ from minigpt_cli import cli
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.commands.launching import join_ranks
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.distributed.world import World, _joined, end_with, own_rank, start_world
-from minigpt_cli.train.run_lock import recorded
+from minigpt_cli.distributed import failure
+from minigpt_cli.distributed.failure import announce_failure, record_status
+from minigpt_cli.distributed.join import own_rank, session
+from minigpt_cli.distributed.world import World, start_world
 
 when = sys.argv.pop(1)
 
@@ -25,11 +27,14 @@ def fail() -> None:
     join_ranks()
     if when == "before":
         fail_on_rank_1()
-    world = start_world()
+    world = start_world(run=Path("runs/x"))
     assert world.all_gather_json(world.rank) == [0, 1]
     if when == "waiting":
         world.run_on_rank0(lambda: wait_for_ever(fail_on_rank_1 if world.rank else None))
     world.all_reduce_max(1)
+    if when == "shared":  # rank 1 meets it first
+        time.sleep(0.2 * (1 - world.rank))
+        raise UserError("the disk of all is gone")
     if when == "between":
         fail_on_rank_1()
     if when == "hangs":
@@ -53,29 +58,29 @@ def fail_on_rank_1() -> None:
 def hang_on_rank_1(world: World) -> None:
     """It fails but doesn't end, so that the other waits for it in a collective."""
     if world.rank == 1:
-        end_with(UserError("the GPU of this one is gone"))
+        announce_failure(UserError("the GPU of this one is gone"))
         threading.Event().wait()
-    with recorded(Path.cwd()) as record:
+    with record_status(Path.cwd()) as record:
         record.state = RunState(step=7)
         world.all_reduce_max(1)
 
 
 def tell_and_die(heard: Path) -> None:
     """Rank 0 says why it fails and is gone, and the store with it, before rank 1 ends."""
-    end_with(UserError("the GPU of this one is gone"))
+    announce_failure(UserError("the GPU of this one is gone"))
     while not heard.exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail_when_it_is_gone(heard: Path) -> None:
-    while _joined.told is None:
+    while failure._failure.heard is None:
         time.sleep(0.01)
     heard.touch()
-    assert _joined.store is not None
+    assert session.store is not None
     with contextlib.suppress(Exception):
         while True:
-            _joined.store.check(["x"])
+            session.store.check(["x"])
     raise UserError("a connection is gone")
 
 

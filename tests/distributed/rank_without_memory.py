@@ -9,7 +9,8 @@ import torch
 
 from minigpt_cli.checkpoint import state
 from minigpt_cli.checkpoint.saver import Saver
-from minigpt_cli.distributed.world import leave_world, start_world
+from minigpt_cli.distributed.join import leave_world
+from minigpt_cli.distributed.world import start_world
 from minigpt_cli.recipe import CheckpointSettings
 
 ELEMENTS = 50_000_000  # of float32: 200 MB on each rank

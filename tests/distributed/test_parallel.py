@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> Pat
     return folder
 
 
-def apply_fsdp() -> list[tuple[str, str, int]]:
+def cases() -> list[tuple[str, str, int]]:
     return [
         (setting, strategy, ranks)
         for setting, (_, on_two, on_four, _) in SETTINGS.items()
@@ -81,7 +81,7 @@ def ranks_of(run: Path) -> list[dict[str, Any]]:
     return facts
 
 
-@pytest.mark.parametrize(("setting", "strategy", "ranks"), apply_fsdp())
+@pytest.mark.parametrize(("setting", "strategy", "ranks"), cases())
 def test_losses_agree_with_one_process(runs: Path, setting: str, strategy: str, ranks: int):
     one = metrics.read(runs / f"{setting}-single-1")
     many = metrics.read(runs / f"{setting}-{strategy}-{ranks}")
@@ -96,7 +96,7 @@ def test_losses_agree_with_one_process(runs: Path, setting: str, strategy: str, 
     assert sum(norm > 0.5 for norm in norms) > 25  # else clipping is not tested
 
 
-@pytest.mark.parametrize(("setting", "strategy", "ranks"), apply_fsdp())
+@pytest.mark.parametrize(("setting", "strategy", "ranks"), cases())
 def test_data_and_initial_weights_are_the_same(runs: Path, setting: str, strategy: str, ranks: int):
     (one,) = ranks_of(runs / f"{setting}-single-1")
     many = ranks_of(runs / f"{setting}-{strategy}-{ranks}")

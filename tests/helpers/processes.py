@@ -26,8 +26,8 @@ MARK = "MINIGPT_FAULTS"
 """Environment variable, by which a process's whole family is found."""
 
 _IMPORTED = [
-    "minigpt_cli.cli", "minigpt_cli.commands.loading", "minigpt_cli.distributed.agent",
-    "minigpt_cli.evaluate.eval_data", "minigpt_cli.generate.text", "minigpt_cli.huggingface.export",
+    "minigpt_cli.cli", "minigpt_cli.commands.loading",
+    "minigpt_cli.evaluate.loss", "minigpt_cli.generate.text", "minigpt_cli.huggingface.export",
     "minigpt_cli.distributed.launch", "minigpt_cli.train.loop", "minigpt_cli.prepare.from_recipe",
     "minigpt_cli.train.start", "minigpt_cli.core.status", "numpy.ctypeslib", "numpy.ma",
     "pydantic.types", "pytest", "rich.status", "safetensors.torch", "tokenizers", "torch._dynamo",
