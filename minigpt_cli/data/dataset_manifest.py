@@ -138,7 +138,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 def manifest_file(path: Path) -> Path:
-    """Return the manifest's path in the dataset directory ``path``, whether or not it exists."""
+    """Return the manifest's path in the dataset directory ``path``, which may not exist."""
     old = path / OLD_INSTRUCTIONS
     return old if old.exists() and not (path / MANIFEST).exists() else path / MANIFEST
 
@@ -289,7 +289,7 @@ def _tokenizer_problem(file: Path, manifest: DatasetManifest) -> str | None:
         if sha256_of(file) == manifest.tokenizer_sha256:
             return None
         if tokenizer_fingerprint(load_tokenizer(file)) == manifest.tokenizer_fingerprint:
-            return None  # another tool wrote the same tokenizer anew
+            return None  # another tool saved the same tokenizer
     except OSError as error:
         return error.strerror or str(error)
     except UserError:

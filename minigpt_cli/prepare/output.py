@@ -15,7 +15,7 @@ def finished_dataset(out: Path, settings: dict[str, Any], *, instructions: bool)
     Args:
         out: the dataset's directory.
         settings: those that the dataset must have been made with.
-        instructions: whether the dataset must hold instructions or text.
+        instructions: True if it must hold instructions, False if it must hold text.
 
     Raises:
         UserError: the dataset is another one.

@@ -89,7 +89,7 @@ def test_training_is_the_same_in_another_process(tmp_path: Path) -> None:
 
 
 def test_training_uses_only_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minigpt_cli.data.tokenizer.TRAINING_BYTES", 1000)
+    monkeypatch.setattr("minigpt_cli.prepare.bpe.TRAINING_BYTES", 1000)
     taken = 0
 
     def texts():
