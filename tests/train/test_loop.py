@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint import saver, store
 from minigpt_cli.core.errors import Diverged
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.model.gpt import GPT
@@ -195,13 +195,13 @@ def test_a_save_that_is_still_running_when_the_next_is_due_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    flush_files = store.flush_files
+    flush_files = saver.flush_files
 
     def slow_disk(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
         time.sleep(1.5)
         return flush_files(files)
 
-    monkeypatch.setattr(store, "flush_files", slow_disk)
+    monkeypatch.setattr(saver, "flush_files", slow_disk)
     recipe = make_recipe("checkpoint.every_steps=1", "train.steps=3", "schedule.warmup_steps=0")
     fit(*start_run(recipe, tmp_path))
     said = capsys.readouterr().err
@@ -218,12 +218,12 @@ def test_a_disk_that_is_full_for_a_while_costs_no_more_than_that_save(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    free_bytes, answers = store.free_bytes, iter([10**9, 10**9, 1])  # at the start, step 4, step 8
+    free_bytes, answers = saver.free_bytes, iter([10**9, 10**9, 1])  # at the start, step 4, step 8
 
     def nearly_full(run: Path) -> int:
         return next(answers, None) or free_bytes(run)
 
-    monkeypatch.setattr(store, "free_bytes", nearly_full)
+    monkeypatch.setattr(saver, "free_bytes", nearly_full)
     fit(*start_run(make_recipe(), tmp_path))
     said = capsys.readouterr().err
     assert said.count("training goes on and saves again at the next interval") == 1

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint import saver, store
+from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest
 from minigpt_cli.core.errors import Stopped, UserError
 from minigpt_cli.recipe import Recipe, dump_recipe, parse_recipe
 from minigpt_cli.train import loop
@@ -185,13 +186,13 @@ def test_an_evaluation_cut_short_is_made_up_for_once(
         patch.setattr(loop, "sequence_batches", signalled)
         with pytest.raises(Stopped, match="at step 4 of 12, everything is saved"):
             fit(run, state)
-    assert store.read_manifest(stopped / "checkpoints/step-00000004").val_loss is None
+    assert read_checkpoint_manifest(stopped / "checkpoints/step-00000004").val_loss is None
     fit(*resume_run(stopped, [], []))
     assert_same_run(straight, stopped, 12)
     lines = [line for line in curve(stopped) if line["step"] == 4 and "val_loss" in line]
     assert len(lines) == 1
     first = lines[0]["val_loss"]
-    assert store.read_manifest(stopped / "checkpoints/step-00000004").val_loss == first
+    assert read_checkpoint_manifest(stopped / "checkpoints/step-00000004").val_loss == first
 
 
 def test_a_signal_after_a_failed_save_saves_again(
@@ -200,15 +201,15 @@ def test_a_signal_after_a_failed_save_saves_again(
     """The disk is full at step 4, SIGTERM comes at the same time, and then there is room."""
     settings = ("eval.every_steps=100", "checkpoint.asynchronous=false")
     run, state = start_run(make_recipe(*settings), tmp_path)
-    finish, failures = store.finish, iter([True])
+    commit, failures = saver.commit, iter([True])
 
     def full_once(*arguments: Any) -> Path:
         if next(failures, False):
             os.kill(os.getpid(), signal.SIGTERM)
             raise OSError(errno.ENOSPC, "No space left on device")
-        return finish(*arguments)
+        return commit(*arguments)
 
-    monkeypatch.setattr(store, "finish", full_once)
+    monkeypatch.setattr(saver, "commit", full_once)
     with pytest.raises(Stopped, match="at step 5 of 12, everything is saved"):
         fit(run, state)
     assert [step for step, _ in store.list_steps(tmp_path)] == [5]
