@@ -78,8 +78,8 @@ class Saver:
         settings: Whether saves are asynchronous, and which checkpoints are kept.
 
     Attributes:
-        last_saved_step: The step of the last checkpoint that this Saver has saved, as far as
-            ``poll`` and ``wait`` have told; None if there is none.
+        last_saved_step: The step of the last save that succeeded, as far as ``poll`` and ``wait``
+            have returned it; None if there was none. A resume or a rollback may set it.
     """
 
     def __init__(self, run: Path, world: World, settings: CheckpointSettings):
