@@ -7,7 +7,7 @@ def derived_seed(*parts: int | str) -> int:
     """Return a seed for one stream: the same parts give the same seed on every machine.
 
     Args:
-        *parts: what names the stream, such as the run's seed and a parameter's name.
+        *parts: the stream's name, such as the run's seed and a parameter's name.
 
     Returns:
         The first 63 bits of the sha256 of the parts, joined by colons.

@@ -40,7 +40,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 @dataclass
 class StatusRecord:
-    """What status.json is written from.
+    """The source of status.json.
 
     Attributes:
         state: whose step is recorded; None until it is known.
