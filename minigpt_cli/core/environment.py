@@ -1,4 +1,4 @@
-"""What environment.json records: the software and hardware that a run's bits depend on."""
+"""The content of environment.json: software and hardware that a run's bits depend on."""
 
 import platform
 from typing import Any
@@ -42,7 +42,7 @@ def training_environment(
 
 
 def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a phrase for each difference after which results are no longer bit-identical."""
+    """Return a phrase for each difference that makes results differ in their bits."""
     keys = ("torch", "device", "threads", "computing_dtype", "ranks", "strategy")
     return [
         f"{key} changed from {before.get(key)} to {now[key]}"

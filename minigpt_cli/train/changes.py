@@ -1,4 +1,4 @@
-"""What may change between two processes of a run: settings, the dataset, the machine."""
+"""Changes between two processes of a run: settings, the dataset, the machine."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ NEVER_CHANGED = (
 
 
 def check_changes(before: Recipe, after: Recipe, allowed: list[str]) -> None:
-    """Log what the command line changes; refuse what would alter what was already trained.
+    """Log the changes of the command line; refuse those of settings that shaped the training.
 
     Args:
         before: the run's recipe.

@@ -1,4 +1,4 @@
-"""Save and restore everything that a checkpoint of a run holds."""
+"""Save and restore the whole content of a run's checkpoint."""
 
 import time
 from pathlib import Path
@@ -29,7 +29,7 @@ def save_checkpoint(run: Run, state: RunState, *, must_succeed: bool = False) ->
 
     Args:
         run: its guard has no bad step that wasn't reported.
-        state: what is saved with the tensors; the guard's and the scaler's fields are filled in.
+        state: saved with the tensors; the guard's and the scaler's fields are filled in.
         must_succeed: whether a failure ends the run.
 
     Raises:
@@ -71,13 +71,13 @@ def save_checkpoint(run: Run, state: RunState, *, must_succeed: bool = False) ->
 def restore_checkpoint(
     context: StepContext, checkpoint: Path, manifest: CheckpointManifest, state: RunState
 ) -> None:
-    """Put model, optimizers, scaler and guard back to what a checkpoint holds.
+    """Restore model, optimizers, scaler and guard from a checkpoint.
 
     Args:
         context: changes in place.
-        checkpoint: its directory, which has been verified.
-        manifest: the checkpoint's.
-        state: the checkpoint's state.json.
+        checkpoint: a verified checkpoint's directory.
+        manifest: of the checkpoint.
+        state: of the checkpoint, as ``read_state`` returned it.
     """
     world = context.parallel_dims.world
     load_tensors(checkpoint, manifest.tensors, context.model, context.optimizers, world.control)

@@ -130,7 +130,7 @@ def first_loss_warning(loss: float, vocab_size: int) -> str | None:
 
 
 def guard_to_json(guard: GuardState, step: int) -> dict[str, Any]:
-    """Return what later decisions depend on, for state.json. Waits for the device.
+    """Return the state that later decisions depend on, for state.json. Waits for the device.
 
     Args:
         guard: the state after ``step``.
@@ -154,7 +154,7 @@ def guard_to_json(guard: GuardState, step: int) -> dict[str, Any]:
 
 
 def restore_guard(guard: GuardState, saved: dict[str, Any], step: int, overflows: int) -> None:
-    """Restore what ``guard_to_json`` returned; reset everything else.
+    """Restore the result of ``guard_to_json``; reset everything else.
 
     Args:
         guard: the state, which changes in place.

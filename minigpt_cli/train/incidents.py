@@ -1,4 +1,4 @@
-"""incidents/: why updates were skipped and what was in their batches, one JSON file each."""
+"""incidents/: a JSON file per incident, with the reason and the data of skipped updates."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def write_incident(
         kind: spike, nonfinite or rollback.
         step: the first bad step.
         data_offset: the state's at that step.
-        content: what JSON can hold, without NaN.
+        content: a JSON object without NaN.
 
     Returns:
         The file's name in the run directory.
@@ -151,5 +151,5 @@ def _describe(run: Run, state: RunState, bad: BadStep) -> dict[str, Any]:
 
 
 def _json_number(value: float) -> float | str:
-    """Return "nan", "inf" or "-inf" for what JSON has no number for; ``float`` reads it back."""
+    """Return a number that JSON can't hold as "nan", "inf" or "-inf"; ``float`` reads these."""
     return value if math.isfinite(value) else str(value)

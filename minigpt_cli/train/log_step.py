@@ -1,4 +1,4 @@
-"""What a logged step writes: a line of metrics.jsonl, the console's line, warnings."""
+"""Log a step: a line of metrics.jsonl, a line on the console, warnings."""
 
 import time
 

@@ -40,7 +40,8 @@ def fit(run: Run, state: RunState) -> None:
 
 
 def _train(run: Run, state: RunState) -> None:
-    recipe, total, first_step = run.recipe, run.recipe.total_steps, state.step
+    recipe, total = run.recipe, run.recipe.total_steps
+    run.saver.last_saved_step = state.step  # of the process before this one
     with StopRequest() as stop, TrainingDisplay(total, state.step) as display:
         steps, saved_at = StepLog(run, display), time.monotonic()
         if state.step and is_evaluation_due(run, state):  # a signal had stopped it
@@ -73,7 +74,7 @@ def _train(run: Run, state: RunState) -> None:
 
         steps.clock.pause()
         finish_save(run)
-        if state.step not in (first_step, run.saver.last_saved_step):
+        if state.step != run.saver.last_saved_step:
             _rolls_back(run, state, steps.clock)
             save_checkpoint(run, state, must_succeed=True)
     if signum:

@@ -94,6 +94,7 @@ def _roll_back(run: Run, state: RunState, step: int) -> None:
     saved.rollbacks, saved.rollback_step = state.rollbacks + 1, saved.step
     saved.dataset = state.dataset  # a resume with --allow-change may have changed it since
     vars(state).update(vars(saved))
+    run.saver.last_saved_step = None  # the next save has another place in the data
 
     if run.world.rank == 0:
         _record_rollback(run, state, step, old_offset, checkpoint)

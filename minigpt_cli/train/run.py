@@ -1,4 +1,4 @@
-"""A run: what the training loop works with."""
+"""A run: everything that the training loop works with."""
 
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def build_run(
 
     Args:
         recipe, data, directory, world: see ``Run``.
-        resources: takes what must be closed at the end.
+        resources: takes everything that must be closed at the end.
         auxiliary_files: of the base model or the tokenizer.
 
     Raises:
@@ -150,7 +150,7 @@ def run_environment(run: Run) -> dict[str, Any]:
 
 
 def _summary(recipe: Recipe, context: StepContext, sequences: int) -> str:
-    """Return what is trained, on what, and how long, for a person."""
+    """Return a summary of model, data and duration, for a person."""
     model, world, train = context.model, context.parallel_dims.world, recipe.train
     micro = context.micro_batch_size
     accumulation = train.global_batch_size // (world.size * micro)

@@ -1,4 +1,4 @@
-"""Fixed prompts, completed at each evaluation, to show what the model learns."""
+"""Fixed prompts, completed at each evaluation, to show the model's progress."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

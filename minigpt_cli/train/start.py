@@ -1,6 +1,6 @@
 """A recipe and a starting point -> a Run and its state, for ``fit``.
 
-pretrain, finetune-lora and resume differ only here: in where weights and state come from.
+pretrain, finetune-lora and resume differ only here: in the source of weights and state.
 """
 
 import json
@@ -105,7 +105,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
     Args:
         path: a run directory (its newest valid checkpoint is used), or one checkpoint in it.
         overrides: ``section.key=value`` settings to change from here on.
-        allow_changes: keys among them that alter what was already trained, and may.
+        allow_changes: keys that may change although they shaped the training so far.
 
     Returns:
         (the run, its state at the checkpoint), for ``fit``, which closes the run.
@@ -166,7 +166,7 @@ def check_recipe_is_elsewhere(recipe_file: Path, directory: Path) -> None:
 
 
 def _check_start(recipe: Recipe, directory: Path) -> None:
-    """Refuse what can be refused before the data is prepared, which may take hours."""
+    """Check all that can be checked before the data is prepared, which may take hours."""
     config_from_recipe(recipe, vocab_size=1)  # raises if the model's sizes don't fit together
     given, path = recipe.data.tokenizer, Path(recipe.data_path)
     is_there = recipe.data.source is None or is_dataset(path)
@@ -205,7 +205,7 @@ def _keep_status(directory: Path, world: World, resources: ExitStack) -> StatusR
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process left half written."""
+    """Remove half-written files of a killed process."""
     store.remove_stale(directory)
     remove_stale_export(directory)
 
@@ -240,7 +240,7 @@ def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
 
 
 def _write_run_files(run: Run) -> None:
-    """Write what the run directory holds beside checkpoints and metrics."""
+    """Write the files of the run directory, except checkpoints and metrics."""
     environment = json.dumps(run_environment(run), indent=2) + "\n"
     try:
         write_atomically(run.directory / RECIPE, dump_recipe(run.recipe).encode())

@@ -21,7 +21,7 @@ class StepContext:
 
     Attributes:
         model: the plain model, perhaps sharded in place by FSDP2.
-        forward: what to call in training: the model, or DDP around it.
+        forward: the module to call in training: the model, or DDP around it.
         parallel_dims: how the model is spread over the ranks.
         optimizers: AdamW, or Muon and AdamW.
         scaler: the loss scaler of fp16; disabled for other dtypes.

@@ -18,7 +18,7 @@ from minigpt_cli.train.step import StepContext
 
 
 def build_context(recipe: Recipe, vocab_size: int, world: World) -> StepContext:
-    """Build what a training step works on; every rank calls it.
+    """Build the context of a training step; every rank calls it.
 
     Args:
         recipe: its data, run directory, evaluation and checkpoints play no role.

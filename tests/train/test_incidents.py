@@ -48,7 +48,7 @@ def poison_from(run: Any, micro_batch: int) -> None:
     )
 
 
-def test_an_incident_tells_the_step_and_the_text_of_its_batch(
+def test_an_incident_has_the_step_and_the_text_of_its_batch(
     tmp_path: Path, make_recipe: MakeRecipe, sharded: Path
 ):
     recipe = make_recipe(
@@ -91,7 +91,7 @@ def test_an_incident_tells_the_step_and_the_text_of_its_batch(
         assert crossing
 
 
-def test_under_fp16_the_loss_scale_is_told(tmp_path: Path, make_recipe: MakeRecipe):
+def test_under_fp16_an_incident_has_the_loss_scale(tmp_path: Path, make_recipe: MakeRecipe):
     run, state = start_run(make_recipe("precision.dtype=fp16"), tmp_path)
     with torch.no_grad():
         run.context.model.norm.weight.fill_(math.nan)

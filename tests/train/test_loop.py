@@ -160,9 +160,7 @@ def test_prompts_are_completed_at_each_evaluation(
     assert shown.count("  | import ") == 3
 
 
-def test_divergence_saves_nothing_and_names_the_last_good_checkpoint(
-    tmp_path: Path, make_recipe: MakeRecipe
-):
+def test_divergence_saves_nothing(tmp_path: Path, make_recipe: MakeRecipe):
     recipe = make_recipe("checkpoint.every_steps=4", "log.every_steps=100", "precision.dtype=fp32")
     run, state = start_run(recipe, tmp_path)
     weight = run.context.model.layers[0].mlp.up_proj.weight
@@ -192,7 +190,7 @@ def test_saving_by_the_clock(tmp_path: Path, make_recipe: MakeRecipe):
     assert [step for step, _ in store.list_steps(tmp_path)] == list(range(1, 13))
 
 
-def test_a_save_that_is_still_running_when_the_next_is_due_is_waited_for(
+def test_a_save_waits_for_the_save_before_it(
     tmp_path: Path,
     make_recipe: MakeRecipe,
     monkeypatch: pytest.MonkeyPatch,
@@ -216,7 +214,7 @@ def test_a_save_that_is_still_running_when_the_next_is_due_is_waited_for(
         assert store.verify(path) == []
 
 
-def test_a_disk_that_is_full_for_a_while_costs_no_more_than_that_save(
+def test_a_failed_save_is_tried_again(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     """No file may be larger than 50 kB in step 8; a checkpoint's tensors need more."""

@@ -35,7 +35,7 @@ MakeRecipe = Callable[..., Recipe]
     ],
     ids=["fp32", "bf16-muon", "fp16", "dropout", "gpt2-recompute", "spikes"],
 )  # fmt: skip
-def test_resume_is_bit_exact_twice_in_a_row_and_across_epochs(
+def test_resume_is_bit_exact(
     tmp_path: Path, make_recipe: MakeRecipe, small_dataset: Path, overrides: tuple[str, ...]
 ):
     recipe = make_recipe(*overrides, data=small_dataset)
@@ -57,9 +57,7 @@ def test_resume_is_bit_exact_twice_in_a_row_and_across_epochs(
     assert_same_run(straight, resumed, 12)
 
 
-def test_an_old_checkpoint_starts_a_new_branch_and_loses_nothing(
-    tmp_path: Path, make_recipe: MakeRecipe
-):
+def test_an_old_checkpoint_starts_a_new_branch(tmp_path: Path, make_recipe: MakeRecipe):
     run_dir = tmp_path / "run"
     fit(*start_run(make_recipe(), run_dir))
     fit(*resume_run(run_dir / "checkpoints/step-00000004", ["optimizer.lr=1e-3"], []))
@@ -72,7 +70,7 @@ def test_an_old_checkpoint_starts_a_new_branch_and_loses_nothing(
     assert "lr = 0.001  # command line" in (run_dir / "recipe.toml").read_text()
 
 
-def test_changes_that_would_alter_what_was_trained_are_refused_unless_named(
+def test_changes_are_refused_unless_named(
     tmp_path: Path, make_recipe: MakeRecipe, small_dataset: Path, capsys: pytest.CaptureFixture[str]
 ):
     run_dir = tmp_path / "run"
@@ -118,7 +116,7 @@ def test_resume_walks_back_past_damaged_checkpoints(
     assert_same_run(straight, run_dir, 12)
 
 
-def test_a_run_that_is_there_is_not_started_over(tmp_path: Path, make_recipe: MakeRecipe):
+def test_an_existing_run_is_not_started_over(tmp_path: Path, make_recipe: MakeRecipe):
     fit(*start_run(make_recipe("train.steps=4"), tmp_path))
     with pytest.raises(UserError, match="already holds a run at step 4"):
         start_run(make_recipe(), tmp_path)
@@ -142,9 +140,7 @@ def test_a_run_goes_on_wherever_it_lies(tmp_path: Path, dataset: Path):
     assert again.data.path == "data/mine"
 
 
-def test_what_a_resume_changed_stays_changed_before_its_first_save(
-    tmp_path: Path, make_recipe: MakeRecipe
-):
+def test_a_resumes_changes_stay_before_its_first_save(tmp_path: Path, make_recipe: MakeRecipe):
     fit(*start_run(make_recipe("train.steps=4"), tmp_path))
     run, _ = resume_run(tmp_path, ["train.steps=8"], [])
     run.resources.close()  # as if killed before it saved
@@ -165,7 +161,7 @@ def test_a_refused_resume_touches_nothing(tmp_path: Path, make_recipe: MakeRecip
     assert [step for step, _ in store.list_steps(tmp_path)] == [4, 8, 12]
 
 
-def test_an_evaluation_cut_short_is_made_up_for_once(tmp_path: Path, make_recipe: MakeRecipe):
+def test_a_stopped_evaluation_is_done_once_on_resume(tmp_path: Path, make_recipe: MakeRecipe):
     """SIGTERM in the evaluation of step 4: the resume evaluates it, and saves that it did."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     fit(*start_run(make_recipe(), straight))
@@ -202,7 +198,7 @@ def test_a_signal_after_a_failed_save_saves_again(tmp_path: Path, make_recipe: M
     assert [step for step, _ in store.list_steps(tmp_path)] == [5]
 
 
-def test_another_machine_is_told(
+def test_another_machine_is_warned_about(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     fit(*start_run(make_recipe("train.steps=4"), tmp_path))
@@ -213,9 +209,7 @@ def test_another_machine_is_told(
     assert "threads changed from 99 to " in capsys.readouterr().err
 
 
-def test_a_checkpoint_elsewhere_makes_no_run_of_its_grandparent(
-    tmp_path: Path, make_recipe: MakeRecipe
-):
+def test_a_checkpoint_elsewhere_is_refused(tmp_path: Path, make_recipe: MakeRecipe):
     fit(*start_run(make_recipe("train.steps=4"), tmp_path / "run"))
     copy = tmp_path / "a/b/step-00000004"
     shutil.copytree(tmp_path / "run/checkpoints/step-00000004", copy)

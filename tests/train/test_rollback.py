@@ -53,7 +53,7 @@ def by_hand(recipe: Recipe, data: Path, start: tuple[Run, RunState], position: i
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("log_every", [1, 1000])
-def test_spikes_in_a_row_roll_back_and_pass_over_the_data(
+def test_spikes_in_a_row_roll_back(
     tmp_path: Path, make_recipe: MakeRecipe, regular: Path, name: str, log_every: int
 ):
     """Whenever the host looks, it ends with the weights of a run started from the checkpoint
@@ -91,7 +91,7 @@ def test_spikes_in_a_row_roll_back_and_pass_over_the_data(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_run_that_is_rolled_back_equals_one_that_resumes_with_that_offset(
+def test_a_rollback_equals_a_resume_with_an_offset(
     tmp_path: Path, make_recipe: MakeRecipe, regular: Path, dtype: str
 ):
     """Under fp16 the bad batches are not finite, and lower the loss scale: it is put back too."""
@@ -117,7 +117,7 @@ def test_a_run_that_is_rolled_back_equals_one_that_resumes_with_that_offset(
 @pytest.mark.parametrize(
     ("dtype", "every", "points"), [("fp32", 1, (26, 25, 23)), ("fp16", 10, (30, 20, 10))]
 )
-def test_a_run_that_is_rolled_back_resumes_bit_exactly(
+def test_a_resume_after_a_rollback_is_bit_exact(
     tmp_path: Path,
     make_recipe: MakeRecipe,
     regular: Path,
@@ -148,9 +148,7 @@ def test_a_run_that_is_rolled_back_resumes_bit_exactly(
         assert len(incidents(resumed)) == len(incidents(straight))
 
 
-def test_what_is_not_finite_counts_as_a_spike_where_spikes_are_watched(
-    tmp_path: Path, make_recipe: MakeRecipe, regular: Path
-):
+def test_nonfinite_steps_count_as_spikes(tmp_path: Path, make_recipe: MakeRecipe, regular: Path):
     """A token whose embedding is near float32's limit: single batches of it are skipped, three in
     a row roll back, and no weight or moment ever learns of it."""
     token = unused_token(regular)
@@ -188,7 +186,7 @@ def test_rollbacks_that_do_not_help_end_the_run(
     assert state.step < 40
 
 
-def test_a_rollback_passes_over_damaged_checkpoints(
+def test_a_rollback_skips_damaged_checkpoints(
     tmp_path: Path, make_recipe: MakeRecipe, regular: Path
 ):
     data = poisoned(regular, tmp_path / "data", [24, 25, 26])
@@ -221,9 +219,7 @@ def test_each_rollback_that_helps_is_forgotten(
     assert state.data_offset == sum(beyond - first for first, beyond in skipped_checkpoints)
 
 
-def test_a_stop_while_a_rollback_is_due_loses_nothing(
-    tmp_path: Path, make_recipe: MakeRecipe, regular: Path
-):
+def test_a_stop_while_a_rollback_is_due(tmp_path: Path, make_recipe: MakeRecipe, regular: Path):
     """SIGTERM in step 28, after three spikes that the host has not looked at yet."""
     data = poisoned(regular, tmp_path / "data", [24, 25, 26])
     recipe = make_recipe(*SPIKES, "log.every_steps=1000", data=data)

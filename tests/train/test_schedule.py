@@ -47,9 +47,7 @@ def test_values_by_hand():
     floor=st.floats(0, 1),
     total=st.integers(100, 10_000),
 )
-def test_it_rises_then_never_rises_again_and_never_leaves_its_bounds(
-    name: str, warmup: int, floor: float, total: int
-):
+def test_it_rises_once_and_stays_in_its_bounds(name: str, warmup: int, floor: float, total: int):
     schedule = ScheduleSettings(
         name=name, warmup_steps=warmup, min_lr_ratio=floor, milestones=(total // 2,)
     )

@@ -59,7 +59,7 @@ def test_accumulation_equals_the_whole_batch(micro: int):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_decay_is_for_matrices_only_and_muon_takes_the_hidden_ones():
+def test_parameter_groups():
     t = tiny_context(name="muon")
     muon, adamw = t.optimizers
     names = {id(p): name for name, p in t.model.named_parameters()}
