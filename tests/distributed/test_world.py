@@ -203,7 +203,7 @@ def test_launchers_do_not_nest(recipe_file: Path):
         text=True,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "torchrun or srun has done so" in done.stderr
+    assert "torchrun or srun has started this one" in done.stderr
 
 
 def test_srun_s_variables_are_understood(monkeypatch: pytest.MonkeyPatch):
