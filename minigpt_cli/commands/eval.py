@@ -4,9 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
-
-from minigpt_cli.commands.options import Adapters, Debug, Device, Json, ModelPath, Version
+from minigpt_cli.commands.options import Adapters, Debug, Device, Json, ModelPath, Version, option
 from minigpt_cli.core.console import print_json
 from minigpt_cli.core.errors import UserError, first_line
 
@@ -26,37 +24,15 @@ DEFAULT_LENGTH = 1024  # tokens per sequence if no recipe says how many
 
 Data = Annotated[
     Path | None,
-    typer.Option(
-        "--data",
-        metavar="DIR",
-        help="A token dataset; default: the one that MODEL was trained on.",
-        rich_help_panel=DATA,
-    ),
+    option("--data", "DIR", "A token dataset; default: the one that MODEL was trained on.", DATA),
 ]
-Split = Annotated[
-    str,
-    typer.Option("--split", metavar="NAME", help="The split of the dataset.", rich_help_panel=DATA),
-]
-Text = Annotated[
-    Path | None,
-    typer.Option(
-        "--text", metavar="FILE", help="A text file, instead of a dataset.", rich_help_panel=DATA
-    ),
-]
-BatchSize = Annotated[
-    int,
-    typer.Option(
-        "--batch-size", metavar="N", min=1, help="Sequences per batch.", rich_help_panel=DATA
-    ),
-]
+Split = Annotated[str, option("--split", "NAME", "The split of the dataset.", DATA)]
+Text = Annotated[Path | None, option("--text", "FILE", "A text file, instead of a dataset.", DATA)]
+BatchSize = Annotated[int, option("--batch-size", "N", "Sequences per batch.", DATA, min=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 ComputeDtype = Annotated[
     Dtype,
-    typer.Option(
-        "--dtype",
-        help="Number format of matrix products; auto: as in training.",
-        rich_help_panel="Model",
-    ),
+    option("--dtype", None, "Number format of matrix products; auto: as in training.", "Model"),
 ]
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from minigpt_cli.commands.options import OUTPUT, Adapters, Debug, Json, ModelPath, Version
+from minigpt_cli.commands.options import OUTPUT, Adapters, Debug, Json, ModelPath, Version, option
 from minigpt_cli.core.console import log, print_json
 from minigpt_cli.core.errors import UserError
 
@@ -17,14 +17,12 @@ EXAMPLE = "minigpt export runs/tiny exported --dtype bf16"
 
 StoredDtype = Annotated[
     Literal["fp32", "bf16", "fp16"],
-    typer.Option("--dtype", help="Number format of the stored weights.", rich_help_panel=OUTPUT),
+    option("--dtype", None, "Number format of the stored weights.", OUTPUT),
 ]
 AdapterOnly = Annotated[
     bool,
-    typer.Option(
-        "--adapter-only",
-        help="Write the adapter in PEFT's format instead of merging it.",
-        rich_help_panel=OUTPUT,
+    option(
+        "--adapter-only", "", "Write the adapter in PEFT's format instead of merging it.", OUTPUT
     ),
 ]
 
@@ -32,8 +30,8 @@ AdapterOnly = Annotated[
 def export_command(
     model: ModelPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to make.")],
-    dtype: StoredDtype = "fp32",
     adapter: Adapters = None,
+    dtype: StoredDtype = "fp32",
     adapter_only: AdapterOnly = False,
     as_json: Json = False,
     version: Version = False,
@@ -41,8 +39,7 @@ def export_command(
 ) -> None:
     """Write a Hugging Face directory.
 
-    transformers, if it is installed, reloads the result and must compute the same logits. An
-    adapter is merged into the weights.
+    transformers, if installed, must compute the same logits from it. An adapter is merged.
     """
     adapters = adapter or []
     if len(adapters) > 1:

@@ -39,6 +39,21 @@ class Group(_PlainParams, TyperGroup):
     """The command ``minigpt``, which holds all others."""
 
 
+def option(names: str, metavar: str | None, help: str, panel: str, **settings: Any) -> Any:
+    """Return an option for an ``Annotated`` parameter.
+
+    Args:
+        names: separated by spaces.
+        metavar: what stands for the value in ``--help``; empty for a flag, None for a choice.
+        help: one sentence.
+        panel: the panel of ``--help`` that shows the option.
+        settings: of typer.Option.
+    """
+    return typer.Option(
+        *names.split(), metavar=metavar, help=help, rich_help_panel=panel, **settings
+    )
+
+
 def epilog(example: str) -> str:
     """Return the end of a command's ``--help``."""
     return f"Example: {example}\n\n{EXIT_CODES}"
@@ -61,41 +76,24 @@ Version = Annotated[
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Json = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="Print one JSON object on standard output.", rich_help_panel=OUTPUT
-    ),
-]
+Json = Annotated[bool, option("--json", "", "Print one JSON object on standard output.", OUTPUT)]
 
 RunDir = Annotated[
     Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="DIR",
-        help="The run directory; default: runs/ and the recipe's name.",
-        rich_help_panel=RUN,
-    ),
+    option("--out -o", "DIR", "The run directory; default: runs/ and the recipe's name.", RUN),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="SECTION.KEY=VALUE",
-        help="Override a setting of the recipe; may be repeated.",
-        rich_help_panel=RUN,
-    ),
+    option("--set", "SECTION.KEY=VALUE", "Override a setting of the recipe; may be repeated.", RUN),
 ]
 Nproc = Annotated[
     int | None,
-    typer.Option(
-        "--nproc",
-        "--nproc-per-node",
-        metavar="N",
+    option(
+        "--nproc --nproc-per-node",
+        "N",
+        "Start N processes on this machine, one per GPU.",
+        PROCESSES,
         min=1,
-        help="Start N processes on this machine, one per GPU.",
-        rich_help_panel=PROCESSES,
     ),
 ]
 
@@ -108,19 +106,14 @@ ModelPath = Annotated[
 ]
 Adapters = Annotated[
     list[Path] | None,
-    typer.Option(
+    option(
         "--adapter",
-        metavar="DIR",
-        help="An adapter for MODEL: a finetune-lora run, or a directory in PEFT's format.",
-        rich_help_panel="Model",
+        "DIR",
+        "An adapter for MODEL: a finetune-lora run, or a directory in PEFT's format.",
+        "Model",
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda or cuda:1; default: a GPU if there is one.",
-        rich_help_panel="Model",
-    ),
+    option("--device", "NAME", "cpu, cuda or cuda:1; default: a GPU if there is one.", "Model"),
 ]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from minigpt_cli.commands.launching import is_launcher, join_ranks, launch_ranks
-from minigpt_cli.commands.options import RUN, Debug, Json, Nproc, Overrides, Version
+from minigpt_cli.commands.options import RUN, Debug, Json, Nproc, Overrides, Version, option
 from minigpt_cli.commands.training import fit_and_report, train_new_run
 from minigpt_cli.core.run_dir import CHECKPOINTS
 
@@ -17,20 +17,20 @@ RunPath = Annotated[
 ]
 AllowChange = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--allow-change",
-        metavar="SECTION.KEY",
-        help="Let --set change a setting that has shaped the training so far; may be repeated.",
-        rich_help_panel=RUN,
+        "SECTION.KEY",
+        "Let --set change a setting that has shaped the training so far; may be repeated.",
+        RUN,
     ),
 ]
 OrStart = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--or-start",
-        metavar="RECIPE",
-        help="Start the run from this recipe if RUN holds no checkpoint yet.",
-        rich_help_panel=RUN,
+        "RECIPE",
+        "Start the run from this recipe if RUN holds no checkpoint yet.",
+        RUN,
     ),
 ]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from minigpt_cli.commands.options import Adapters, Debug, Device, Json, Version
+from minigpt_cli.commands.options import Adapters, Debug, Device, Json, Version, option
 from minigpt_cli.core.console import print_json
 from minigpt_cli.core.errors import UserError
 
@@ -28,111 +28,54 @@ OptionalModel = Annotated[
         "newest run under runs/.",
     ),
 ]
-Prompt = Annotated[
-    str,
-    typer.Option("--prompt", metavar="TEXT", help="The text to continue.", rich_help_panel=PROMPT),
-]
+Prompt = Annotated[str, option("--prompt", "TEXT", "The text to continue.", PROMPT)]
 Chat = Annotated[
     bool,
-    typer.Option(
-        "--chat",
-        help="Send the prompt as a user's message, with the model's chat template.",
-        rich_help_panel=PROMPT,
+    option(
+        "--chat", "", "Send the prompt as a user's message, with the model's chat template.", PROMPT
     ),
 ]
 NumSamples = Annotated[
     int,
-    typer.Option(
-        "--num-samples",
-        metavar="N",
-        min=1,
-        help="Number of completions, computed as one batch.",
-        rich_help_panel=COMPLETIONS,
+    option(
+        "--num-samples", "N", "Number of completions, computed as one batch.", COMPLETIONS, min=1
     ),
 ]
 MaxNewTokens = Annotated[
-    int,
-    typer.Option(
-        "--max-new-tokens",
-        metavar="N",
-        min=1,
-        help="Tokens per completion, at most.",
-        rich_help_panel=COMPLETIONS,
-    ),
+    int, option("--max-new-tokens", "N", "Tokens per completion, at most.", COMPLETIONS, min=1)
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(
-        "--stop",
-        metavar="TEXT",
-        help="End a completion before this text; may be repeated.",
-        rich_help_panel=COMPLETIONS,
-    ),
+    option("--stop", "TEXT", "End a completion before this text; may be repeated.", COMPLETIONS),
 ]
 Temperature = Annotated[
-    float,
-    typer.Option(
-        "--temperature",
-        metavar="X",
-        help="Higher is more random; 0 is greedy.",
-        rich_help_panel=SAMPLING,
-    ),
+    float, option("--temperature", "X", "Higher is more random; 0 is greedy.", SAMPLING)
 ]
 TopK = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        metavar="K",
-        help="Sample from the K most likely tokens.",
-        rich_help_panel=SAMPLING,
-    ),
+    int | None, option("--top-k", "K", "Sample from the K most likely tokens.", SAMPLING)
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        "--top-p",
-        metavar="P",
-        help="Sample from the fewest tokens whose probabilities sum to P.",
-        rich_help_panel=SAMPLING,
-    ),
+    option("--top-p", "P", "Sample from the fewest tokens whose probabilities sum to P.", SAMPLING),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(
+    option(
         "--min-p",
-        metavar="P",
-        help="Sample from tokens at least P times as likely as the most likely one.",
-        rich_help_panel=SAMPLING,
+        "P",
+        "Sample from tokens at least P times as likely as the most likely one.",
+        SAMPLING,
     ),
 ]
 RepetitionPenalty = Annotated[
-    float,
-    typer.Option(
-        "--repetition-penalty",
-        metavar="X",
-        help="Above 1: repeat less.",
-        rich_help_panel=SAMPLING,
-    ),
+    float, option("--repetition-penalty", "X", "Above 1: repeat less.", SAMPLING)
 ]
-Greedy = Annotated[
-    bool,
-    typer.Option("--greedy", help="Always take the most likely token.", rich_help_panel=SAMPLING),
-]
-Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed",
-        metavar="N",
-        help="The same seed gives the same text.",
-        rich_help_panel=SAMPLING,
-    ),
-]
+Greedy = Annotated[bool, option("--greedy", "", "Always take the most likely token.", SAMPLING)]
+Seed = Annotated[int, option("--seed", "N", "The same seed gives the same text.", SAMPLING)]
 WeightsDtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
-    typer.Option(
-        "--dtype",
-        help="Number format of the weights; auto: bf16 on a GPU, else fp32.",
-        rich_help_panel="Model",
+    option(
+        "--dtype", None, "Number format of the weights; auto: bf16 on a GPU, else fp32.", "Model"
     ),
 ]
 

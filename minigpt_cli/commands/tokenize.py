@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from minigpt_cli.commands.options import OUTPUT, PROCESSES, Debug, Json, Version
+from minigpt_cli.commands.options import OUTPUT, PROCESSES, Debug, Json, Version, option
 from minigpt_cli.core.console import print_json
 from minigpt_cli.core.errors import UserError
 
@@ -22,110 +22,65 @@ Sources = Annotated[
         "ORG/NAME), or python-stdlib.",
     ),
 ]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out", "-o", metavar="DIR", help="The token dataset to make.", rich_help_panel=OUTPUT
-    ),
-]
+Out = Annotated[Path, option("--out -o", "DIR", "The token dataset to make.", OUTPUT)]
 VocabSize = Annotated[
     int | None,
-    typer.Option(
-        "--vocab-size",
-        metavar="N",
-        help="Train a byte-level BPE tokenizer with N tokens.",
-        rich_help_panel=TOKENIZER,
-    ),
+    option("--vocab-size", "N", "Train a byte-level BPE tokenizer with N tokens.", TOKENIZER),
 ]
 TrainVocab = Annotated[
     int | None, typer.Option("--train-vocab", metavar="N", hidden=True)  # the option's old name
 ]
 TokenizerPath = Annotated[
     Path | None,
-    typer.Option(
+    option(
         "--tokenizer",
-        metavar="PATH",
-        help="Use this tokenizer: a tokenizer.json, or a directory with it or with vocab.json and "
-        "merges.txt.",
-        rich_help_panel=TOKENIZER,
+        "PATH",
+        "A tokenizer.json, or a directory with it or with vocab.json and merges.txt.",
+        TOKENIZER,
     ),
 ]
 Format = Annotated[
     Literal["text", "instructions"],
-    typer.Option(
+    option(
         "--format",
-        help="instructions: records with prompt and completion, or with messages.",
-        rich_help_panel=INSTRUCTIONS,
+        None,
+        "instructions: records with prompt and completion, or with messages.",
+        INSTRUCTIONS,
     ),
 ]
 ChatTemplate = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--chat-template",
-        metavar="FILE",
-        help="A Jinja file for records with messages, or chatml; default: the tokenizer's.",
-        rich_help_panel=INSTRUCTIONS,
+        "FILE",
+        "A Jinja file for records with messages, or chatml; default: the tokenizer's.",
+        INSTRUCTIONS,
     ),
 ]
 TextField = Annotated[
-    str,
-    typer.Option(
-        "--text-field",
-        metavar="NAME",
-        help="The field of a record that holds its text.",
-        rich_help_panel=SOURCE,
-    ),
+    str, option("--text-field", "NAME", "The field of a record that holds its text.", SOURCE)
 ]
-Split = Annotated[
-    str,
-    typer.Option(
-        "--split",
-        metavar="NAME",
-        help="The split of a Hugging Face dataset.",
-        rich_help_panel=SOURCE,
-    ),
-]
+Split = Annotated[str, option("--split", "NAME", "The split of a Hugging Face dataset.", SOURCE)]
 Config = Annotated[
-    str | None,
-    typer.Option(
-        "--config",
-        metavar="NAME",
-        help="The configuration of a Hugging Face dataset.",
-        rich_help_panel=SOURCE,
-    ),
+    str | None, option("--config", "NAME", "The configuration of a Hugging Face dataset.", SOURCE)
 ]
 Strict = Annotated[
     bool,
-    typer.Option(
+    option(
         "--strict/--no-strict",
-        help="End with an error at a malformed document, instead of skipping it.",
-        rich_help_panel=SOURCE,
+        "",
+        "End with an error at a malformed document, instead of skipping it.",
+        SOURCE,
     ),
 ]
 ValFraction = Annotated[
-    float,
-    typer.Option(
-        "--val-fraction",
-        metavar="X",
-        help="Share of documents for validation.",
-        rich_help_panel=OUTPUT,
-    ),
+    float, option("--val-fraction", "X", "Share of documents for validation.", OUTPUT)
 ]
 ShardTokens = Annotated[
-    int,
-    typer.Option(
-        "--shard-tokens",
-        metavar="N",
-        min=1,
-        help="Tokens per file, at most.",
-        rich_help_panel=OUTPUT,
-    ),
+    int, option("--shard-tokens", "N", "Tokens per file, at most.", OUTPUT, min=1)
 ]
 Workers = Annotated[
-    int | None,
-    typer.Option(
-        "--workers", metavar="N", help="Processes; default: all cores.", rich_help_panel=PROCESSES
-    ),
+    int | None, option("--workers", "N", "Processes; default: all cores.", PROCESSES)
 ]
 
 

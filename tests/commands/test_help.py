@@ -75,6 +75,12 @@ def test_help_of_a_command(name: str):
     assert not [option for option in shown if option not in text]
 
 
+def test_help_shows_choices():
+    for name in ("eval", "sample"):
+        assert "<auto|fp32|bf16|fp16>" in minigpt(name, "-h").stdout
+    assert "<text|instructions>" in minigpt("tokenize", "-h").stdout
+
+
 def test_help_fits_80_columns(tmp_path: Path):
     output = tmp_path / "output"
     assert fork(tmp_path / "log", "--help", output=output, COLUMNS="80").wait() == 0
