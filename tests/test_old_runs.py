@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.processes import minigpt
+from tests.helpers.processes import minigpt
 
 OLD = Path(__file__).parent / "data/old"
 EVALUATIONS = json.loads((OLD / "expected/evaluations.json").read_text())

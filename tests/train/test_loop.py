@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minigpt_cli.checkpoint import saver, store
+from minigpt_cli.checkpoint import store
 from minigpt_cli.core.errors import Diverged
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.model.gpt import GPT
