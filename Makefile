@@ -12,21 +12,21 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Trains a small model on the Python standard library's own source, then lets it write.
+# Train a small model on the Python standard library's own source, then sample from it.
 train: setup
 	if ls -d $(RUN)/checkpoints/step-* >/dev/null 2>&1; then $(BIN)/minigpt resume $(RUN); \
 	else $(BIN)/minigpt pretrain recipes/tiny.toml --out $(RUN); fi
 	$(BIN)/minigpt sample $(RUN) --prompt '    def __init__(self' --top-p 0.95 --seed 1337 --max-new-tokens 160
 
-# Two files at a time; with more threads they would only be in each other's way.
+# Two files at a time; more threads would only compete for the cores.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-# Hundreds of kills, signals, full disks and lies; prints a table of those survived.
+# Hundreds of kills, signals, full disks and false files; prints a table of the survived ones.
 faults: setup
 	$(BIN)/python -m tests.faults --kills 200
 
-# Runs, datasets and adapters that commit 93d8a84 makes: the same results, bit for bit.
+# Continue runs of commit 93d8a84 with its code and with today's; compare the results bit by bit.
 old-runs: setup
 	$(BIN)/python scripts/old_runs.py compare
 
