@@ -18,7 +18,7 @@ import torch
 
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.checkpoint.tensors import tensors_of
-from minigpt_cli.distributed import world as worlds
+from minigpt_cli.distributed.world import start_world
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT, initialize
@@ -38,7 +38,7 @@ def main() -> None:
         family="gpt2", vocab_size=a.vocab, hidden_size=a.hidden, num_hidden_layers=a.layers,
         num_attention_heads=12, max_position_embeddings=1024,
     )  # fmt: skip
-    world = worlds.start()
+    world = start_world()
     model = GPT(config).to(world.device)
     initialize(model, 0)
     optimizers = optimizer.build(model, Optimizer(lr=1e-4))

@@ -1,12 +1,12 @@
-"""``minigpt``, and ``python -m minigpt_cli``, which is also what a launcher starts as workers."""
+"""``minigpt``, and ``python -m minigpt_cli``, which launchers start as workers."""
 
-from minigpt_cli.distributed.watch import follow_launcher
-from minigpt_cli.stopping import hold_signals
+from minigpt_cli.distributed.join import follow_launcher
+from minigpt_cli.stopping import block_signals
 
 
 def main() -> None:
+    block_signals()  # until cli.main() handles them
     follow_launcher()
-    hold_signals()  # until cli.main() handles them
     from minigpt_cli import cli
 
     cli.main()

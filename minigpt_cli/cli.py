@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import sys
-import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -12,8 +11,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from minigpt_cli import __version__, stopping
-from minigpt_cli.distributed.watch import follow_parent
-from minigpt_cli.errors import Damaged, Outcome, Stopped, UserError, describe, exit_code_of, tell
+from minigpt_cli.distributed.failure import announce_failure
+from minigpt_cli.distributed.join import find_rank_info, is_rank0, leave_world, session
+from minigpt_cli.errors import Damaged, Stopped, UserError, tell
 
 app = typer.Typer(
     name="minigpt",
@@ -33,14 +33,7 @@ Overrides = Annotated[
 ]
 Nproc = Annotated[
     int | None,
-    typer.Option("--nproc", help="Processes on this machine, one per GPU.", min=1),
-]
-Nnodes = Annotated[
-    int, typer.Option("--nnodes", help="Machines; run the same command on each.", min=1)
-]
-Endpoint = Annotated[
-    str | None,
-    typer.Option("--rdzv-endpoint", metavar="HOST:PORT", help="Where the machines meet."),
+    typer.Option("--nproc", help="Start so many processes on this machine, one per GPU.", min=1),
 ]
 Model = Annotated[
     Path,
@@ -117,14 +110,12 @@ def pretrain(
     out: Out = None,
     overrides: Overrides = None,
     nproc: Nproc = None,
-    nnodes: Nnodes = 1,
-    rdzv_endpoint: Endpoint = None,
     as_json: Json = False,
 ) -> int:
     """Train a model from a recipe, preparing its data first where it isn't there."""
-    if _is_to_launch(nproc, nnodes):
-        _load(recipe, overrides)  # better said once here than by every process
-        return _launch(nproc, nnodes, rdzv_endpoint)
+    if _is_launcher(nproc):
+        loaded = _load(recipe, overrides)  # an error is shown before any process starts
+        return _launch(nproc, _run_directory(loaded, out))
     _join()
     _start(_load(recipe, overrides), recipe, out, as_json)
     return 0
@@ -136,14 +127,12 @@ def finetune_lora(
     out: Out = None,
     overrides: Overrides = None,
     nproc: Nproc = None,
-    nnodes: Nnodes = 1,
-    rdzv_endpoint: Endpoint = None,
     as_json: Json = False,
 ) -> int:
     """Train adapters on a frozen base; stops, resumes and saves as pretrain does."""
-    if _is_to_launch(nproc, nnodes):
-        _load(recipe, overrides, lora=True)
-        return _launch(nproc, nnodes, rdzv_endpoint)
+    if _is_launcher(nproc):
+        loaded = _load(recipe, overrides, lora=True)
+        return _launch(nproc, _run_directory(loaded, out))
     _join()
     _start(_load(recipe, overrides, lora=True), recipe, out, as_json)
     return 0
@@ -160,10 +149,14 @@ def _load(recipe: Path, overrides: list[str] | None, lora: bool = False) -> Any:
     return loaded
 
 
+def _run_directory(loaded: Any, out: Path | None) -> Path:
+    return out or Path("runs") / loaded.name
+
+
 def _start(loaded: Any, recipe_file: Path, out: Path | None, as_json: bool) -> None:
     from minigpt_cli.train import setup
 
-    directory = out or Path("runs") / loaded.name
+    directory = _run_directory(loaded, out)
     setup.check_recipe_is_elsewhere(recipe_file, directory)
     _fit(*setup.start_run(loaded, directory), as_json)
 
@@ -184,79 +177,61 @@ def resume(
         typer.Option(metavar="RECIPE", help="Where RUN holds no checkpoint yet, start it."),
     ] = None,
     nproc: Nproc = None,
-    nnodes: Nnodes = 1,
-    rdzv_endpoint: Endpoint = None,
     as_json: Json = False,
 ) -> int:
     """Go on with a run from its newest valid checkpoint, as if it had never stopped."""
     from minigpt_cli import recipe as recipes
 
-    if _is_to_launch(nproc, nnodes):
+    if _is_launcher(nproc):
         if or_start is not None:
             recipes.load(or_start, overrides)
-        return _launch(nproc, nnodes, rdzv_endpoint)
+        return _launch(nproc, run.parent.parent if run.parent.name == "checkpoints" else run)
     _join()
     from minigpt_cli.checkpoint import store
-    from minigpt_cli.distributed import world as worlds
+    from minigpt_cli.distributed.world import start_world
     from minigpt_cli.train import setup
 
     if or_start is not None:
         loaded = recipes.load(or_start, overrides)
-        world = worlds.start(loaded.distributed.timeout_minutes)
-        if not world.from_first(lambda: store.is_checkpoint(run) or store.holds_a_checkpoint(run)):
+        world = start_world(loaded.distributed.timeout_minutes, run)
+        if not world.run_on_rank0(
+            lambda: store.is_checkpoint(run) or store.holds_a_checkpoint(run)
+        ):
             _start(loaded, or_start, run, as_json)
             return 0
     _fit(*setup.resume_run(run, overrides or [], allow_change or []), as_json)
     return 0
 
 
-def _is_to_launch(nproc: int | None, nnodes: int) -> bool:
-    """Whether this process is to start others, rather than to train itself."""
-    if nproc is None and nnodes > 1:
-        raise UserError("--nnodes needs --nproc, the number of processes on each machine")
-    return nproc is not None and nproc * nnodes > 1
-
-
-def _launch(nproc: int | None, nnodes: int, rdzv_endpoint: str | None) -> int:
-    """This same command, as several processes; returns their exit code."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or tasks not in (1, nnodes):
+def _is_launcher(nproc: int | None) -> bool:
+    """Return whether this process starts the ranks of a run, instead of being one."""
+    if nproc is None or session.launched:
+        return False
+    if "TORCHELASTIC_RUN_ID" in os.environ or find_rank_info() is not None:
         raise UserError(
-            "--nproc starts processes, but torchrun or srun has done so: leave one out, or have "
-            "srun start one task per node (--ntasks-per-node 1) and say --nnodes"
+            "--nproc starts processes, but torchrun or srun has started this one: leave out --nproc"
         )
+    return nproc > 1
+
+
+def _launch(nproc: int | None, run: Path) -> int:
+    """Run this same command as several processes; return their exit code."""
     from minigpt_cli.distributed.launch import launch
 
     assert nproc is not None
-    arguments, given = [], iter(sys.argv[1:])
-    for argument in given:
-        name, equals, _ = argument.partition("=")
-        if name not in ("--nproc", "--nnodes", "--rdzv-endpoint"):
-            arguments.append(argument)
-        elif not equals:
-            next(given)
-    return launch(arguments, nproc=nproc, nnodes=nnodes, rdzv_endpoint=rdzv_endpoint)
-
-
-def _is_one_of_many() -> bool:
-    """Whether torchrun, srun or --nproc started this process as one of several."""
-    sizes = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
-    return any(int(size) > 1 for size in sizes)
+    return launch(sys.argv[1:], nproc=nproc, run=run)
 
 
 def _join() -> None:
-    """Meet the other processes, if there are any: from here on rank 0 speaks for all."""
-    threads = {thread.name for thread in threading.enumerate()}
-    if "TORCHELASTIC_RUN_ID" in os.environ and "follow-parent" not in threads:
-        follow_parent(os.getppid())  # a torchrun that is killed leaves its workers behind
-    if _is_one_of_many():
-        # Of what is lost torch tells in pages of C++, and we in one line. Read at its import.
+    """Meet the other ranks, if there are any: from here on rank 0 speaks for all."""
+    if find_rank_info() is not None:
+        # Silence torch's C++ traces when a peer is lost. Must be set before torch is imported.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from minigpt_cli.distributed import world as worlds
+        from minigpt_cli.distributed.world import join
         from minigpt_cli.report import console
 
-        worlds.join()
-        if not worlds.is_first():
+        join()
+        if not is_rank0():
             console.be_quiet()
 
 
@@ -435,7 +410,7 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         code = _report(error)
-    if "minigpt_cli.distributed.world" in sys.modules and _is_one_of_many():
+    if session.info is not None:
         _leave(code)
     sys.exit(code)
 
@@ -452,10 +427,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """End one of several processes; the interpreter's own end may trip over gloo's threads."""
-    from minigpt_cli.distributed import world as worlds
-
-    worlds.leave(patience=30 if code == 0 else 4)
+    """End one of several ranks at once: gloo's threads may abort the interpreter at its exit."""
+    leave_world(patience=30 if code == 0 else 4)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
@@ -480,11 +453,7 @@ def _report(error: Exception | Stopped) -> int:
     if isinstance(error, BrokenPipeError):  # `minigpt ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    outcome = Outcome(exit_code_of(error), describe(error))
-    if "minigpt_cli.distributed.world" in sys.modules:
-        from minigpt_cli.distributed import world as worlds
-
-        outcome = worlds.end_with(error)
+    outcome = announce_failure(error)
     if outcome.is_shown_here:
         tell(outcome.message)
     return outcome.code

@@ -9,6 +9,16 @@ import signal
 import sys
 from dataclasses import dataclass
 
+EXIT_STOPPED = 75  # a signal stopped the run with everything saved: EX_TEMPFAIL, "run me again"
+EXIT_INTERRUPTED = 130  # the same after Ctrl-C
+STOP_CODES = (EXIT_STOPPED, EXIT_INTERRUPTED)
+EXPLAINED_CODES = (1, 2, 3, 4, *STOP_CODES)  # a process that exits with these printed its own line
+
+
+def signal_exit_code(signum: int) -> int:
+    """Return the exit code of a command that this signal stopped."""
+    return EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_STOPPED
+
 
 class UserError(Exception):
     """The user's input is wrong."""
@@ -39,7 +49,7 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, UserError | Stopped):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return 130
+        return EXIT_INTERRUPTED
     if isinstance(error, OSError) or type(error).__name__ == "OutOfMemoryError":
         return UserError.exit_code
     return 1
@@ -87,13 +97,13 @@ class Stopped(BaseException):
     No Exception, as KeyboardInterrupt is none: what catches those to try something else would take
     the signal for a problem.
 
-    The exit code is 130 after Ctrl-C and 75 (``EX_TEMPFAIL``, "run me again") after others.
+    The exit code is that of ``signal_exit_code``.
     """
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.signum = signum
-        self.exit_code = 130 if signum == signal.SIGINT else 75
+        self.exit_code = signal_exit_code(signum)
 
     def __reduce__(self) -> tuple[type["Stopped"], tuple[str, int]]:
         return Stopped, (str(self), self.signum)  # torch's engine sends errors from rank to rank

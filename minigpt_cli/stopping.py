@@ -1,7 +1,7 @@
-"""Signals that end a command, from its first import until how it ends is decided.
+"""Signals that stop a command, from its first import until its exit code is decided.
 
-They raise ``Stopped`` wherever the command is. Only the training loop, which has more to lose,
-looks at them between two steps (train/stop.py).
+A signal raises ``Stopped`` wherever the command is. Only the training loop, which has more to lose,
+looks for signals between two steps (train/stop.py).
 """
 
 import os
@@ -12,27 +12,28 @@ from types import FrameType
 
 from minigpt_cli.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: often what Slurm's --signal sends
+# All that ask to save and stop. USR1: often what Slurm's --signal sends; HUP: the terminal is gone.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 5.0  # seconds for the first signal's exception to get through
 
 
 class _Seen:
     signum: int | None = None
     time = 0.0
-    is_handled = False  # one is being looked at, or comes again in a moment
+    is_handled = False  # a signal is being handled, or will be sent again in a moment
 
 
-def hold_signals() -> None:
-    """Let signals wait, while there is nobody yet who would handle them."""
+def block_signals() -> None:
+    """Let signals wait until ``stop_at_signals``; before it nothing handles them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def stop_at_signals() -> None:
-    """From here on a signal raises ``Stopped``, also one that was held.
+    """Raise ``Stopped`` at each signal from now on, also at one that was blocked until now.
 
-    More of them do nothing for a while: Slurm and launchers send several, and what the first one's
-    exception cleans up is not to be cut short. After that they raise again, since somewhere in a
-    library an ``except Exception`` may have swallowed the first.
+    Further signals do nothing for ``PATIENCE`` seconds: Slurm and launchers send several, and they
+    must not interrupt the clean-up after the first. Later ones raise again, since a library may
+    have swallowed the first exception.
     """
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup, or in the background
@@ -41,23 +42,23 @@ def stop_at_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """From here on nothing changes how the command ends, while the interpreter is being closed."""
-    for signum in (*SIGNALS, signal.SIGHUP):
+    """Ignore signals from now on: the exit code is decided, and the interpreter is closing."""
+    for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def first_signal() -> int | None:
-    """The first signal that came, whatever became of its exception."""
+    """Return the first signal that came, also if its exception was swallowed; None if none did."""
     return _Seen.signum
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    if _Seen.is_handled:  # handlers interrupt one another, without an end in a hail of signals
+    if _Seen.is_handled:  # many signals at once would nest handlers until the stack is full
         return
     _Seen.is_handled = True
     if _would_be_lost(frame):
-        # Libraries that are imported catch every exception, or are left half-loaded, and Python
-        # itself catches what __del__ raises: come again in a moment.
+        # An import may catch every exception or stay half-loaded, and Python ignores what __del__
+        # raises: send the signal again in a moment.
         threading.Timer(0.1, _again, (signum,)).start()
         return
     _Seen.is_handled = False

@@ -26,8 +26,8 @@ MARK = "MINIGPT_FAULTS"
 """Environment variable, by which a process's whole family is found."""
 
 _IMPORTED = [
-    "minigpt_cli.cli", "minigpt_cli.commands", "minigpt_cli.distributed.agent",
-    "minigpt_cli.distributed.launch", "minigpt_cli.train.loop", "minigpt_cli.train.prepare",
+    "minigpt_cli.cli", "minigpt_cli.commands", "minigpt_cli.distributed.launch",
+    "minigpt_cli.train.loop", "minigpt_cli.train.prepare",
     "minigpt_cli.train.setup", "minigpt_cli.train.status", "numpy.ctypeslib", "numpy.ma",
     "pydantic.types", "pytest", "rich.status", "safetensors.torch", "tokenizers", "torch._dynamo",
     "torch._inductor.standalone_compile", "torch._numpy", "torch.onnx",

@@ -30,10 +30,11 @@ def send(signum: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+    ("signum", "code"),
+    [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)],
 )
-def test_a_signal_that_is_held_raises_once_it_is_handled(signum: signal.Signals, code: int):
-    stopping.hold_signals()
+def test_a_blocked_signal_raises_once_it_is_handled(signum: signal.Signals, code: int):
+    stopping.block_signals()
     send(signum)
     with pytest.raises(Stopped, match=f"stopped by {signum.name}; run the same command") as stopped:
         stopping.stop_at_signals()
@@ -71,7 +72,7 @@ def test_what_is_ignored_stays_so_and_at_the_end_all_is():
     stopping.stop_at_signals()
     send(signal.SIGINT)
     stopping.ignore_signals()
-    for signum in (*stopping.SIGNALS, signal.SIGHUP):
+    for signum in stopping.SIGNALS:
         send(signum)
     assert stopping.first_signal() is None
 

@@ -22,7 +22,8 @@ from minigpt_cli.checkpoint.tensors import (
     save_tensors,
     start_saving_tensors,
 )
-from minigpt_cli.distributed.world import World, is_lost_rank
+from minigpt_cli.distributed.failure import is_lost_rank
+from minigpt_cli.distributed.world import World
 from minigpt_cli.errors import UserError
 from minigpt_cli.recipe import Checkpoint as CheckpointRecipe
 
@@ -53,8 +54,8 @@ class _Stager(DefaultStager):
             copy = super().stage(state_dict, **kwargs)
         except Exception as error:
             problem = store.why(error)
-        if any(self._world.largest(problem is not None)):
-            raise UserError(next(filter(None, self._world.gather(problem))))
+        if any(self._world.all_reduce_max(problem is not None)):
+            raise UserError(next(filter(None, self._world.all_gather_json(problem))))
         assert isinstance(copy, dict)
         return copy
 
@@ -120,7 +121,7 @@ class Saver:
         It may take as long as it takes, but the ranks must answer: what they do for the save they
         do with a patience of an hour, which nobody should have to wait for where one is lost.
         """
-        while any(self._world.largest(work is not None and not work.done())):
+        while any(self._world.all_reduce_max(work is not None and not work.done())):
             wait([] if work is None else [work], timeout=0.5)
 
     def close(self) -> None:
@@ -146,7 +147,7 @@ class Saver:
                     problem = f"it takes {_size(size)}, and {_size(free)} are free"
             except OSError as error:
                 problem = store.why(error)
-        where, problem = self._world.gather([str(directory), problem])[0]
+        where, problem = self._world.all_gather_json([str(directory), problem])[0]
         return Path(where), problem
 
     def _finish(
@@ -169,7 +170,7 @@ class Saver:
             files = store.flush_files(own)
         except BaseException as error:
             problem = problem or store.why(error)
-        answers = world.gather([files, problem], world.saving)
+        answers = world.all_gather_json([files, problem], world.saving)
         problems = [each for _, each in answers if each is not None]
         if not problems and world.rank == 0:
             files = {name: entry for each, _ in answers for name, entry in each.items()}
@@ -185,7 +186,7 @@ class Saver:
                         keep_best=self._keep.keep_best,
                         keep_every=self._keep.keep_every,
                     )
-        problems = world.gather(problems, world.saving)[0]
+        problems = world.all_gather_json(problems, world.saving)[0]
         return self._failed(step, problems[0]) if problems else self._saved(step, None)
 
     def _failed(self, step: int, problem: str) -> Saved:

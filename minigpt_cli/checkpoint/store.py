@@ -174,7 +174,7 @@ def verify_together(checkpoint: Path, world: World | None) -> list[str]:
     """``verify``, where each rank reads some of the files and all get the same answer."""
     if world is None:
         return verify(checkpoint)
-    answers = world.gather(verify(checkpoint, world.rank, world.size))
+    answers = world.all_gather_json(verify(checkpoint, world.rank, world.size))
     return sorted({problem for answer in answers for problem in answer})
 
 
@@ -203,7 +203,7 @@ def newest_valid(run: Path, world: World | None = None) -> tuple[Path, Manifest,
     """
     skipped: list[str] = []
     names = [checkpoint.name for _, checkpoint in list_steps(run)]
-    names = world.gather(names)[0] if world else names
+    names = world.all_gather_json(names)[0] if world else names
     for name in reversed(names):
         checkpoint = checkpoints_dir(run) / name
         problems = verify_together(checkpoint, world)

@@ -1,178 +1,194 @@
-"""``--nproc``: run a command as several workers, and end as they ended.
+"""``--nproc``: start a command as several worker processes on this machine, and end as they ended.
 
-Signals reach the main thread of this process, which passes them on to the workers; torch's agent,
-which starts the workers and sees them end, runs in a thread beside it. So a signal is acted on
-whatever the agent waits for.
+The launcher imports no torch. It starts a process per rank, passes signals on, and merges exit
+codes. It holds no connection to the workers: what they agree about, they agree among themselves.
 """
 
 import contextlib
+import math
 import os
-import queue
 import signal
+import socket
+import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+import time
+from dataclasses import dataclass
+from pathlib import Path
 
-from minigpt_cli.distributed import endpoint as endpoints
-from minigpt_cli.distributed.watch import LAUNCHER, SIGNALS
-from minigpt_cli.distributed.workers import Ending, Patience, Workers
-from minigpt_cli.errors import Stopped, UserError, tell
+from minigpt_cli.distributed.exit_status import (
+    DONE,
+    ExitStatus,
+    exit_status,
+    merge_exit_status,
+    report_order,
+    resume_hint,
+)
+from minigpt_cli.distributed.join import LAUNCHER_PID, LOOPBACK, STORE_FD
+from minigpt_cli.errors import UserError, tell
+from minigpt_cli.stopping import SIGNALS, ignore_signals
+from minigpt_cli.train.status import read_status, status_name, write_status
 
-GIVE_UP_SECONDS = 30.0
-"""How long the agent may take to stop what it does before there are workers."""
+ECHO_SECONDS = 5.0
+"""A second signal within these seconds is taken for the first one's echo. Later it is passed on:
+the first may have got lost in a worker, and workers that are saving ignore it."""
 
 
-def launch(
-    arguments: list[str],
-    *,
-    nproc: int,
-    nnodes: int = 1,
-    rdzv_endpoint: str | None = None,
-    grace_seconds: float = Patience.saved,
-) -> int:
-    """Run ``python -m minigpt_cli <arguments>`` as ``nproc`` workers on each of ``nnodes`` nodes.
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds that the launcher waits for workers.
 
-    To be called in the main thread, with the same arguments on every node. The workers inherit the
-    environment, standard output and standard error. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed
-    on to them; they save, however long it takes, and exit with 75 (130 after SIGINT).
+    Attributes:
+        saved: for the others, once one has stopped and saved.
+        failed: for the others, once one has failed: they fail by themselves, or hang.
+        terminated: after that, between SIGTERM and SIGKILL.
+    """
+
+    saved: float = 300
+    failed: float = 10
+    terminated: float = 20
+
+
+def launch(arguments: list[str], *, nproc: int, run: Path) -> int:
+    """Run ``python -m minigpt_cli ARGUMENTS`` as ``nproc`` ranks on this machine.
+
+    Call it in the main thread. The workers inherit the environment, standard output and standard
+    error. SIGTERM, SIGINT, SIGHUP and SIGUSR1 are passed on to them; they save, however long it
+    takes, and exit with 75 (130 after SIGINT).
 
     Args:
-        rdzv_endpoint: HOST:PORT, where HOST is one of the nodes; not needed for one node.
-        grace_seconds: once one worker has stopped and saved, how long the others may take.
+        run: the run directory. If a worker was killed, its status.json says so.
 
     Returns:
-        What the command exits with, on every node: 0 when all workers did; the code of the first
-        that failed (1 if a signal killed it, with one line about it on standard error); 75 or 130
-        when they were stopped and no worker failed.
-
-    Raises:
-        UserError: a number or the endpoint is wrong, the endpoint can't be reached, or not all
-            nodes came.
-        Stopped: before the workers were started.
+        The exit code of the command: 0 if all workers returned 0; the code of the first worker that
+        failed (1 if a signal killed it, with one line on standard error); 75 or 130 if the workers
+        were stopped and none failed.
     """
-    if {"", os.getcwd()} & set(sys.path):
-        python = [sys.executable]
-    else:  # nor may the workers import what happens to lie in the working directory
-        python = [sys.executable, "-P"]
-    return run(
-        [*python, "-m", "minigpt_cli", *arguments],
-        nproc=nproc,
-        nnodes=nnodes,
-        rdzv_endpoint=rdzv_endpoint,
-        patience=Patience(saved=grace_seconds),
-    )
+    python = [sys.executable]
+    if not {"", os.getcwd()} & set(sys.path):
+        python.append("-P")  # nor may the workers import from the working directory
+    return launch_command([*python, "-m", "minigpt_cli", *arguments], nproc=nproc, run=run)
 
 
-def run(
-    command: list[str],
-    *,
-    nproc: int,
-    nnodes: int = 1,
-    rdzv_endpoint: str | None = None,
-    patience: Patience,
+def launch_command(
+    command: list[str], *, nproc: int, run: Path, timeouts: Timeouts | None = None
 ) -> int:
-    """``launch`` for any command whose processes call ``follow_launcher``."""
-    if nproc < 1:
-        raise UserError(f"--nproc must be at least 1, not {nproc}")
-    if nnodes < 1:
-        raise UserError(f"--nnodes must be at least 1, not {nnodes}")
-    if rdzv_endpoint is not None:
-        endpoints.parse(rdzv_endpoint)
-    elif nnodes > 1:
-        raise UserError(
-            f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT: the name or address of one of the "
-            "nodes and a free port on it, the same on every node"
-        )
-    workers = Workers()
-    events: queue.SimpleQueue[signal.Signals | Ending | BaseException] = queue.SimpleQueue()
-
-    def start_and_wait() -> None:
-        # The workers inherit it; also, a signal is the main thread's.
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            endpoint = endpoints.ONE_NODE
-            if rdzv_endpoint is not None:
-                endpoint = endpoints.find(
-                    rdzv_endpoint, patience.reach, lambda: workers.signum is not None
-                )
-            if nnodes > 1:
-                tell(f"waiting for {nnodes} nodes at {endpoint}")
-            events.put(
-                _import_agent()(
-                    command,
-                    nproc=nproc,
-                    nnodes=nnodes,
-                    endpoint=endpoint,
-                    workers=workers,
-                    patience=patience,
-                )
-            )
-        except BaseException as error:
-            events.put(error)
-
-    os.environ[LAUNCHER] = str(os.getpid())
-    try:
-        with _signals_to(events.put):
-            threading.Thread(target=start_and_wait, name="agent", daemon=True).start()
-            end = _pass_signals(events, workers)
-    finally:
-        del os.environ[LAUNCHER]
-    if end.message:
-        tell(end.message)
-    return end.code
-
-
-def _import_agent() -> Callable[..., Ending]:
-    """Import torch with its C++ side's warnings off, which it reads from the environment then.
-
-    When a node leaves the rendezvous, they would be pages of a backtrace.
-    """
-    level = "TORCH_CPP_LOG_LEVEL"
-    with contextlib.ExitStack() as workers_have_their_own:
-        if level not in os.environ:
-            os.environ[level] = "ERROR"
-            workers_have_their_own.callback(os.environ.pop, level)
-        from minigpt_cli.distributed.agent import run_agent
-    return run_agent
-
-
-def _pass_signals(
-    events: "queue.SimpleQueue[signal.Signals | Ending | BaseException]", workers: Workers
-) -> Ending:
-    """Pass signals on until the agent ends; return how, or raise its error."""
-    while True:
-        event: signal.Signals | Ending | BaseException | None
-        stopping = workers.signum is not None and not workers.processes
-        try:
-            event = events.get(timeout=GIVE_UP_SECONDS if stopping else None)
-        except queue.Empty:
-            event = None
-        if isinstance(event, signal.Signals):
-            workers.stop(event)
-        elif isinstance(event, Ending):
-            return event
-        elif workers.signum is not None and not workers.processes:
-            raise Stopped(
-                f"stopped by {signal.Signals(workers.signum).name} before training began; "
-                "run the same command again to go on",
-                workers.signum,
-            ) from None
-        elif event is not None:
-            raise event
-
-
-@contextlib.contextmanager
-def _signals_to(put: Callable[[signal.Signals], None]) -> Iterator[None]:
-    """Signals that come when the workers have ended change nothing any more."""
-    previous = {}
+    """Do what ``launch`` does for any command whose processes call ``follow_launcher``."""
+    signals: list[int] = []
     for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup, or in the background
-            previous[signum] = signal.signal(signum, lambda number, _: put(signal.Signals(number)))
+            signal.signal(signum, lambda number, _: signals.append(number))
+    workers: list[subprocess.Popen[bytes]] = []
+    # Workers start with signals blocked: one that comes before they handle signals has to wait.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
-        yield
-    except BaseException:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-        raise
-    for signum in previous:
-        signal.signal(signum, signal.SIG_IGN)
+        _start(command, nproc, workers)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        status = _wait(workers, signals, timeouts or Timeouts(), run)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _kill(workers)
+    ignore_signals()
+    if status.message:
+        tell(status.message)
+    if status.failed:
+        _record_failure(run, workers, status)
+    return status.code
+
+
+def _start(command: list[str], nproc: int, workers: list[subprocess.Popen[bytes]]) -> None:
+    """Start the ranks into ``workers``, each in a session of its own: Ctrl-C in a terminal reaches
+    only the launcher.
+
+    Rank 0 inherits the listening socket of the store. No other process could have taken the port,
+    and only this machine reaches it.
+    """
+    with socket.create_server((LOOPBACK, 0), backlog=socket.SOMAXCONN) as listener:
+        everyone = os.environ | {
+            "WORLD_SIZE": str(nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": str(listener.getsockname()[1]),
+            LAUNCHER_PID: str(os.getpid()),
+        }
+        for rank in range(nproc):
+            env = everyone | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            inherited = [listener.fileno()] if rank == 0 else []
+            if rank == 0:
+                env[STORE_FD] = str(listener.fileno())
+            try:
+                workers.append(
+                    subprocess.Popen(command, env=env, pass_fds=inherited, start_new_session=True)
+                )
+            except OSError as error:
+                raise UserError(f"can't start rank {rank} of {nproc}: {error.strerror}") from None
+
+
+def _wait(
+    workers: list[subprocess.Popen[bytes]], signals: list[int], timeouts: Timeouts, run: Path
+) -> ExitStatus:
+    """Wait until all workers have ended; pass ``signals`` on as they come.
+
+    As long as all run, or end with 0, this takes as long as it takes. Once one has stopped or
+    failed, the others have ``timeouts``; then they get SIGTERM, and then they are killed.
+    """
+    running = dict(enumerate(workers))
+    known = timed = DONE
+    passed_on = 0
+    echoes_until = -math.inf
+    terminate_at = kill_at = give_up_at = math.inf
+    while running and time.monotonic() < give_up_at:
+        time.sleep(0.1)
+        while passed_on < len(signals):
+            if time.monotonic() >= echoes_until:
+                echoes_until = time.monotonic() + ECHO_SECONDS
+                _send(workers, signals[passed_on])
+            passed_on += 1
+        codes = {rank: worker.poll() for rank, worker in running.items()}
+        ended = {rank: code for rank, code in codes.items() if code is not None}
+        running = {rank: running[rank] for rank in running.keys() - ended.keys()}
+        statuses = [exit_status(f"rank {rank}", code, run) for rank, code in ended.items()]
+        for status in sorted(statuses, key=report_order):
+            known = merge_exit_status(known, status)
+        now = time.monotonic()
+        if timed == DONE != known or known.failed > timed.failed:
+            timed = known
+            terminate_at = now + (timeouts.failed if known.failed else timeouts.saved)
+            kill_at = terminate_at + timeouts.terminated
+        if now > terminate_at:
+            terminate_at = math.inf
+            _send(workers, signal.SIGTERM)
+        if now > kill_at and running:
+            kill_at = math.inf
+            give_up_at = now + timeouts.terminated  # one that hangs in the kernel can't be killed
+            _kill(workers)
+            left = ", ".join(f"rank {rank}" for rank in sorted(running))
+            message = f"{left} did not end with the others and was killed; {resume_hint(run)}"
+            known = timed = merge_exit_status(known, ExitStatus(1, message))
+    return known
+
+
+def _send(workers: list[subprocess.Popen[bytes]], signum: int) -> None:
+    for worker in workers:
+        worker.send_signal(signum)
+
+
+def _kill(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Kill the workers that still run, and what they have started: each leads a process group."""
+    for worker in workers:
+        if worker.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _record_failure(run: Path, workers: list[subprocess.Popen[bytes]], status: ExitStatus) -> None:
+    """Write to status.json what its last writer, the workers' rank 0, doesn't know.
+
+    A file that another process has written is left alone: that one trains in the directory.
+    """
+    last = read_status(run)
+    is_ours = last.get("pid") in [worker.pid for worker in workers]
+    if not is_ours or last.get("host") != socket.gethostname():
+        return
+    if status.message or last.get("status") == "running":
+        message = status.message or f"all ranks have ended; {resume_hint(run)}"
+        write_status(run, status_name(status.code), status.code, last.get("step"), message)

@@ -67,7 +67,7 @@ def choose_layout(world: World, strategy: str, shard_size: int | None, state_byt
         return Layout("single", world)
     if strategy == "auto":
         fits = state_bytes <= 0.4 * memory(world.device, world.local_size)
-        strategy = "fsdp" if any(world.largest(not fits)) else "ddp"  # also for the smallest
+        strategy = "fsdp" if any(world.all_reduce_max(not fits)) else "ddp"  # also for the smallest
     if strategy == "ddp":
         return Layout("ddp", world)
     kind = world.device.type

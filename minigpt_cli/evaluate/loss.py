@@ -121,6 +121,6 @@ def evaluate(
         model.train(training)
     counts = torch.tensor([tokens, text_bytes], dtype=torch.float64, device=device)
     sums = torch.cat([total[None], counts])
-    loss, all_tokens, all_bytes = (world.sum_(sums) if world else sums).tolist()
+    loss, all_tokens, all_bytes = (world.all_reduce_sum(sums) if world else sums).tolist()
     assert all_tokens, "nothing to evaluate on"
     return Evaluation(loss / all_tokens, int(all_tokens), all_bytes)

@@ -31,9 +31,9 @@ def open_base(recipe: Recipe, world: World) -> tuple[Base | None, str | None]:
         opened.append(bases.open_base(name))
         return bases.fingerprint(opened[0])
 
-    identity = world.from_first(first)
+    identity = world.run_on_rank0(first)
     base = opened[0] if opened else bases.open_base(name)
-    if any(world.largest(not opened and bases.fingerprint(base) != identity)):
+    if any(world.all_reduce_max(not opened and bases.fingerprint(base) != identity)):
         raise UserError(f"{name}: the ranks find different weights under this name")
     return base, identity
 

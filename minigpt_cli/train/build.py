@@ -36,11 +36,11 @@ def build(
 ) -> tuple[Run, RunState]:
     """Everything but the weights; what must be closed at the end goes to ``resources``."""
     if recipe.data.verify:  # it may read for minutes, and the others wait for no collective
-        world.from_first(lambda: verify_data(recipe))
+        world.run_on_rank0(lambda: verify_data(recipe))
     data = open_data(recipe)
     device = world.device
     dtype = precision.computing_dtype(recipe.precision, device)
-    if len(dtypes := set(world.gather(str(dtype).removeprefix("torch.")))) > 1:
+    if len(dtypes := set(world.all_gather_json(str(dtype).removeprefix("torch.")))) > 1:
         raise UserError(
             f"[precision] dtype {recipe.precision.dtype} means {' and '.join(sorted(dtypes))} on "
             "these ranks' devices: set it to what all of them can"
@@ -211,7 +211,7 @@ def warm_up(trainer: Trainer, sequence_length: int, packed: bool = False) -> Non
                 torch.compile(lambda x: x.sin() + 1)(zeros[0].float())
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-        if reasons := [each for each in world.gather(reason) if each]:
+        if reasons := [each for each in world.all_gather_json(reason) if each]:
             warn(f"torch.compile failed, training goes on without it: {reasons[0]}")
             for layer in model.layers:
                 del layer.forward

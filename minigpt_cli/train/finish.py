@@ -28,7 +28,7 @@ def write_final(run: Run, state: RunState) -> str:
         Mismatch: transformers reads another model from it.
     """
     checkpoint = store.checkpoint_path(run.directory, state.step)
-    return run.world.from_first(lambda: _export(run, checkpoint, run.directory / FINAL))
+    return run.world.run_on_rank0(lambda: _export(run, checkpoint, run.directory / FINAL))
 
 
 def clear(directory: Path) -> None:

@@ -84,7 +84,7 @@ def _train(run: Run, state: RunState) -> None:
             _evaluate(run, state, display, stop)
             if state.evaluated_step == state.step:
                 saved_step = _save(run, state, display) or saved_step
-        (signum,) = run.world.largest(stop.signum or 0)  # whichever rank it came to
+        (signum,) = run.world.all_reduce_max(stop.signum or 0)  # whichever rank it came to
         while not is_finished(recipe, state) and not signum:
             clock.start()
             batch = run.batches(state.step + state.data_offset)
@@ -108,7 +108,7 @@ def _train(run: Run, state: RunState) -> None:
 
             minutes = recipe.checkpoint.every_minutes
             timed = bool(minutes) and time.monotonic() - saved_at >= 60 * minutes
-            signum, timed_out = run.world.largest(stop.signum or 0, timed)
+            signum, timed_out = run.world.all_reduce_max(stop.signum or 0, timed)
             every = recipe.checkpoint.every_steps
             best = is_best and recipe.checkpoint.keep_best
             if timed_out or best or (every is not None and state.step % every == 0):
@@ -201,7 +201,7 @@ def _evaluate(run: Run, state: RunState, display: TrainingDisplay, stop: StopReq
         dtype=run.trainer.dtype,
         token_bytes=v.token_bytes,
         bytes_per_token=v.bytes_per_token,
-        stop=lambda: any(run.world.largest(bool(stop))),
+        stop=lambda: any(run.world.all_reduce_max(bool(stop))),
         world=run.world,
     )
     if result is None:
@@ -270,7 +270,7 @@ def _save(
         display.say(f"waited {waited:.1f} s for the save before this one")
     guard.check(trainer.guard, _last_good(run))
     tensors = tensors_of(trainer.model, trainer.optimizers)
-    if any(run.world.largest(not guard.are_finite(local(list(tensors.values()))))):
+    if any(run.world.all_reduce_max(not guard.are_finite(local(list(tensors.values()))))):
         raise Diverged(
             f"training diverged: weights or optimizer state are not finite at step {state.step}; "
             f"this step is not saved. {_last_good(run)} Try a lower optimizer.lr, or "

@@ -32,7 +32,7 @@ def handle(
     Raises:
         Diverged: nothing can be done about them.
     """
-    finite = run.world.gather(math.isfinite(seen.steps[0].local_loss))
+    finite = run.world.all_gather_json(math.isfinite(seen.steps[0].local_loss))
     file = ""
     try:
         if run.world.rank == 0:
@@ -40,7 +40,7 @@ def handle(
             file = incidents.report(run, state, seen, ranks or list(range(run.world.size)))
     except (OSError, UserError) as error:  # a full disk must not hide what is being reported
         say(f"warning: the incident at step {seen.steps[0].step} could not be written: {error}")
-    file = run.world.gather(file)[0]
+    file = run.world.all_gather_json(file)[0]
     if run.trainer.guard.spikes is None:
         where = f" Its batch: {run.directory / file}." if file else ""
         raise guard.diverged(seen, last_good + where)

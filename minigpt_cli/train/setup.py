@@ -26,8 +26,8 @@ from minigpt_cli.data.manifest import MANIFEST, write_atomically
 from minigpt_cli.data.packing import PackedSplit
 from minigpt_cli.data.tokenizer import fingerprint, load_tokenizer, vocabulary_size
 from minigpt_cli.distributed import parallel
-from minigpt_cli.distributed import world as worlds
-from minigpt_cli.distributed.world import World
+from minigpt_cli.distributed.failure import StatusRecord, record_status
+from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.errors import UserError
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import config_from_recipe
@@ -53,7 +53,6 @@ from minigpt_cli.train.changes import (
 )
 from minigpt_cli.train.prepare import prepare_data
 from minigpt_cli.train.run import Run
-from minigpt_cli.train.status import Record, recorded
 
 RECIPE = "recipe.toml"
 
@@ -65,7 +64,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     Raises:
         UserError: the directory already holds a run's checkpoints, or the recipe can't be followed.
     """
-    world = worlds.start(recipe.distributed.timeout_minutes)
+    world = start_world(recipe.distributed.timeout_minutes, directory)
     _check_directory(directory)
     base, identity = open_base(recipe, world)
     if base is not None:
@@ -148,7 +147,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
     directory, named = store.locate(path)
     if named is not None and named.parent != store.checkpoints_dir(directory):
         raise UserError(f"{named}: to go on from it, put it under RUN/checkpoints/")
-    world = worlds.start(_timeout_minutes(directory, overrides))
+    world = start_world(_timeout_minutes(directory, overrides), directory)
     with ExitStack() as resources:
         record = _claim(directory, world, resources)
         _, checkpoint, manifest, passed_over = store.choose(path, world)
@@ -201,7 +200,7 @@ def _claim(
     resources: ExitStack,
     new: Recipe | None = None,
     companions: Companions | None = None,
-) -> Record:
+) -> StatusRecord:
     """Rank 0 locks the run directory for as long as the resources are open, cleans it up, and makes
     a new run's data; the others wait.
 
@@ -210,7 +209,7 @@ def _claim(
     Raises:
         UserError: another process trains in it, or it can't be written to.
     """
-    record = Record(directory)
+    record = StatusRecord(directory)
 
     def claim() -> bool:
         nonlocal record
@@ -219,14 +218,14 @@ def _claim(
         resources.enter_context(_claimed(directory))
         if new is not None:
             _check_start(new, directory)  # again: another process may just have left
-        record = resources.enter_context(recorded(directory))
+        record = resources.enter_context(record_status(directory))
         store.sweep(directory)
         finish.clear(directory)
         if new is not None:
             prepare_data(new, companions)
         return True
 
-    world.from_first(claim)
+    world.run_on_rank0(claim)
     return record
 
 

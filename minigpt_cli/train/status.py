@@ -1,59 +1,58 @@
-"""status.json: how the run's last process ended, for scripts that can't see its exit code."""
+"""status.json: how the run's last process ended, for scripts that can't see its exit code.
+
+This module imports no torch, because the launcher of ``--nproc`` writes the file too.
+"""
 
 import json
 import os
+import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.distributed import world as worlds
-from minigpt_cli.errors import Outcome
+from minigpt_cli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, Diverged
 
-_STATUS = {3: "diverged", 75: "stopped", 130: "stopped"}  # by exit code
-
-
-@dataclass
-class Record:
-    """What status.json is written from."""
-
-    directory: Path
-    state: RunState | None = None  # once it is known
+STATUS = "status.json"
+_NAMES = {Diverged.exit_code: "diverged", EXIT_STOPPED: "stopped", EXIT_INTERRUPTED: "stopped"}
 
 
-@contextmanager
-def recorded(directory: Path) -> Iterator[Record]:
-    """Keep status.json true while a run is made ready and trained in the ``with`` block."""
-    record = Record(directory)
+def status_name(exit_code: int) -> str:
+    """Return ``status`` of a run that an error with this exit code ended."""
+    return _NAMES.get(exit_code, "failed")
 
-    def ended(outcome: Outcome) -> None:
-        _write(record, _STATUS.get(outcome.code, "failed"), outcome.code, outcome.message)
 
-    _write(record, "running", None, "")
+def read_status(directory: Path) -> dict[str, Any]:
+    """Read a run's status.json; empty if there is none or it can't be read."""
     try:
-        with worlds.recorded_by(ended):
-            yield record
-    except BaseException as error:
-        ended(worlds.end_with(error))
-        raise
-    _write(record, "finished", 0, "")
+        status = json.loads((directory / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
-def _write(record: Record, status: str, exit_code: int | None, message: str) -> None:
-    directory = record.directory
+def write_status(
+    directory: Path, status: str, exit_code: int | None, step: int | None, message: str
+) -> None:
+    """Replace a run's status.json. A full disk is no error: the file only repeats an outcome.
+
+    Args:
+        status: running, finished, stopped, diverged or failed.
+        exit_code: of the command; None while it runs.
+        step: the last step; None if it isn't known.
+        message: the error in one line; empty if there was none.
+    """
     content = {
         "status": status,
         "exit_code": exit_code,
-        "step": record.state.step if record.state is not None else None,
+        "step": step,
         "message": message,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "pid": os.getpid(),
+        "host": socket.gethostname(),
     }
-    temporary = directory / ".status.json"
+    temporary = directory / f".{STATUS}"
     try:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(directory / "status.json")
-    except OSError:  # a full disk must not hide the error that is being reported
+        temporary.replace(directory / STATUS)
+    except OSError:
         temporary.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ def train_step(trainer: Trainer, batch: Batch, step: int, lr_share: float) -> tu
     """
     t, world = trainer, trainer.layout.world
     device = batch.inputs.device
-    valid = world.sum_((batch.targets != IGNORE).sum())
+    valid = world.all_reduce_sum((batch.targets != IGNORE).sum())
     loss = torch.zeros((), device=device, dtype=precision.weights_dtype(t.dtype))
     parts = [p.split(t.micro_batch_size) for p in batch if p is not None]
     micro_batches = list(zip(*parts, strict=True))
@@ -61,7 +61,7 @@ def train_step(trainer: Trainer, batch: Batch, step: int, lr_share: float) -> tu
                 part = t.forward(x, y, *segments) / valid
             t.scaler.scale(part).backward()
         loss += part.detach()
-    share, loss = loss, world.sum_(loss.clone())
+    share, loss = loss, world.all_reduce_sum(loss.clone())
 
     if t.scaler.is_enabled():
         for each in t.optimizers:

@@ -7,9 +7,11 @@ from minigpt_cli import stopping
 
 
 class StopRequest:
-    """While entered, SIGINT, SIGTERM, SIGUSR1 (Slurm's --signal) and SIGHUP (the terminal is gone)
-    only set ``signum``; more of them do no harm, also after the end: a launcher may well send one
-    to a process that has just saved."""
+    """While entered, a signal only sets ``signum``.
+
+    Further signals do no harm, also after the end: a launcher may send one to a process that has
+    just saved.
+    """
 
     def __init__(self) -> None:
         self.signum = stopping.first_signal()  # whose exception a library has swallowed
@@ -19,7 +21,7 @@ class StopRequest:
         return self.signum is not None
 
     def __enter__(self) -> "StopRequest":
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        for signum in stopping.SIGNALS:
             if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, and background jobs
                 self._previous[signum] = signal.signal(signum, self._note)
         return self

@@ -12,9 +12,11 @@ from typing import Any
 
 from minigpt_cli import cli
 from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.distributed import world as worlds
+from minigpt_cli.distributed import failure
+from minigpt_cli.distributed.failure import announce_failure, record_status
+from minigpt_cli.distributed.join import own_rank, session
+from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.errors import UserError
-from minigpt_cli.train.status import recorded
 
 when = sys.argv.pop(1)
 
@@ -24,11 +26,14 @@ def fail() -> None:
     cli._join()
     if when == "before":
         fail_on_rank_1()
-    world = worlds.start()
-    assert world.gather(world.rank) == [0, 1]
+    world = start_world(run=Path("runs/x"))
+    assert world.all_gather_json(world.rank) == [0, 1]
     if when == "waiting":
-        world.from_first(lambda: wait_for_ever(fail_on_rank_1 if world.rank else None))
-    world.largest(1)
+        world.run_on_rank0(lambda: wait_for_ever(fail_on_rank_1 if world.rank else None))
+    world.all_reduce_max(1)
+    if when == "shared":  # rank 1 meets it first
+        time.sleep(0.2 * (1 - world.rank))
+        raise UserError("the disk of all is gone")
     if when == "between":
         fail_on_rank_1()
     if when == "hangs":
@@ -41,40 +46,40 @@ def fail() -> None:
     if when == "bug" and world.rank == 1:
         raise ZeroDivisionError("a bug")
     while True:
-        world.largest(1)
+        world.all_reduce_max(1)
 
 
 def fail_on_rank_1() -> None:
-    if worlds.rank() == 1:
+    if own_rank() == 1:
         raise UserError("the disk of this one is gone")
 
 
-def hang_on_rank_1(world: worlds.World) -> None:
+def hang_on_rank_1(world: World) -> None:
     """It fails but doesn't end, so that the other waits for it in a collective."""
     if world.rank == 1:
-        worlds.end_with(UserError("the GPU of this one is gone"))
+        announce_failure(UserError("the GPU of this one is gone"))
         threading.Event().wait()
-    with recorded(Path.cwd()) as record:
+    with record_status(Path.cwd()) as record:
         record.state = RunState(step=7)
-        world.largest(1)
+        world.all_reduce_max(1)
 
 
 def tell_and_die(heard: Path) -> None:
     """Rank 0 says why it fails and is gone, and the store with it, before rank 1 ends."""
-    worlds.end_with(UserError("the GPU of this one is gone"))
+    announce_failure(UserError("the GPU of this one is gone"))
     while not heard.exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail_when_it_is_gone(heard: Path) -> None:
-    while worlds._joined.told is None:
+    while failure._failure.heard is None:
         time.sleep(0.01)
     heard.touch()
-    assert worlds._joined.store is not None
+    assert session.store is not None
     with contextlib.suppress(Exception):
         while True:
-            worlds._joined.store.check(["x"])
+            session.store.check(["x"])
     raise UserError("a connection is gone")
 
 

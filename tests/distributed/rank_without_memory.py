@@ -9,12 +9,13 @@ import torch
 
 from minigpt_cli.checkpoint import state
 from minigpt_cli.checkpoint.saver import Saver
-from minigpt_cli.distributed import world as worlds
+from minigpt_cli.distributed.join import leave_world
+from minigpt_cli.distributed.world import start_world
 from minigpt_cli.recipe import Checkpoint
 
 ELEMENTS = 50_000_000  # of float32: 200 MB on each rank
 
-world = worlds.start()
+world = start_world()
 run = Path(sys.argv[1])
 tensors = {f"weights.{name}": torch.full((ELEMENTS,), float(world.rank)) for name in "ab"}
 with Saver(run, world, Checkpoint()) as saver:
@@ -31,4 +32,4 @@ with Saver(run, world, Checkpoint()) as saver:
         saved = saver.wait()
         assert saved is not None
         print(f"{saved.step}: {saved.problem}", flush=True)
-worlds.leave()
+leave_world()

@@ -7,38 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from minigpt_cli.report import metrics
 from tests.conftest import TINY
-from tests.distributed.conftest import train_many
+from tests.helpers.checkpoints import whole_tensors
+from tests.helpers.ranks import train_many
 from tests.train.test_resume import curve, rewind
 
 STEPS = 24
 COMMON = [f"train.steps={STEPS}", "checkpoint.every_steps=6", "eval.every_steps=12",
           "model.dropout=0.1", "train.micro_batch_size=2"]  # fmt: skip
 PRECISIONS = {"fp64": 1e-12, "fp32": 1e-5}
-
-
-def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor put together from the shards that the files say they hold."""
-    tensors: dict[str, torch.Tensor] = {}
-    recorded = json.loads((checkpoint / "manifest.json").read_text())["tensors"]
-    for name, entry in recorded.items():
-        tensors[name] = torch.full(entry["shape"], torch.nan, dtype=getattr(torch, entry["dtype"]))
-    for path in checkpoint.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_tensor(name)
-                offsets = places[name]["saved_offsets"]
-                where = tuple(
-                    slice(start, start + size)
-                    for start, size in zip(offsets, part.shape, strict=True)
-                )
-                tensors[name][where] = part
-    assert not any(tensor.isnan().any() for tensor in tensors.values())
-    return tensors
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from minigpt_cli.checkpoint import store
 from minigpt_cli.report import metrics
 from tests.conftest import TINY
-from tests.distributed.conftest import train_many
-from tests.distributed.test_elastic import whole_tensors
+from tests.helpers.checkpoints import whole_tensors
+from tests.helpers.ranks import train_many
 from tests.train.conftest import SPIKES, incidents, poisoned, unused_token
 
 STRATEGIES = ("ddp", "fsdp")

@@ -1,24 +1,22 @@
-"""The launcher as a real process, with torch's agent and real workers (worker.py)."""
+"""The launcher as a real process, with real workers (worker.py) or shell scripts as workers."""
 
 import json
 import os
+import re
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from minigpt_cli.distributed.launch import launch
-from minigpt_cli.errors import UserError
-from tests.processes import ROOT, environment
+from tests.helpers.ranks import gone
+from tests.processes import Process, environment, family, fresh, ranks, until
 
 HERE = Path(__file__).parent
-AGAIN = "before training began; run the same command again to go on"
-RESUME = "go on from the last checkpoint with `minigpt resume RUN`"
+RESUME = "go on from the last checkpoint with `minigpt resume runs/x`"
+HURRY = {"failed": 0.1, "terminated": 0.1}
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -50,48 +48,41 @@ def start(tmp_path: Path) -> Iterator[Start]:
         launcher.communicate()
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def gone(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 def names(folder: Path, kind: str) -> list[str]:
     return sorted(path.stem for path in folder.glob(f"*.{kind}"))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def both_started(folder: Path) -> Callable[[], bool]:
+    return lambda: names(folder, "started") == ["0", "1"]
 
 
-def test_exit_codes_and_output_pass_through_and_torch_prints_nothing(start: Start):
+def test_exit_codes_and_output(start: Start):
     killed = f"minigpt: rank 1 was killed by SIGKILL (out of memory?); {RESUME}\n"
     cases = {
         ("exit:0", "exit:0"): (0, ""),
         ("exit:0", "exit:130"): (130, ""),
+        ("exit:3", "exit:3"): (3, ""),
         ("exit:0", "die"): (1, killed),
     }
-    running = {actions: start(*actions) for actions in cases}
+    running = {actions: start(*actions, timeouts=HURRY) for actions in cases}
     for actions, expected in cases.items():
         output, errors = running[actions].communicate(timeout=240)
         assert (running[actions].returncode, errors) == expected, actions
         threads = environment()["OMP_NUM_THREADS"]  # left as it is
-        lines = [f"rank {rank} of 2, {threads} threads, signals held: True" for rank in (0, 1)]
+        lines = [f"rank {rank} of 2, {threads} threads, signals blocked: True" for rank in (0, 1)]
+        lines.append("torch in the launcher: False")
         assert actions[1] == "die" or sorted(output.splitlines()) == lines
 
 
-def test_a_workers_own_traceback_is_the_only_one(start: Start):
-    launcher = start("raise", "save:0", patience={"failed": 0.1})
+def test_one_rank(start: Start):
+    launcher = start("exit:4", nproc=1)
+    output, errors = launcher.communicate(timeout=240)
+    assert (launcher.returncode, errors) == (4, "")
+    assert "rank 0 of 1" in output
+
+
+def test_only_the_workers_traceback(start: Start):
+    launcher = start("raise", "save:0", timeouts={"failed": 0.1})
     _, errors = launcher.communicate(timeout=240)
     assert launcher.returncode == 1
     assert errors.startswith("Traceback")
@@ -99,20 +90,19 @@ def test_a_workers_own_traceback_is_the_only_one(start: Start):
     assert errors.count("Traceback") == 1
 
 
-def test_signals_reach_the_workers_which_save_as_long_as_they_need(tmp_path: Path, start: Start):
-    """The second takes 3 s longer than the first, and a failure's patience would be over in 0.2 s.
+def test_signals_are_passed_on(tmp_path: Path, start: Start):
+    """Workers save as long as they need: rank 1 takes 3 s longer than rank 0, and the time limit
+    after a failure would be 0.2 s.
 
     A second signal changes nothing, nor does one of another kind in the middle of the save.
     """
-    hurry = {"failed": 0.1, "terminated": 0.1}
     launchers = {}
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         (tmp_path / signum.name).mkdir()
         program = (str(HERE / "worker.py"), str(tmp_path / signum.name), "save:0", "save:3")
-        launchers[signum] = start(*program[1:], program=program[0], patience=hurry)
+        launchers[signum] = start(*program[1:], program=program[0], timeouts=HURRY)
     for signum, launcher in launchers.items():
-        folder = tmp_path / signum.name
-        until(lambda: names(folder, "started") == ["0", "1"])  # noqa: B023
+        until(both_started(tmp_path / signum.name))
         launcher.send_signal(signum)
         launcher.send_signal(signum)
     for signum, launcher in launchers.items():
@@ -126,14 +116,23 @@ def test_signals_reach_the_workers_which_save_as_long_as_they_need(tmp_path: Pat
             assert got[0] == str(int(signum))
 
 
-def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, start: Start):
+def test_a_hail_of_signals(tmp_path: Path, start: Start):
+    launcher = start("save:1", "save:1")
+    until(both_started(tmp_path))
+    until(lambda: launcher.send_signal(signal.SIGUSR1) or launcher.poll() is not None)
+    assert launcher.returncode == 75
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank}.saved").read_text() == str(int(signal.SIGUSR1))
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path: Path, start: Start):
     """``nohup minigpt pretrain ... --nproc 2``"""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         launcher = start("save:0", "save:0")
     finally:
         signal.signal(signal.SIGHUP, before)
-    until(lambda: names(tmp_path, "started") == ["0", "1"])
+    until(both_started(tmp_path))
     launcher.send_signal(signal.SIGHUP)
     for rank in (0, 1):
         os.kill(int((tmp_path / f"{rank}.started").read_text()), signal.SIGHUP)
@@ -143,115 +142,49 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, start: Start):
     assert (tmp_path / "1.saved").read_text() == str(int(signal.SIGTERM))
 
 
-def test_no_worker_is_left_when_the_launcher_is_killed(tmp_path: Path, start: Start):
+def test_no_worker_outlives_a_killed_launcher(tmp_path: Path, start: Start):
     launcher = start("save:0", "torch")
-    until(lambda: names(tmp_path, "started") == ["0", "1"])
+    until(both_started(tmp_path))
     workers = [int(path.read_text()) for path in tmp_path.glob("*.started")]
     launcher.kill()  # while one imports torch
     until(lambda: all(map(gone, workers)))
     assert names(tmp_path, "saved") == ["0", "1"]
 
 
-def test_a_signal_before_there_are_workers(tmp_path: Path, start: Start):
-    importing = start("save:0", "save:0")
-    waiting = start("save:0", "save:0", nnodes=2, rdzv_endpoint=f"localhost:{free_port()}")
-    until(lambda: "libtorch" in Path(f"/proc/{importing.pid}/maps").read_text())
-    importing.send_signal(signal.SIGINT)
-    assert waiting.stderr is not None
-    assert waiting.stderr.readline().startswith("minigpt: waiting for 2 nodes at localhost:")
-    waiting.send_signal(signal.SIGTERM)
-    _, errors = importing.communicate(timeout=240)
-    assert (importing.returncode, errors) == (130, f"minigpt: stopped by SIGINT {AGAIN}\n")
-    _, errors = waiting.communicate(timeout=240)
-    assert (waiting.returncode, errors) == (75, f"minigpt: stopped by SIGTERM {AGAIN}\n")
-    assert names(tmp_path, "started") == []
-
-
-def test_a_node_that_leaves_before_all_came_sends_the_others_home(start: Start):
-    port = free_port()
-    nodes = {"nnodes": 3, "rdzv_endpoint": f"127.0.0.1:{port}"}
-    staying = start(**nodes)
-    until(lambda: connections(port) == 1)  # it hosts the rendezvous
-    leaving = start(**nodes)
-    until(lambda: connections(port) == 2)
-    leaving.send_signal(signal.SIGTERM)
-    for launcher, line in (
-        (leaving, f"minigpt: stopped by SIGTERM {AGAIN}"),
-        (staying, f"minigpt: the rendezvous at 127.0.0.1:{port} was closed before training began, "
-                  "because another node has left it; run the same command on all nodes again"),
-    ):  # fmt: skip
+def test_workers_that_hang_are_killed(tmp_path: Path, start: Start):
+    """With all that they have started, after a failure and after a stop."""
+    hanging = (
+        "import os, pathlib, signal, subprocess, sys, time\n"
+        "rank, folder, code = os.environ['RANK'], pathlib.Path(sys.argv[1]), int(sys.argv[2])\n"
+        "if rank == '0':\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    child = subprocess.Popen(['sleep', '1000'])\n"
+        "    (folder / '.child').write_text(str(child.pid))\n"
+        "    (folder / '.child').rename(folder / 'child')\n"
+        "    time.sleep(1000)\n"
+        "while not (folder / 'child').exists(): time.sleep(0.02)\n"
+        "sys.exit(code)\n"
+    )
+    (tmp_path / "hanging.py").write_text(hanging)
+    hung = f"minigpt: rank 0 did not end with the others and was killed; {RESUME}\n"
+    for code, expected in ((4, (4, "")), (75, (1, hung))):
+        folder = tmp_path / str(code)
+        folder.mkdir()
+        launcher = start(str(folder), str(code), program=str(tmp_path / "hanging.py"),
+                         timeouts={**HURRY, "saved": 0.1})  # fmt: skip
         _, errors = launcher.communicate(timeout=240)
-        assert (launcher.returncode, errors.splitlines()[1:]) == (75, [line])
+        assert (launcher.returncode, errors) == expected
+        until(lambda: gone(int((folder / "child").read_text())))  # noqa: B023
 
 
-def connections(port: int) -> int:
-    """How many connections this machine has accepted at ``port``."""
-    tables = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))  # the second one where there is IPv6
-    lines = "".join(table.read_text() for table in tables if table.exists())
-    fields = [line.split() for line in lines.splitlines()]
-    return sum(f[1].endswith(f":{port:04X}") and f[3] == "01" for f in fields)
+def test_a_stopped_worker_waits_longer_than_a_failed_one(start: Start):
+    _, errors = (launcher := start("exit:75", "sleep:2,75", timeouts=HURRY)).communicate()
+    assert (launcher.returncode, errors) == (75, "")
+    _, errors = (launcher := start("exit:2", "sleep:60,75", timeouts=HURRY)).communicate()
+    assert (launcher.returncode, errors) == (2, "")
 
 
-def test_two_nodes_end_with_one_code(start: Start, tmp_path: Path):
-    """Each case: what ranks 0 to 3 do, what all launchers end with, what they print."""
-    where = f"on node 1 ({socket.gethostname()})"
-    killed = f"minigpt: rank 2 {where} was killed by SIGKILL (out of memory?); {RESUME}\n"
-    cases = {
-        ("save:0", "save:0", "exit:3", "save:0"): (3, ""),
-        ("stay", "save:0", "die", "save:0"): (1, killed),
-    }
-    hurry = {"failed": 1, "terminated": 10}
-    running = {}
-    for number, actions in enumerate(cases):
-        (tmp_path / str(number)).mkdir()
-        program = (str(HERE / "worker.py"), str(tmp_path / str(number)), *actions)
-        nodes = {"nnodes": 2, "rdzv_endpoint": f"127.0.0.1:{free_port()}", "patience": hurry}
-        running[actions] = [start(*program[1:], program=program[0], **nodes) for _ in (0, 1)]
-    for actions, (code, printed) in cases.items():
-        for launcher in running[actions]:
-            output, errors = launcher.communicate(timeout=240)
-            first, _, rest = errors.partition("\n")
-            assert first.startswith("minigpt: waiting for 2 nodes at 127.0.0.1:")
-            assert (launcher.returncode, rest) == (code, printed), actions
-            assert output.count(" of 4, ") == 2 or "die" in actions
-
-
-def test_a_signal_to_one_node_stops_both(start: Start, tmp_path: Path):
-    nodes = {"nnodes": 2, "rdzv_endpoint": f"localhost:{free_port()}"}
-    first = start(*["save:0"] * 4, **nodes)
-    second = start(*["save:0"] * 4, **nodes)
-    until(lambda: names(tmp_path, "started") == ["0", "1", "2", "3"])
-    second.send_signal(signal.SIGUSR1)
-    for launcher in (first, second):
-        launcher.communicate(timeout=240)
-        assert launcher.returncode == 75
-    assert {(tmp_path / f"{rank}.saved").read_text() for rank in range(4)} == {
-        str(int(signal.SIGUSR1))
-    }
-
-
-def test_nodes_that_do_not_come_and_a_port_that_is_taken(start: Start, tmp_path: Path):
-    with socket.create_server(("127.0.0.1", 0)) as other:  # accepts, and never answers
-        taken = f"127.0.0.1:{other.getsockname()[1]}"
-        alone = f"127.0.0.1:{free_port()}"
-        short = {"join": 2, "reach": 3}
-        refused = start(nnodes=2, rdzv_endpoint=taken, patience=short)
-        waited = start(nnodes=2, rdzv_endpoint=alone, patience=short)
-        _, errors = waited.communicate(timeout=240)
-        assert waited.returncode == 2
-        assert errors.splitlines()[1:] == [
-            f"minigpt: waited 2 s at {alone}, but 2 nodes did not come: run the same command on "
-            "each of them, and see that --nnodes 2 is right"
-        ]
-        _, errors = refused.communicate(timeout=240)
-        assert refused.returncode == 2
-        assert errors.splitlines()[-1].startswith(
-            f"minigpt: --rdzv-endpoint {taken}: no rendezvous is there or can be opened there ("
-        )
-        assert "Traceback" not in errors
-
-
-def test_minigpt_itself_is_what_workers_run(start: Start, tmp_path: Path):
+def test_workers_run_minigpt(start: Start, tmp_path: Path):
     """Also where the working directory holds something of the name of a module."""
     (tmp_path / "queue.py").write_text("raise RuntimeError('the wrong module')")
     launcher = start("verify", "$nowhere$$", program="minigpt")
@@ -260,28 +193,82 @@ def test_minigpt_itself_is_what_workers_run(start: Start, tmp_path: Path):
     assert errors == f"minigpt: {tmp_path}/$nowhere$$: no such run or checkpoint\n" * 2
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"nproc": 0}, "--nproc must be at least 1, not 0"),
-        ({"nproc": 1, "nnodes": 0}, "--nnodes must be at least 1, not 0"),
-        ({"nproc": 1, "nnodes": 2}, "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
-        ({"nproc": 1, "nnodes": 2, "rdzv_endpoint": "node1"}, "must be HOST:PORT"),
-        ({"nproc": 1, "nnodes": 2, "rdzv_endpoint": "x.invalid:1"}, "can't find the host"),
-    ],
-)
-def test_wrong_settings_are_refused_before_anything_starts(settings: dict, message: str):
-    with pytest.raises(UserError, match=message):
-        launch(["--version"], **settings)
-    assert "MINIGPT_LAUNCHER_PID" not in os.environ
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+# --- whole runs -----------------------------------------------------------------------------------
 
 
-def test_torch_is_imported_only_once_the_settings_are_right():
-    code = (
-        "import sys\nfrom minigpt_cli.distributed.launch import launch\n"
-        "try: launch([], nproc=1, nnodes=2, rdzv_endpoint='x.invalid:1')\n"
-        "except Exception as error: print(error.exit_code, 'torch' in sys.modules)"
+def pretrain(folder: Path, recipe: Path, *more: object) -> Process:
+    return fresh(folder / "log", "pretrain", recipe, "--out", folder / "run", "--nproc", 2, "--set",
+                 "train.steps=100000", "--set", "checkpoint.every_steps=4", *more)  # fmt: skip
+
+
+def trains(run: Path) -> Callable[[], bool]:
+    file = run / "metrics.jsonl"
+    return lambda: file.exists() and file.read_text().count("\n") > 5
+
+
+def listening(pid: int) -> set[str]:
+    """Return the addresses, in hex as /proc has them, at which a process listens."""
+    inodes = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        if found := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(fd)):
+            inodes.add(found[1])
+    found_addresses = set()
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        file = Path(f"/proc/{pid}/net/{table}")
+        for line in file.read_text().splitlines()[1:] if file.exists() else ():
+            fields = line.split()
+            if fields[9] in inodes and fields[3] in ("0A", "07"):  # listens; UDP
+                found_addresses.add(fields[1].partition(":")[0])
+    return found_addresses
+
+
+def test_all_listen_on_loopback_only(tmp_path: Path, recipe_file: Path):
+    launcher = pretrain(tmp_path, recipe_file)
+    try:
+        until(trains(tmp_path / "run"), launcher)
+        workers = ranks(launcher)
+        assert sorted(workers) == [0, 1]
+        assert set(family(launcher)) >= {launcher.pid, *workers.values()}
+        found = {pid: listening(pid) for pid in family(launcher)}
+        assert found[workers[0]] == {"0100007F"}, launcher.tail  # the store, and gloo
+        assert set().union(*found.values()) == {"0100007F"}
+        assert not any("libtorch" in line for line in
+                       Path(f"/proc/{launcher.pid}/maps").read_text().splitlines())  # fmt: skip
+        launcher.send(signal.SIGINT)
+        assert launcher.wait() == 130, launcher.tail
+    finally:
+        launcher.kill_all()
+    (line,) = [line for line in launcher.said.splitlines() if line.startswith("minigpt: ")]
+    assert line.startswith("minigpt: stopped by SIGINT at step ")
+
+
+def test_killed_ranks_are_in_status_json(tmp_path: Path, recipe_file: Path):
+    launcher = pretrain(tmp_path, recipe_file)
+    run = tmp_path / "run"
+    try:
+        until(trains(run), launcher)
+        before = json.loads((run / "status.json").read_text())
+        for pid in ranks(launcher).values():
+            os.kill(pid, signal.SIGKILL)
+        assert launcher.wait() == 1, launcher.tail
+    finally:
+        launcher.kill_all()
+    status = json.loads((run / "status.json").read_text())
+    message = launcher.said.splitlines()[-1].removeprefix("minigpt: ")
+    assert re.fullmatch(
+        r"rank [01] was killed by SIGKILL \(out of memory\?\); go on from the last checkpoint with "
+        f"`minigpt resume {run}`",
+        message,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == "2 False\n", done.stderr
+    assert status.keys() == before.keys()
+    assert (before["status"], before["exit_code"]) == ("running", None)
+    assert (status["status"], status["exit_code"], status["message"]) == ("failed", 1, message)
+    assert (status["host"], status["step"]) == (os.uname().nodename, before["step"])
+
+
+def test_a_recipe_is_checked_before_anything_starts(tmp_path: Path, recipe_file: Path):
+    launcher = pretrain(tmp_path, recipe_file, "--set", "train.stepz=1")
+    assert launcher.wait() == 2
+    assert launcher.said.count("\n") == 1
+    assert "stepz" in launcher.said
+    assert not (tmp_path / "run").exists()

@@ -8,7 +8,7 @@ import pytest
 
 from minigpt_cli.report import metrics
 from tests.conftest import TINY
-from tests.distributed.conftest import train_many
+from tests.helpers.ranks import train_many
 
 COMMON = ["train.steps=50", "schedule.warmup_steps=5", "train.micro_batch_size=2",
           "eval.every_steps=25", "checkpoint.every_steps=1000",

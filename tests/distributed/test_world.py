@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.distributed.rendezvous import Place, find_place
-from minigpt_cli.errors import UserError
-from tests.distributed.conftest import free_port, place
-from tests.distributed.nodes import until
-from tests.processes import ROOT, command, environment, fork, minigpt
+from minigpt_cli.distributed import failure
+from minigpt_cli.distributed.join import RankInfo, session
+from minigpt_cli.errors import Outcome
+from tests.helpers.ranks import free_port, gone, rank_environment
+from tests.processes import ROOT, command, environment, fork, minigpt, until
 from tests.train.test_resume import curve
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"
@@ -31,7 +31,7 @@ def started(
     port = free_port()
     ranks = [
         subprocess.Popen(
-            [sys.executable, *map(str, arguments)], cwd=cwd, env=place(rank, 2, port),
+            [sys.executable, *map(str, arguments)], cwd=cwd, env=rank_environment(rank, 2, port),
             stdout=stdout, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
@@ -90,7 +90,8 @@ def test_a_rank_ends_soon_after_rank_0_has_died():
     assert killed == -signal.SIGKILL
     assert code == 1
     (line,) = [line for line in said.splitlines() if line.startswith("minigpt: ")]
-    assert line.startswith("minigpt: rank 1: the connection to rank 0 is lost (")
+    assert line.startswith("minigpt: the connection to rank 0 is lost (")
+    assert line.endswith("; go on from the last checkpoint with `minigpt resume runs/x`")
 
 
 def test_a_rank_that_has_no_memory_for_a_copy_fails_the_save_of_all(tmp_path: Path):
@@ -119,26 +120,40 @@ def test_workers_whose_torchrun_was_killed_save_and_stop(tmp_path: Path, recipe_
         agent.wait()
     try:
         until(lambda: json.loads((run / "status.json").read_text())["exit_code"] == 75)
-        until(lambda: not Path(f"/proc/{status['pid']}/exe").exists())
+        until(lambda: gone(status["pid"]))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(status["pid"], signal.SIGKILL)
 
 
-def test_an_error_that_all_have_is_shown_once(tmp_path: Path):
-    ends = two_ranks("-m", "minigpt_cli", "pretrain", tmp_path / "nowhere.toml")
-    assert [end for end, _ in ends] == [2, 2]
-    assert "".join(text for _, text in ends).count("no such recipe") == 1
+def test_an_error_that_all_share_is_shown_once_without_a_rank(tmp_path: Path):
+    for arguments in (("-m", "minigpt_cli", "pretrain", "nowhere.toml"), (FAILS, "shared", "fail")):
+        ends = two_ranks(*arguments)
+        assert [end for end, _ in ends] == [2, 2]
+        said = "".join(text for _, text in ends)
+        assert said in (
+            "minigpt: nowhere.toml: no such recipe; recipes/ holds examples\n",
+            "minigpt: the disk of all is gone\n",
+        )
 
 
-def test_a_meeting_point_that_does_not_exist_is_an_error():
-    env = place(1, 2, free_port()) | {"MASTER_ADDR": "no-such-host.invalid"}
-    done = subprocess.run(
-        [*command("pretrain", "x.toml")], env=env, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 2
-    assert "can't reach no-such-host.invalid:" in done.stderr
-    assert "MASTER_ADDR" in done.stderr
+@pytest.mark.parametrize(
+    "forged",
+    [b"", b"[]", b'{"rank": 0, "code": 2}', b'{"rank": 2, "code": 2, "message": ""}',
+     b'{"rank": 0, "code": 0, "message": ""}', b'{"rank": 0, "code": 77, "message": ""}',
+     b'{"rank": "0", "code": 2, "message": ""}', b'{"rank": 0, "code": 2, "message": 2}'],
+)  # fmt: skip
+def test_a_forged_failure_is_refused(forged: bytes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session, "info", RankInfo(0, 2, 0, 2, "127.0.0.1", 1))
+    with pytest.raises(ValueError):
+        failure._read_failure(forged)
+
+
+def test_control_characters_from_the_store_are_not_printed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(session, "info", RankInfo(0, 2, 0, 2, "127.0.0.1", 1))
+    told = {"rank": 1, "code": 3, "message": "a\x1b[2Jb\r\u202ec\nd\u00e9"}
+    outcome = failure._read_failure(json.dumps(told).encode())
+    assert outcome == Outcome(3, "a[2Jbc\nd\u00e9", is_shown_here=False)
 
 
 def test_several_ranks_on_one_machine_as_a_user_starts_them(tmp_path: Path, recipe_file: Path):
@@ -177,7 +192,7 @@ def test_ranks_that_would_compute_in_unlike_precisions_are_refused(
     ranks = [
         fork(
             tmp_path / f"{rank}.txt", "pretrain", recipe_file, "--out", tmp_path / "run", "--set",
-            f"precision.dtype={dtype}", **place(rank, 2, port),
+            f"precision.dtype={dtype}", **rank_environment(rank, 2, port),
         )
         for rank, dtype in enumerate(("fp32", "bf16"))
     ]  # fmt: skip
@@ -195,30 +210,3 @@ def test_each_rank_takes_the_cores_that_slurm_gives_it():
     del env["OMP_NUM_THREADS"]
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout == "3\n", done.stderr
-
-
-def test_launchers_do_not_nest(recipe_file: Path):
-    done = subprocess.run(
-        command("pretrain", recipe_file, "--nproc", 2), env=place(0, 2, 1), capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "torchrun or srun has done so" in done.stderr
-
-
-def test_srun_s_variables_are_understood(monkeypatch: pytest.MonkeyPatch):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    values = {
-        "SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_PROCID": "9",
-        "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NODELIST": "n[1-3]", "MASTER_ADDR": "n1",
-    }  # fmt: skip
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    found = find_place()
-    assert found == Place(9, 11, 1, 3, "n1", 20_000 + 7 * 77, False)
-    monkeypatch.delenv("MASTER_ADDR")
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="set MASTER_ADDR"):
-        find_place()

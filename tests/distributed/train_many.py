@@ -90,7 +90,7 @@ def train(job: dict[str, Any]) -> None:
     facts["loss_scale"] = run.trainer.scaler.get_scale()
     facts["weight_bytes"] = held(list(run.trainer.model.parameters()))
     facts["moment_bytes"] = held(moments(run))
-    of_all = run.world.gather(facts)
+    of_all = run.world.all_gather_json(facts)
     if run.world.rank == 0:
         (out / "ranks.json").write_text(json.dumps(of_all))
 

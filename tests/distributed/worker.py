@@ -5,6 +5,7 @@ It leaves FOLDER/RANK.started with its process id, and FOLDER/RANK.saved with th
     exit:CODE      end with this code
     raise          end by an uncaught exception
     die            end by SIGKILL
+    sleep:SECONDS,CODE
     save:SECONDS   on a signal save for so long, then end with 75 or 130
     stay           ignore signals
     torch          like save:0, but first import torch, for a long time
@@ -16,13 +17,15 @@ import sys
 import time
 from pathlib import Path
 
-from minigpt_cli.distributed.watch import SIGNALS, follow_launcher
+from minigpt_cli.distributed.join import follow_launcher
+from minigpt_cli.stopping import SIGNALS
 
-held = signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(SIGNALS)  # until it can handle them
+blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(SIGNALS)
 received: list[int] = []
 for signum in SIGNALS:
     if signal.getsignal(signum) is not signal.SIG_IGN:
         signal.signal(signum, lambda number, _: received.append(number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 follow_launcher()
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 action, _, value = sys.argv[2 + rank].partition(":")
@@ -35,9 +38,12 @@ def leave(name: str, text: str) -> None:
 
 leave("started", str(os.getpid()))
 threads = os.environ.get("OMP_NUM_THREADS")
-print(f"rank {rank} of {os.environ['WORLD_SIZE']}, {threads} threads, signals held: {held}")
+print(f"rank {rank} of {os.environ['WORLD_SIZE']}, {threads} threads, signals blocked: {blocked}")
 if action == "exit":
     sys.exit(int(value))
+if action == "sleep":
+    time.sleep(float(value.split(",")[0]))
+    sys.exit(int(value.split(",")[1]))
 if action == "raise":
     raise RuntimeError("a bug")
 if action == "die":

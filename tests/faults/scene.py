@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests import processes
 from tests.conftest import TINY
-from tests.distributed.conftest import free_port
+from tests.helpers.ranks import free_port
 from tests.processes import NOBODY, ROOT, Process
 from tests.train.test_resume import curve
 

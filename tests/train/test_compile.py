@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minigpt_cli.report import metrics
-from tests.distributed.conftest import free_port, place
+from tests.helpers.ranks import free_port, rank_environment
 from tests.processes import command, environment, fork, minigpt
 
 COMPILED = (
@@ -66,7 +66,7 @@ def test_ranks_train_eagerly_where_one_of_them_has_no_compiler(tmp_path: Path, r
     ranks = []
     for rank, missing in enumerate(({}, nowhere)):
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{rank}")}
-        variables = place(rank, 2, port) | cache | missing
+        variables = rank_environment(rank, 2, port) | cache | missing
         arguments = ("pretrain", recipe_file, "--out", tmp_path / "run", *COMPILED)
         ranks.append(fork(tmp_path / f"{rank}.txt", *arguments, **variables))
     assert [each.wait() for each in ranks] == [0, 0], ranks[0].said

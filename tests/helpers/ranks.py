@@ -1,4 +1,4 @@
-"""Several real ranks on this machine, started as torchrun would."""
+"""Several real ranks on this machine, started by their environment, as torchrun starts them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.processes import ROOT, environment
 
-TRAIN_MANY = Path(__file__).parent / "train_many.py"
+TRAIN_MANY = ROOT / "tests/distributed/train_many.py"
 
 
 def free_port() -> int:
@@ -20,8 +20,16 @@ def free_port() -> int:
     return port
 
 
-def place(rank: int, size: int, port: int) -> dict[str, str]:
-    """The environment of one rank; rank 0 keeps the store."""
+def gone(process: int) -> bool:
+    """Return whether a process has ended; a zombie has."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """Return the environment of one rank; rank 0 hosts the store."""
     return environment() | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -30,7 +38,7 @@ def place(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 def train_many(ranks: int, jobs: list[dict[str, Any]], folder: Path, code: int = 0) -> list[str]:
-    """Train the runs of ``jobs`` on so many ranks; see train_many.py.
+    """Train the runs of ``jobs`` on ``ranks`` ranks; see train_many.py.
 
     Args:
         code: what all ranks exit with.
@@ -43,7 +51,7 @@ def train_many(ranks: int, jobs: list[dict[str, Any]], folder: Path, code: int =
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, str(TRAIN_MANY), str(file)], cwd=ROOT, env=place(rank, ranks, port),
+            [sys.executable, str(TRAIN_MANY), str(file)], cwd=ROOT, env=rank_environment(rank, ranks, port),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(ranks)

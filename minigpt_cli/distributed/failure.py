@@ -1,0 +1,231 @@
+"""Lost ranks: the first rank that fails ends all, and one rank says why.
+
+A rank announces its failure in the store. All others watch for that, end with the same exit code,
+and leave it to the first one to print the message.
+"""
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from minigpt_cli.distributed.exit_status import resume_hint
+from minigpt_cli.distributed.join import (
+    ANSWER_SECONDS,
+    call_with_timeout,
+    leave_world,
+    own_rank,
+    session,
+)
+from minigpt_cli.errors import (
+    EXPLAINED_CODES,
+    Diverged,
+    Outcome,
+    RankLost,
+    Stopped,
+    describe,
+    exit_code_of,
+    tell,
+)
+from minigpt_cli.train.status import status_name, write_status
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_FAILURE = "minigpt/failure"  # key: the first failure
+_RANK0_ERROR = "minigpt/rank-0-error"  # key: rank 0's own message, if it fails too
+_NOTICE_SECONDS = 2.0  # in which most ranks notice by themselves that another one has failed
+_TORCH_ERRORS = ("gloo", "nccl", "connection", "broken pipe", "timed out")  # when a rank is lost
+
+
+class _HasStep(Protocol):
+    step: int
+
+
+@dataclass
+class StatusRecord:
+    """What rank 0 writes status.json from.
+
+    Attributes:
+        directory: the run directory.
+        state: where training stands; None until that is known.
+    """
+
+    directory: Path
+    state: _HasStep | None = None
+
+    def write(self, status: str, exit_code: int | None, message: str) -> None:
+        step = self.state.step if self.state is not None else None
+        write_status(self.directory, status, exit_code, step, message)
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        self.write(status_name(outcome.code), outcome.code, outcome.message)
+
+
+class _Failure:
+    """What this process knows of failures.
+
+    Attributes:
+        outcome: how this process ends, once that is decided.
+        heard: how another rank's failure ends it, once the store has told.
+        record: written if the process ends while its main thread is stuck.
+        run: the run directory, for messages; None before training begins.
+    """
+
+    outcome: Outcome | None = None
+    heard: Outcome | None = None
+    record: StatusRecord | None = None
+    run: Path | None = None
+
+
+_failure = _Failure()
+
+
+def set_run_directory(run: Path) -> None:
+    """Name the run in messages about lost ranks from now on."""
+    _failure.run = run
+
+
+@contextlib.contextmanager
+def record_status(directory: Path) -> Iterator[StatusRecord]:
+    """Keep status.json true while a run is prepared and trained in the ``with`` block."""
+    record = _failure.record = StatusRecord(directory)
+    record.write("running", None, "")
+    try:
+        yield record
+    except BaseException as error:
+        record.write_outcome(announce_failure(error))
+        raise
+    finally:
+        _failure.record = None
+    record.write("finished", 0, "")
+
+
+def rank_lost(who: str, reason: str) -> RankLost:
+    """Return the error of a rank that can't reach another one."""
+    return RankLost(f"the connection to {who} is lost ({reason}); {resume_hint(_failure.run)}")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Return whether an error says that another rank doesn't answer any more."""
+    if session.info is None or not isinstance(error, RuntimeError | RankLost):
+        return False
+    from torch.distributed import DistError
+
+    text = str(error).lower()
+    return isinstance(error, DistError | RankLost) or any(word in text for word in _TORCH_ERRORS)
+
+
+def announce_failure(error: BaseException) -> Outcome:
+    """Tell the other ranks of an error, and return how this process ends: as the first that failed.
+
+    If the store is gone, one rank on each machine shows its own message.
+    """
+    info = session.info
+    if info is None:
+        # Each rank gets a signal, also before it has joined; rank 0 prints the message.
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        shown = not isinstance(error, Stopped) or rank == "0"
+        return Outcome(exit_code_of(error), describe(error), is_shown_here=shown)
+    if _failure.outcome is None:
+        if is_lost_rank(error) and not isinstance(error, RankLost):
+            first_sentence = re.match(r"\s*(?:\[\S+\] )?(.*?)(?:\. |$)", str(error), re.MULTILINE)
+            reason = first_sentence[1] if first_sentence else type(error).__name__
+            error = rank_lost("another rank", reason)
+        _failure.outcome = Outcome(exit_code_of(error), describe(error))
+        own_alone = info.rank > 0 and not isinstance(error, Stopped | Diverged | RankLost)
+        _failure.outcome = _agree(_failure.outcome, own_alone)
+    return _failure.outcome
+
+
+def _agree(own: Outcome, may_be_own: bool) -> Outcome:
+    """Return the outcome of the first rank that failed.
+
+    Args:
+        own: this rank's.
+        may_be_own: whether this rank alone may have met the error; then the message names it.
+    """
+    info, store = session.info, session.store
+    assert info is not None
+    named = f"rank {info.rank}: {own.message}" if may_be_own else own.message
+    if store is None:
+        return Outcome(own.code, named)
+    content = json.dumps({"rank": info.rank, "code": own.code, "message": named})
+
+    def announce() -> Outcome:
+        if info.rank == 0:
+            store.set(_RANK0_ERROR, own.message)
+        first = _read_failure(store.compare_set(_FAILURE, "", content))
+        if not first.is_shown_here:
+            return first
+        deadline = time.monotonic() + _NOTICE_SECONDS if may_be_own else 0
+        while time.monotonic() < deadline:
+            if store.check([_RANK0_ERROR]):  # then all ranks may have met the error
+                shared = store.get(_RANK0_ERROR) == own.message.encode()
+                return Outcome(own.code, own.message if shared else named)
+            time.sleep(0.02)
+        return Outcome(own.code, named)
+
+    try:
+        return call_with_timeout(ANSWER_SECONDS, announce)
+    except Exception:
+        session.store = None
+        if _failure.heard is not None:
+            return _failure.heard
+        speaks = info.local_rank == 0 or info.rank == 1  # rank 1 in place of a rank 0 that is gone
+        return Outcome(own.code, named, is_shown_here=speaks)
+
+
+def _read_failure(content: bytes) -> Outcome:
+    """Check what the store holds of the first failure; other users may have written it.
+
+    Raises:
+        ValueError: no rank has written it.
+    """
+    failure = json.loads(content)
+    assert session.info is not None
+    match failure:
+        case {"rank": int(rank), "code": int(code), "message": str(message)} if (
+            0 <= rank < session.info.size and code in EXPLAINED_CODES
+        ):
+            kept = (c for c in message if c.isprintable() or c == "\n")  # a recipe's problems
+            return Outcome(code, "".join(kept), is_shown_here=rank == own_rank())
+    raise ValueError("not the failure of a rank")
+
+
+def start_watch() -> None:
+    """Start the thread that ends this process soon after another rank has failed.
+
+    Mostly a rank notices by itself, when the other's connection closes; but not while it still
+    waits for that one to join, nor in the middle of a collective of NCCL.
+    """
+    assert session.store is not None
+    # A client of its own: a store in which a thread waits answers no other thread.
+    threading.Thread(target=_watch, args=(session.store.clone(),), daemon=True).start()
+
+
+def _watch(store: "Store") -> None:
+    try:
+        store.wait([_FAILURE], timedelta(days=365))
+        heard = _failure.heard = _read_failure(store.get(_FAILURE))
+    except Exception:  # the store is gone
+        heard = None
+    time.sleep(_NOTICE_SECONDS)
+    if _failure.outcome is not None:
+        return
+    session.store = store  # the main thread may be waiting in the other client
+    lost = rank_lost("rank 0", "it exited without reporting an error")
+    outcome = heard or announce_failure(lost)
+    if _failure.record is not None:
+        _failure.record.write_outcome(outcome)
+    if outcome.is_shown_here:
+        tell(outcome.message)
+    leave_world(patience=4)
+    os._exit(outcome.code)

@@ -1,0 +1,177 @@
+"""How a rank finds its place, and what a worker does whose launcher is gone."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt_cli.distributed.join import RankInfo, find_rank_info
+from minigpt_cli.errors import UserError
+from tests.helpers.ranks import free_port, gone, rank_environment
+from tests.processes import command, environment, until
+
+FOLLOW = "from minigpt_cli.distributed.join import follow_launcher; follow_launcher()\n"
+STAY = "import time\nwhile True: time.sleep(0.1)\n"
+
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-3]", "MASTER_ADDR": "n1",
+}  # fmt: skip
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "99",
+    "MASTER_ADDR": "node1", "TORCHELASTIC_USE_AGENT_STORE": "True",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in {*SLURM, *TORCHRUN}:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_srun(monkeypatch: pytest.MonkeyPatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert find_rank_info() == RankInfo(9, 11, 1, 3, "n1", 20_000 + 7 * 77)
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        find_rank_info()
+
+
+def test_torchrun(monkeypatch: pytest.MonkeyPatch):
+    assert find_rank_info() is None
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert find_rank_info() == RankInfo(3, 4, 1, 2, "node1", 99, agent_store=True)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (TORCHRUN | {"RANK": "4"}, "describes no rank"),
+        (TORCHRUN | {"RANK": "-1"}, "describes no rank"),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, "describes no rank"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "5"}, "describes no rank"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, "describes no rank"),
+        (TORCHRUN | {"MASTER_PORT": "a"}, "MASTER_PORT is 'a', not an integer"),
+        (TORCHRUN | {"RANK": ""}, "RANK is not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not an integer"),
+        ({"WORLD_SIZE": "2"}, "but RANK, MASTER_ADDR, MASTER_PORT not set"),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2"}, "SLURM_STEP_TASKS_PER_NODE is '4"),
+        (SLURM | {"SLURM_NODEID": "3"}, "SLURM_NODEID is 3"),
+        (SLURM | {"SLURM_STEP_ID": ""}, "SLURM_STEP_ID is not set"),
+    ],
+)
+def test_a_wrong_environment(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        find_rank_info()
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_launchers_do_not_nest(tmp_path: Path, nproc: str):
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1"}
+    for variables in (rank_environment(0, 2, 1), environment() | SLURM, environment() | torchrun):
+        done = subprocess.run(
+            command("pretrain", "x.toml", "--nproc", nproc), env=variables, text=True,
+            capture_output=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr == (
+            "minigpt: --nproc starts processes, but torchrun or srun has started this one: leave "
+            "out --nproc\n"
+        )
+
+
+def test_no_such_host(tmp_path: Path):
+    env = rank_environment(1, 2, free_port())
+    env |= {"MASTER_ADDR": "no-such-host.invalid", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    done = subprocess.run(
+        command("pretrain", "x.toml"), env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 2
+    assert "can't reach no-such-host.invalid:" in done.stderr
+    assert "MASTER_ADDR" in done.stderr
+
+
+# --- a launcher that is gone ----------------------------------------------------------------------
+
+
+def start(code: str, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment() | variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_sigterm_when_the_launcher_was_killed(tmp_path: Path, torchrun: bool):
+    variable = "'TORCHELASTIC_RUN_ID'] = 'x'" if torchrun else "'MINIGPT_LAUNCHER_PID'] = pid"
+    worker = (
+        "import os, signal, sys\n"
+        f"def save(*_): open({str(tmp_path / 'saved')!r}, 'w').close(); sys.exit(75)\n"
+        f"signal.signal(signal.SIGTERM, save)\n{FOLLOW}print(os.getpid(), flush=True)\n{STAY}"
+    )
+    launcher = start(
+        f"import os, subprocess, sys\npid = str(os.getpid())\nos.environ[{variable}\n"
+        f"subprocess.run([sys.executable, '-c', {worker!r}])"
+    )
+    assert launcher.stdout is not None
+    pid = int(launcher.stdout.readline())
+    assert not gone(pid)
+    launcher.kill()
+    until(lambda: gone(pid))
+    assert (tmp_path / "saved").exists()
+    launcher.communicate()
+
+
+def test_a_launcher_that_was_gone_before(tmp_path: Path):
+    process = start(f"{FOLLOW}{STAY}", MINIGPT_LAUNCHER_PID=str(2**22 + 1))  # above any process
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (-signal.SIGTERM, "")
+
+
+def test_a_worker_that_ignores_the_signal():
+    process = start(
+        "import signal; from minigpt_cli.distributed.join import follow_parent\n"
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN); follow_parent(1 << 30, 0.2)\n{STAY}"
+    )
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_before_a_worker_handles_signals(signum: signal.Signals):
+    """It waits, and leaves no traceback."""
+    process = subprocess.Popen(
+        command("verify", "."), text=True, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment() | {"MINIGPT_LAUNCHER_PID": str(os.getpid())},
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signum}),
+    )  # fmt: skip
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (130 if signum == signal.SIGINT else 75)
+    assert errors == f"minigpt: stopped by {signum.name}; run the same command again to go on\n"
+
+
+def test_only_workers_follow():
+    shown = "import os; print(os.environ.get('MINIGPT_LAUNCHER_PID'), threading.enumerate())"
+    code = f"import threading\n{FOLLOW}{shown}"
+    output, _ = start(code).communicate()
+    assert "follow-parent" not in output
+    output, _ = start(code, MINIGPT_LAUNCHER_PID=str(os.getpid())).communicate()
+    assert output.startswith("None ")  # so that its own children don't follow
+    assert "follow-parent" in output
+
+
+def test_no_torch_is_imported():
+    code = f"{FOLLOW}import minigpt_cli.distributed.launch, minigpt_cli.cli, sys\n"
+    assert start(f"{code}print('torch' in sys.modules)").communicate()[0] == "False\n"
