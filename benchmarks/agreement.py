@@ -14,8 +14,8 @@ from minigpt_cli.data.sources import Source
 from minigpt_cli.data.tokenize import tokenize
 from minigpt_cli.report import metrics
 from tests.conftest import TINY
-from tests.helpers.ranks import train_many
 from tests.distributed.test_parallel import COMMON, SETTINGS, STRATEGIES
+from tests.helpers.ranks import train_many
 from tests.processes import ROOT
 
 

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _FAILURE = "minigpt/failure"  # key: the first failure
-_RANK0_ERROR = "minigpt/rank-0-error"  # key: rank 0's own message, if it fails too
 _NOTICE_SECONDS = 2.0  # in which most ranks notice by themselves that another one has failed
 _TORCH_ERRORS = ("gloo", "nccl", "connection", "broken pipe", "timed out")  # when a rank is lost
 
@@ -51,15 +50,10 @@ class _HasStep(Protocol):
 
 @dataclass
 class StatusRecord:
-    """What rank 0 writes status.json from.
+    """What rank 0 writes status.json from."""
 
-    Attributes:
-        directory: the run directory.
-        state: where training stands; None until that is known.
-    """
-
-    directory: Path
-    state: _HasStep | None = None
+    directory: Path  # of the run
+    state: _HasStep | None = None  # where training stands, once that is known
 
     def write(self, status: str, exit_code: int | None, message: str) -> None:
         step = self.state.step if self.state is not None else None
@@ -70,19 +64,12 @@ class StatusRecord:
 
 
 class _Failure:
-    """What this process knows of failures.
+    """What this process knows of failures."""
 
-    Attributes:
-        outcome: how this process ends, once that is decided.
-        heard: how another rank's failure ends it, once the store has told.
-        record: written if the process ends while its main thread is stuck.
-        run: the run directory, for messages; None before training begins.
-    """
-
-    outcome: Outcome | None = None
-    heard: Outcome | None = None
-    record: StatusRecord | None = None
-    run: Path | None = None
+    outcome: Outcome | None = None  # how this process ends, once that is decided
+    heard: Outcome | None = None  # how another rank's failure ends it, once the store has told
+    record: StatusRecord | None = None  # written if the main thread is stuck at the end
+    run: Path | None = None  # the run directory, for messages; None before training begins
 
 
 _failure = _Failure()
@@ -139,39 +126,32 @@ def announce_failure(error: BaseException) -> Outcome:
             first_sentence = re.match(r"\s*(?:\[\S+\] )?(.*?)(?:\. |$)", str(error), re.MULTILINE)
             reason = first_sentence[1] if first_sentence else type(error).__name__
             error = rank_lost("another rank", reason)
-        _failure.outcome = Outcome(exit_code_of(error), describe(error))
-        own_alone = info.rank > 0 and not isinstance(error, Stopped | Diverged | RankLost)
-        _failure.outcome = _agree(_failure.outcome, own_alone)
+        may_be_own = info.rank > 0 and not isinstance(error, Stopped | Diverged | RankLost)
+        message = f"rank {info.rank}: {describe(error)}" if may_be_own else describe(error)
+        _failure.outcome = Outcome(exit_code_of(error), message)
+        _failure.outcome = _agree(_failure.outcome, _NOTICE_SECONDS if may_be_own else 0)
     return _failure.outcome
 
 
-def _agree(own: Outcome, may_be_own: bool) -> Outcome:
+def _agree(own: Outcome, seconds: float) -> Outcome:
     """Return the outcome of the first rank that failed.
 
     Args:
-        own: this rank's.
-        may_be_own: whether this rank alone may have met the error; then the message names it.
+        own: this rank's outcome.
+        seconds: how long to let rank 0 be the first. An error that all ranks share is rank 0's too,
+            and its message bears no rank.
     """
     info, store = session.info, session.store
     assert info is not None
-    named = f"rank {info.rank}: {own.message}" if may_be_own else own.message
     if store is None:
-        return Outcome(own.code, named)
-    content = json.dumps({"rank": info.rank, "code": own.code, "message": named})
+        return own
 
     def announce() -> Outcome:
-        if info.rank == 0:
-            store.set(_RANK0_ERROR, own.message)
-        first = _read_failure(store.compare_set(_FAILURE, "", content))
-        if not first.is_shown_here:
-            return first
-        deadline = time.monotonic() + _NOTICE_SECONDS if may_be_own else 0
-        while time.monotonic() < deadline:
-            if store.check([_RANK0_ERROR]):  # then all ranks may have met the error
-                shared = store.get(_RANK0_ERROR) == own.message.encode()
-                return Outcome(own.code, own.message if shared else named)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not store.check([_FAILURE]):
             time.sleep(0.02)
-        return Outcome(own.code, named)
+        content = json.dumps({"rank": info.rank, "code": own.code, "message": own.message})
+        return _read_failure(store.compare_set(_FAILURE, "", content))
 
     try:
         return call_with_timeout(ANSWER_SECONDS, announce)
@@ -180,7 +160,7 @@ def _agree(own: Outcome, may_be_own: bool) -> Outcome:
         if _failure.heard is not None:
             return _failure.heard
         speaks = info.local_rank == 0 or info.rank == 1  # rank 1 in place of a rank 0 that is gone
-        return Outcome(own.code, named, is_shown_here=speaks)
+        return replace(own, is_shown_here=speaks)
 
 
 def _read_failure(content: bytes) -> Outcome:

@@ -40,34 +40,19 @@ _PORT = "minigpt/port"  # key in torchrun's store: port of rank 0's own store
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process among the ranks of a run.
-
-    Attributes:
-        rank: 0 to ``size`` - 1.
-        size: number of ranks.
-        local_rank: rank among those on this machine.
-        local_size: number of ranks on this machine.
-        address: host of the store.
-        port: port of the store.
-        agent_store: whether torchrun hosts that store; else rank 0 does.
-    """
+    """One process among the ranks of a run."""
 
     rank: int
     size: int
-    local_rank: int
-    local_size: int
-    address: str
-    port: int
-    agent_store: bool = False
+    local_rank: int  # among the ranks on this machine
+    local_size: int  # number of ranks on this machine
+    address: str  # of the store
+    port: int  # of the store
+    agent_store: bool = False  # whether torchrun hosts that store; else rank 0 does
 
     @property
     def one_machine(self) -> bool:
         return self.local_size == self.size
-
-    @property
-    def rank0_address(self) -> str:
-        """Host of a store that rank 0 hosts; on one machine only the loopback is used."""
-        return LOOPBACK if self.one_machine else self.address
 
 
 class Session:
@@ -89,9 +74,6 @@ def own_rank() -> int:
 def is_rank0() -> bool:
     """Return whether this process is rank 0, which speaks for all, or the only process."""
     return own_rank() == 0
-
-
-# --- the environment ------------------------------------------------------------------------------
 
 
 def find_rank_info() -> RankInfo | None:
@@ -135,24 +117,20 @@ def find_rank_info() -> RankInfo | None:
 def _slurm_rank_info() -> RankInfo:
     """Read the variables of a task of srun's. They name no meeting point: the first node is it."""
     env = os.environ
-    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "")  # tasks per node of the step, e.g. 4(x2),3
-    counts: list[int] = []
-    for part in tasks.split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part)
-        if match is None:
-            raise UserError(f"SLURM_STEP_TASKS_PER_NODE is {tasks!r}: expected e.g. 4(x2),3")
-        counts += [int(match[1])] * int(match[2] or 1)
-    node = _integer("SLURM_NODEID")
-    if not 0 <= node < len(counts):
-        raise UserError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE is {tasks!r}")
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "")  # of the step, by node, e.g. 4(x2),3
+    pairs = re.findall(r"(\d+)(?:\(x(\d{1,6})\))?", tasks)
+    counts = [int(count) for count, times in pairs for _ in range(int(times or 1))]
+    node, size = _integer("SLURM_NODEID"), _integer("SLURM_STEP_NUM_TASKS")
+    if sum(counts) != size or not 0 <= node < len(counts):
+        raise UserError(f"node {node} and {size} tasks don't fit {tasks!r} tasks per node")
     address = env.get("MASTER_ADDR")
-    if not address:
-        one = len(counts) == 1  # then no name has to be looked up
-        address = LOOPBACK if one else _first_host(env.get("SLURM_STEP_NODELIST", ""))
+    if not address:  # on one node no name has to be looked up
+        nodes = env.get("SLURM_STEP_NODELIST", "")
+        address = LOOPBACK if len(counts) == 1 else _first_host(nodes)
     default_port = 20_000 + (7 * _integer("SLURM_JOB_ID") + _integer("SLURM_STEP_ID")) % 10_000
     return RankInfo(
         rank=_integer("SLURM_PROCID"),
-        size=_integer("SLURM_STEP_NUM_TASKS"),
+        size=size,
         local_rank=_integer("SLURM_LOCALID"),
         local_size=counts[node],
         address=address,
@@ -182,9 +160,6 @@ def _first_host(nodes: str) -> str:
         ) from None
 
 
-# --- the store ------------------------------------------------------------------------------------
-
-
 def connect(info: RankInfo) -> "Store":
     """Return the store that all ranks share; rank 0 hosts it.
 
@@ -196,7 +171,7 @@ def connect(info: RankInfo) -> "Store":
             return _connect_through_agent(info)
         if info.rank == 0:
             return _host_store(info, info.port)
-        return _open_store(info.rank0_address, info.port)
+        return _open_store(LOOPBACK if info.one_machine else info.address, info.port)
     except (OSError, RuntimeError, ValueError) as error:  # DistNetworkError is a RuntimeError
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
@@ -221,7 +196,8 @@ def _connect_through_agent(info: RankInfo) -> "Store":
         if call_with_timeout(_CONNECT_SECONDS, lambda: agent.check([_PORT])):
             # An error here: it is still the port of an earlier rank 0.
             with contextlib.suppress(OSError, RuntimeError, ValueError, OverflowError):
-                return _open_store(info.rank0_address, int(agent.get(_PORT)), seconds=0)
+                address = LOOPBACK if info.one_machine else info.address
+                return _open_store(address, int(agent.get(_PORT)), seconds=0)
         time.sleep(0.2)
     raise TimeoutError(f"rank 0 has not come within {_ARRIVE_SECONDS:.0f} s")
 
@@ -336,12 +312,7 @@ def call_with_timeout(seconds: float, function: Callable[[], T]) -> T:
     try:
         return future.result(timeout=seconds)
     except TimeoutError:
-        if future.done():
-            raise
         raise TimeoutError(f"no answer within {seconds:.0f} s") from None
-
-
-# --- the network interface ------------------------------------------------------------------------
 
 
 def choose_interface(info: RankInfo, store: "Store") -> None:
@@ -357,12 +328,9 @@ def choose_interface(info: RankInfo, store: "Store") -> None:
         return
     own = _own_address_towards(info.address)
     store.set(f"minigpt/address/{info.rank}", own)
-    if _is_loopback(own):  # this is rank 0's machine: the interface is that towards another rank
-        for rank in reversed(range(info.size)):
-            address = store.get(f"minigpt/address/{rank}").decode(errors="replace")
-            if _is_address(address) and not _is_loopback(address):
-                own = _own_address_towards(address)
-                break
+    if not _is_remote(own):  # this is rank 0's machine: take the interface towards another rank
+        addresses = (store.get(f"minigpt/address/{rank}").decode() for rank in range(info.size))
+        own = next((_own_address_towards(each) for each in addresses if _is_remote(each)), own)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for name in names:
             request = struct.pack("256s", name.encode()[:15])
@@ -385,18 +353,10 @@ def _own_address_towards(host: str) -> str:
         return own
 
 
-def _is_address(text: str) -> bool:
-    try:
-        return bool(ipaddress.IPv4Address(text))
-    except ValueError:
-        return False
-
-
-def _is_loopback(address: str) -> bool:
-    return address.startswith("127.")
-
-
-# --- the launcher ---------------------------------------------------------------------------------
+def _is_remote(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return not ipaddress.IPv4Address(address).is_loopback
+    return False
 
 
 def follow_launcher() -> None:

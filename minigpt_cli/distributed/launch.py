@@ -28,24 +28,18 @@ from minigpt_cli.errors import UserError, tell
 from minigpt_cli.stopping import SIGNALS, ignore_signals
 from minigpt_cli.train.status import read_status, status_name, write_status
 
+# A second signal within these seconds is taken for the first one's echo. Later it is passed on: the
+# first may have got lost in a worker, and workers that are saving ignore it.
 ECHO_SECONDS = 5.0
-"""A second signal within these seconds is taken for the first one's echo. Later it is passed on:
-the first may have got lost in a worker, and workers that are saving ignore it."""
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds that the launcher waits for workers.
+    """Seconds that the launcher waits for workers."""
 
-    Attributes:
-        saved: for the others, once one has stopped and saved.
-        failed: for the others, once one has failed: they fail by themselves, or hang.
-        terminated: after that, between SIGTERM and SIGKILL.
-    """
-
-    saved: float = 300
-    failed: float = 10
-    terminated: float = 20
+    saved: float = 300  # for the others, once one has stopped and saved
+    failed: float = 10  # for the others, once one has failed: they fail by themselves, or hang
+    terminated: float = 20  # after that, between SIGTERM and SIGKILL
 
 
 def launch(arguments: list[str], *, nproc: int, run: Path) -> int:

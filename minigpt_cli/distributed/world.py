@@ -37,23 +37,14 @@ _world: "World | None" = None
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the ranks, and the collectives that ranks agree by.
-
-    Attributes:
-        rank: 0 to ``size`` - 1.
-        size: number of ranks.
-        device: what this rank computes on.
-        local_size: number of ranks on this machine.
-        control: group for decisions, on CPUs; None in a single process.
-        saving: group for checkpoints, which are written while training uses the others.
-    """
+    """This process's place among the ranks, and the collectives that ranks agree by."""
 
     rank: int
     size: int
     device: torch.device
-    local_size: int = 1
-    control: dist.ProcessGroup | None = None
-    saving: dist.ProcessGroup | None = None
+    local_size: int = 1  # number of ranks on this machine
+    control: dist.ProcessGroup | None = None  # for decisions, on CPUs; None in a single process
+    saving: dist.ProcessGroup | None = None  # for checkpoints, written while training goes on
 
     def all_reduce_max(self, *values: int) -> list[int]:
         """Return the maximum of each value over all ranks: all see a flag that one rank raises."""

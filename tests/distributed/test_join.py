@@ -62,8 +62,8 @@ def test_torchrun(monkeypatch: pytest.MonkeyPatch):
         (TORCHRUN | {"RANK": ""}, "RANK is not set"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not an integer"),
         ({"WORLD_SIZE": "2"}, "but RANK, MASTER_ADDR, MASTER_PORT not set"),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2"}, "SLURM_STEP_TASKS_PER_NODE is '4"),
-        (SLURM | {"SLURM_NODEID": "3"}, "SLURM_NODEID is 3"),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2"}, "node 2 and 11 tasks don't fit '4(x2'"),
+        (SLURM | {"SLURM_NODEID": "3"}, "node 3 and 11 tasks don't fit"),
         (SLURM | {"SLURM_STEP_ID": ""}, "SLURM_STEP_ID is not set"),
     ],
 )

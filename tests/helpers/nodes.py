@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -80,27 +79,25 @@ class Nodes:
 
 
 class Job:
-    """One command that runs on both nodes."""
+    """One command that torchrun starts on both nodes, as docs/cluster.md tells."""
 
     def __init__(
-        self, nodes: Nodes, folder: Path, *arguments: object, torchrun: bool | list[str] = True
+        self, nodes: Nodes, folder: Path, *arguments: object, torchrun: tuple[str, ...] = ()
     ):
-        """Under torchrun, with more arguments for it if given, or --nproc."""
+        """Start it; ``torchrun`` holds further options of torchrun."""
         self.nodes = nodes
         port = next(nodes.ports)
         endpoint = f"{ADDRESSES[0]}:{port}"
         self.logs = [folder / f"{port}-{node}.log" for node in (0, 1)]
         self.launchers = []
         for node, (log, address) in enumerate(zip(self.logs, ADDRESSES, strict=True)):
-            if torchrun:
-                start = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-                         "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr",
-                         address, "--rdzv-conf", f"is_host={1 - node}",
-                         *(torchrun if isinstance(torchrun, list) else ()),
-                         "-m", "minigpt_cli", *arguments]  # fmt: skip
-            else:
-                start = ["-m", "minigpt_cli", *arguments, "--nproc", "1", "--nnodes", "2",
-                         "--rdzv-endpoint", endpoint]  # fmt: skip
+            start = [
+                "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--local-addr", address,
+                "--rdzv-conf", f"is_host={1 - node}", "--shutdown-timeout", "600",
+                "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1", *torchrun,
+                "-m", "minigpt_cli", *arguments,
+            ]  # fmt: skip
             self.launchers.append(nodes.start(node, log, *start))
 
     def workers(self, node: int) -> list[int]:
@@ -120,13 +117,6 @@ class Job:
 
     def log(self, node: int) -> str:
         return self.logs[node].read_text()
-
-
-def until(condition: Callable[[], object], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it has not come about"
-        time.sleep(0.05)
 
 
 def _ip(*arguments: str) -> str:

@@ -51,8 +51,9 @@ def train_many(ranks: int, jobs: list[dict[str, Any]], folder: Path, code: int =
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, str(TRAIN_MANY), str(file)], cwd=ROOT, env=rank_environment(rank, ranks, port),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, str(TRAIN_MANY), str(file)], cwd=ROOT,
+            env=rank_environment(rank, ranks, port), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(ranks)
     ]  # fmt: skip

@@ -1,4 +1,7 @@
-"""scripts/slurm/pretrain.sbatch, and plain srun, under a real Slurm: two nodes on this machine."""
+"""scripts/slurm/pretrain.sbatch, and plain srun, under a real Slurm: its nodes are this machine.
+
+Two nodes with one core each, and one with two cores in a partition of its own.
+"""
 
 import json
 import os
@@ -15,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from tests.distributed.conftest import free_port
+from tests.helpers.ranks import free_port
 from tests.processes import ROOT, command, environment
 from tests.train.test_processes import steps_logged
 from tests.train.test_resume import assert_same_run
@@ -24,6 +27,7 @@ SBATCH = ROOT / "scripts/slurm/pretrain.sbatch"
 STEPS = 400
 SETTINGS = ("--set", f"train.steps={STEPS}", "--set", "eval.every_steps=200",
             "--set", "checkpoint.every_steps=1000", "--set", "precision.dtype=fp32")  # fmt: skip
+OPTIONS = ("--kill-on-bad-exit=0", "--wait=60", "--cpu-bind=none")  # as docs/cluster.md tells
 
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 pytestmark = pytest.mark.skipif(
@@ -54,7 +58,9 @@ SlurmdParameters=config_overrides
 KillWait=60
 NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
 NodeName={host}-2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+NodeName={host}-3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2
+PartitionName=main Nodes={host},{host}-2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=wide Nodes={host}-3 MaxTime=INFINITE State=UP
 """
 
 
@@ -73,8 +79,9 @@ class Slurm:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def submit(self, *arguments: object) -> str:
-        return self("sbatch", "--parsable", "--nodes=2", SBATCH, *arguments).strip()
+    def submit(self, *arguments: object, nodes: int = 2) -> str:
+        where = ("--nodes=2",) if nodes == 2 else ("--nodes=1", "--partition=wide")
+        return self("sbatch", "--parsable", *where, SBATCH, *arguments).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """JobState, ExitCode, Restarts and so on."""
@@ -103,7 +110,7 @@ def wait_for(condition: Callable[[], object], explain: Callable[[], str]) -> Non
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     folder = tmp_path_factory.mktemp("slurm")
     host = socket.gethostname().partition(".")[0]
-    ports = [free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(4)]
     (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, ports=ports))
     (folder / "state").mkdir()
     (folder / "bin").mkdir()
@@ -118,7 +125,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     log = folder / "daemons.log"
     daemons = []
     try:
-        for daemon in (["slurmctld"], ["slurmd", "-N", host], ["slurmd", "-N", f"{host}-2"]):
+        nodes = (host, f"{host}-2", f"{host}-3")
+        for daemon in (["slurmctld"], *(["slurmd", "-N", node] for node in nodes)):
             file = shutil.which(daemon[0], path=PATH)
             assert file is not None
             with log.open("a") as output:
@@ -140,7 +148,7 @@ def nodes_are_idle(slurm: Slurm) -> bool:
         ["sinfo", "--noheader", "--Node", "--format=%T"], env=slurm.env, capture_output=True,
         text=True, timeout=240,
     )  # fmt: skip
-    return shown.stdout.split() == ["idle", "idle"]
+    return shown.stdout.split() == ["idle"] * 3
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +215,30 @@ def test_a_job_that_cannot_go_on_ends_with_the_exit_code(slurm: Slurm, tmp_path:
     assert "no such recipe" in slurm.log(job)
 
 
-def test_srun_s_tasks_are_ranks_on_two_nodes_and_on_one(slurm: Slurm, recipe: Path, straight: Path):
+def test_a_killed_rank_ends_the_job(slurm: Slurm, recipe: Path):
+    """The other rank says so; the job does not requeue itself."""
+    run = slurm.folder / "killed"
+    job = slurm.submit(recipe, run, *SETTINGS, "--set", "train.steps=100000")
+    wait_for(lambda: steps_logged(run) > 3, lambda: slurm.log(job))
+    slurm("scancel", "--signal=KILL", f"{job}.0")
+    end = slurm.wait_for_end(job)
+    assert (end["JobState"], end["Restarts"]) == ("FAILED", "0"), slurm.log(job)
+    assert end["ExitCode"].split(":")[0] == "137", end
+
+
+def test_a_rank_per_core_of_one_node(slurm: Slurm, recipe: Path, straight: Path):
+    run = slurm.folder / "wide"
+    job = slurm.submit(recipe, run, *SETTINGS, nodes=1)
+    assert slurm.wait_for_end(job)["JobState"] == "COMPLETED", slurm.log(job)
+    assert_two_ranks(run)
+    assert_same_run(straight, run, STEPS)
+
+
+def test_srun_starts_ranks_on_two_nodes_and_on_one(slurm: Slurm, recipe: Path, straight: Path):
     run = slurm.folder / "srun"
     pretrain = ["minigpt", "pretrain", str(recipe), "--out", str(run), *SETTINGS]
     with subprocess.Popen(
-        ["srun", "--job-name=ranks", "--nodes=2", "--ntasks=2", *pretrain],
+        ["srun", "--job-name=ranks", "--nodes=2", "--ntasks-per-node=1", *OPTIONS, *pretrain],
         env=slurm.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as srun:  # fmt: skip
         wait_for(lambda: steps_logged(run) > 3 or srun.poll() is not None, lambda: "never began")
@@ -220,6 +247,6 @@ def test_srun_s_tasks_are_ranks_on_two_nodes_and_on_one(slurm: Slurm, recipe: Pa
     assert srun.returncode == 75, errors
     assert errors.count("stopped by SIGUSR1 at step ") == 1
     assert_two_ranks(run)
-    slurm("srun", "--nodes=1", "--ntasks=2", "--overcommit", "minigpt", "resume", run)
+    slurm("srun", "--partition=wide", "--ntasks-per-node=2", *OPTIONS, "minigpt", "resume", run)
     assert_two_ranks(run)
     assert_same_run(straight, run, STEPS)
