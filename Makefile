@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/tiny
 
-.PHONY: setup train test faults check bench clean
+.PHONY: setup train test faults old-runs check bench clean
 
 setup: .venv/installed
 
@@ -25,6 +25,10 @@ test: setup
 # Hundreds of kills, signals, full disks and lies; prints a table of those survived.
 faults: setup
 	$(BIN)/python -m tests.faults --kills 200
+
+# Runs, datasets and adapters that commit 93d8a84 makes: the same results, bit for bit.
+old-runs: setup
+	$(BIN)/python scripts/old_runs.py compare
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,22 +1,22 @@
-"""How closely losses agree with those of one process, by strategy and number of ranks.
+"""Compare losses with those of one process, by strategy and number of ranks.
 
     python -m benchmarks.agreement
 
-Trains a small model of LICENSE for 50 steps in each way, on real ranks of this machine (gloo), and
-prints a Markdown table: the largest relative difference of any step's loss.
+Train a small model on LICENSE for 50 steps in each way, on real ranks of this machine (gloo), and
+print a Markdown table of the largest relative difference of any step's loss.
 """
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
+from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.tokenize import tokenize
 from minigpt_cli.report import metrics
-from tests.conftest import TINY
 from tests.distributed.test_parallel import COMMON, SETTINGS, STRATEGIES
+from tests.helpers.processes import ROOT
 from tests.helpers.ranks import train_many
-from tests.processes import ROOT
+from tests.helpers.recipes import TINY
 
 
 def worst(run: Path, reference: Path) -> float:

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_save.py
 
-Prints one JSON object. The state (weights and AdamW's moments, 12 bytes a parameter) goes to
---directory; training is what stands still while the state is looked over and ``Saver.start`` runs.
+Prints one JSON object. The state (weights and AdamW's moments, 12 bytes per parameter) is written
+to --directory. Training is blocked while the state is checked and ``Saver.start`` runs.
 """
 
 import argparse
@@ -19,11 +19,17 @@ import torch
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.checkpoint.tensors import tensors_of
 from minigpt_cli.distributed.world import start_world
-from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
-from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.recipe import Checkpoint, Optimizer
-from minigpt_cli.train import guard, optimizer
+from minigpt_cli.model.gpt import initialize_weights
+from minigpt_cli.recipe.schema import (
+    CheckpointSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Recipe,
+    TrainSettings,
+)
+from minigpt_cli.train.checkpointing import all_finite
+from minigpt_cli.train.trainer import build_context
 
 
 def main() -> None:
@@ -34,26 +40,31 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--directory", type=Path, default=None)
     a = parser.parse_args()
-    config = model_config(
-        family="gpt2", vocab_size=a.vocab, hidden_size=a.hidden, num_hidden_layers=a.layers,
-        num_attention_heads=12, max_position_embeddings=1024,
-    )  # fmt: skip
+    recipe = Recipe(
+        model=ModelSettings(
+            family="gpt2",
+            hidden_size=a.hidden,
+            num_hidden_layers=a.layers,
+            num_attention_heads=12,
+        ),
+        train=TrainSettings(global_batch_size=8, sequence_length=1024),
+        optimizer=OptimizerSettings(lr=1e-4),
+    )
     world = start_world()
-    model = GPT(config).to(world.device)
-    initialize(model, 0)
-    optimizers = optimizer.build(model, Optimizer(lr=1e-4))
+    context = build_context(recipe, a.vocab, world)
+    initialize_weights(context.model, 0)
     directory = Path(tempfile.mkdtemp(dir=a.directory))
-    result = {"parameters": parameter_count(config), "device": str(world.device)}
+    result = {"parameters": parameter_count(context.model.config), "device": str(world.device)}
     try:
         for kind in ("synchronous", "asynchronous"):
-            keep = Checkpoint(keep_last=1, asynchronous=kind == "asynchronous")
+            keep = CheckpointSettings(keep_last=1, asynchronous=kind == "asynchronous")
             saver = Saver(directory / kind, world, keep)
             (directory / kind).mkdir()
             blocked, whole = [], []
             for step in range(1, a.repeat + 2):
                 began = time.perf_counter()
-                tensors = tensors_of(model, optimizers)
-                assert guard.are_finite(list(tensors.values()))  # as before every save
+                tensors = tensors_of(context.model, context.optimizers)
+                assert all_finite(list(tensors.values()))  # as before every save
                 saver.start(step, tensors, {"state.json": b"{}"}, None)
                 if not keep.asynchronous:
                     saver.wait()

@@ -23,14 +23,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from minigpt_cli.data.manifest import read_manifest  # noqa: E402
-from minigpt_cli.data.sources import Source, source_files  # noqa: E402
-from minigpt_cli.data.tokenizer import load_tokenizer, train_bpe  # noqa: E402
+from minigpt_cli.data.dataset_manifest import read_dataset_manifest  # noqa: E402
+from minigpt_cli.data.tokenizer import load_tokenizer  # noqa: E402
+from minigpt_cli.prepare.bpe import train_bpe  # noqa: E402
+from minigpt_cli.prepare.sources import Source, source_files  # noqa: E402
 
 TOKENIZE = """
 import sys
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
+from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.tokenize import tokenize
 corpus, out, tokenizer, workers = sys.argv[1:]
 tokenize(Source("jsonl", (corpus,)), out, tokenizer_path=tokenizer, workers=int(workers) or None)
 """
@@ -130,7 +131,7 @@ def whole(corpus: Path, tokenizer_file: Path, folder: Path, workers: int) -> dic
             time.sleep(0.1)
         seconds = time.perf_counter() - began
         assert process.returncode == 0, process.returncode
-        splits = read_manifest(Path(out)).splits.values()
+        splits = read_dataset_manifest(Path(out)).splits.values()
     size = sum(split.bytes for split in splits)
     return {
         "seconds": round(seconds, 2),

@@ -9,17 +9,20 @@ import time
 
 import torch
 
-from minigpt_cli.data.batches import Batch
-from minigpt_cli.distributed import device as devices
-from minigpt_cli.distributed.parallel import Layout
+from minigpt_cli.data.loader import Batch
+from minigpt_cli.distributed.device import device_name, find_device
 from minigpt_cli.distributed.world import World
-from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
-from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.recipe import Optimizer, Precision
-from minigpt_cli.train import guard, optimizer, precision
-from minigpt_cli.train.build import compile_blocks, warm_up
-from minigpt_cli.train.step import Trainer, train_step
+from minigpt_cli.model.gpt import initialize_weights
+from minigpt_cli.recipe.schema import (
+    ModelSettings,
+    OptimizerSettings,
+    PrecisionSettings,
+    Recipe,
+    TrainSettings,
+)
+from minigpt_cli.train.step import train_step
+from minigpt_cli.train.trainer import build_context, warm_up
 
 
 def main() -> None:
@@ -39,56 +42,48 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     a = parser.parse_args()
 
-    device = devices.find_device()
-    if a.deterministic:
-        devices.use_deterministic_kernels(device, a.compile)
-    config = model_config(
-        family=a.family,
-        vocab_size=a.vocab,
-        hidden_size=a.hidden,
-        num_hidden_layers=a.layers,
-        num_attention_heads=a.heads,
-        max_position_embeddings=a.sequence_length,
+    recipe = Recipe(
+        model=ModelSettings(
+            family=a.family,
+            hidden_size=a.hidden,
+            num_hidden_layers=a.layers,
+            num_attention_heads=a.heads,
+        ),
+        train=TrainSettings(
+            global_batch_size=a.batch,
+            sequence_length=a.sequence_length,
+            micro_batch_size=a.micro_batch,
+            deterministic=a.deterministic,
+            seed=0,
+        ),
+        optimizer=OptimizerSettings(lr=3e-4, name=a.optimizer),
+        precision=PrecisionSettings(dtype=a.dtype, compile=a.compile),
     )
-    model = GPT(config).to(device)
-    initialize(model, 0)
-    if a.compile:
-        compile_blocks(model)
-    dtype = precision.computing_dtype(Precision(dtype=a.dtype), device)
-    trainer = Trainer(
-        model=model,
-        forward=model,
-        layout=Layout("single", World(rank=0, size=1, device=device)),
-        optimizers=optimizer.build(model, Optimizer(lr=3e-4, name=a.optimizer)),
-        scaler=precision.grad_scaler(dtype, device),
-        guard=guard.new_guard(device),
-        dtype=dtype,
-        seed=0,
-        micro_batch_size=a.micro_batch or a.batch,
-        clip_norm=1.0,
-        dropout=False,
-    )
-    warm_up(trainer, a.sequence_length)
+    device = find_device()
+    context = build_context(recipe, a.vocab, World(rank=0, size=1, device=device))
+    initialize_weights(context.model, recipe.train.seed)
+    warm_up(context, a.sequence_length)
     tokens = torch.randint(a.vocab, (a.batch, a.sequence_length + 1), device=device)
     times = []
     for step in range(a.steps + 5):
         began = time.perf_counter()
-        loss, _ = train_step(trainer, Batch(tokens[:, :-1], tokens[:, 1:], None), step, 1.0)
+        loss, _ = train_step(context, Batch(tokens[:, :-1], tokens[:, 1:], None), step, 1.0)
         loss.item()
         times.append(time.perf_counter() - began)
     median = sorted(times[5:])[a.steps // 2]
     rate = a.batch * a.sequence_length / median
-    peak = peak_flops(devices.device_name(device))
+    peak = peak_flops(device_name(device))
+    flops = flops_per_token(context.model.config, a.sequence_length)
     print(
         json.dumps(
             {
                 **vars(a),
-                "device": devices.device_name(device),
+                "device": device_name(device),
                 "torch": torch.__version__,
-                "parameters": parameter_count(config),
+                "parameters": parameter_count(context.model.config),
                 "median_step_seconds": median,
                 "tokens_per_second": rate,
-                "mfu": rate * flops_per_token(config, a.sequence_length) / peak if peak else None,
+                "mfu": rate * flops / peak if peak else None,
                 "peak_memory_bytes": torch.cuda.max_memory_allocated() if peak else None,
             }
         )

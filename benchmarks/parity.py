@@ -1,4 +1,4 @@
-"""How far minigpt is from transformers and PEFT, by family: ``python -m benchmarks.parity``.
+"""Compare logits with those of transformers and PEFT, by family: ``python -m benchmarks.parity``.
 
 Random models of each shape, float32, on a CPU. Each column is the largest difference of any logit.
 """
@@ -14,20 +14,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minigpt_cli.checkpoint.adapter import LoadedAdapter, merge
-from minigpt_cli.checkpoint.base import open_base
-from minigpt_cli.checkpoint.export import export_adapter, export_model
-from minigpt_cli.checkpoint.load import load_model
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
+from minigpt_cli.huggingface.adapter import LoadedAdapter, merge
+from minigpt_cli.huggingface.base_model import open_base
+from minigpt_cli.huggingface.export import export_adapter, export_model
+from minigpt_cli.huggingface.load import load_model
 from minigpt_cli.model import lora
 from minigpt_cli.model.gpt import GPT
-from tests.checkpoint.conftest import SHAPES, saved_model
-from tests.checkpoint.test_adapter import KINDS, peft_adapter
-from tests.model.test_lora import randomize
-from tests.processes import ROOT
+from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.tokenize import tokenize
+from tests.helpers.adapters import KINDS, peft_adapter, randomize
+from tests.helpers.models import SHAPES, saved_model
+from tests.helpers.processes import ROOT
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 320, (4, 64), generator=torch.Generator().manual_seed(1))

@@ -4,7 +4,7 @@
     python -m benchmarks.scale_tables --check 1B   # and one that compares it with torch; also 7B,
                                                    # and processes: minutes each, on 2 cores
 
-The arithmetic is model/scale.py's; what it is compared with, tests/measure.py's.
+The arithmetic is model/cost.py's; what it is compared with, tests/helpers/measure.py's.
 """
 
 import argparse
@@ -15,8 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt_cli.model.config import ModelConfig, model_config
-from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
-from minigpt_cli.model.scale import Workload, memory, optimizer_elements, traffic
+from minigpt_cli.model.cost import (
+    Workload,
+    device_memory_needed,
+    device_traffic,
+    flops_per_token,
+    optimizer_elements,
+    parameter_count,
+    peak_flops,
+)
 
 DOC = Path(__file__).parent.parent / "docs" / "scale.md"
 LENGTH, GLOBAL_BATCH, NODE = 4096, 512, 8
@@ -75,8 +82,8 @@ def models_table() -> str:
 def memory_table(config: ModelConfig) -> str:
     rows = []
     for work in workloads():
-        plain = memory(config, work)
-        recomputing = memory(config, replace(work, activation_checkpointing=True))
+        plain = device_memory_needed(config, work)
+        recomputing = device_memory_needed(config, replace(work, activation_checkpointing=True))
         parts = (
             plain.parameters, plain.gradients, plain.optimizer, plain.gathered, plain.activations,
             plain.peak, recomputing.activations, recomputing.peak,
@@ -98,8 +105,8 @@ def memory_table(config: ModelConfig) -> str:
 def traffic_table(config: ModelConfig) -> str:
     rows = []
     for work in workloads():
-        sent = traffic(config, work)
-        muon = traffic(config, replace(work, optimizer="muon")).all_to_all
+        sent = device_traffic(config, work)
+        muon = device_traffic(config, replace(work, optimizer="muon")).all_to_all
         # A ring through all nodes leaves each once; hsdp's rings between nodes are one per GPU.
         leaving = 0 if work.world_size == NODE else sent.total
         if work.strategy == "hsdp":
@@ -156,10 +163,10 @@ def fake_ranks_table(config: ModelConfig) -> str:
         for recompute, optimizer in ((False, "adamw"), (True, "muon")):
             work = replace(work, activation_checkpointing=recompute, optimizer=optimizer)
             held, sent = measure.step_without_storage(config, work)
-            expected = memory(config, work)
+            expected = device_memory_needed(config, work)
             assert held.parameters == expected.parameters
             assert held.optimizer == expected.optimizer
-            assert sent == traffic(config, work)
+            assert sent == device_traffic(config, work)
             peaks += [gb(expected.peak), gb(held.peak), off(expected.peak / held.peak)]
         rows.append([work.world_size, work.strategy, work.accumulation, *peaks])
         print(*rows[-1], flush=True)
@@ -191,7 +198,7 @@ def allocator_table() -> str:
         real = measure.steps_of_real_ranks(config, jobs, Path(folder), watch=True)
     rows = []
     for work, ranks in zip(jobs, real, strict=True):
-        expected = memory(config, work)
+        expected = device_memory_needed(config, work)
         assert ranks[0].parameters == expected.parameters
         assert ranks[0].optimizer == expected.optimizer
         alone = measure.allocated_by_a_rank(config, work)

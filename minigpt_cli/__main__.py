@@ -1,7 +1,7 @@
-"""``minigpt``, and ``python -m minigpt_cli``, which launchers start as workers."""
+"""``minigpt``, and ``python -m minigpt_cli``, which launchers start as ranks."""
 
+from minigpt_cli.core.signals import block_signals
 from minigpt_cli.distributed.join import follow_launcher
-from minigpt_cli.stopping import block_signals
 
 
 def main() -> None:

@@ -2,17 +2,20 @@
 
 import contextlib
 import random
+import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from minigpt_cli import recipe as recipes
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
-from tests.processes import ROOT, command, environment
+from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.tokenize import tokenize
+from minigpt_cli.recipe import Recipe, parse_recipe
+from tests.helpers.processes import ROOT, command, environment
+from tests.helpers.recipes import TINY
 
 # Under nohup, or in the background of a script, signals are ignored, which children inherit.
 for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
@@ -26,34 +29,6 @@ with contextlib.suppress(ImportError):  # the GPU's machine has none, and needs 
     # A busy machine may take long over an example; no test here is about time.
     hypothesis.settings.register_profile("no deadline", deadline=None)
     hypothesis.settings.load_profile("no deadline")
-
-TINY = """
-[data]
-path = "{data}"
-[model]
-family = "llama"
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-[train]
-steps = 12
-global_batch_size = 8
-micro_batch_size = 4
-sequence_length = 32
-[optimizer]
-lr = 3e-3
-[schedule]
-warmup_steps = 3
-[checkpoint]
-every_steps = 4
-keep_last = 100
-[eval]
-every_steps = 4
-windows = 8
-[log]
-every_steps = 1
-"""
 
 
 @pytest.fixture(scope="session")
@@ -98,11 +73,11 @@ def regular(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_recipe(dataset: Path) -> Callable[..., recipes.Recipe]:
+def make_recipe(dataset: Path) -> Callable[..., Recipe]:
     """``make_recipe("train.steps=3", ...)`` -> the tiny recipe with these overrides."""
 
-    def make(*overrides: str, data: Path = dataset) -> recipes.Recipe:
-        return recipes.parse(TINY.format(data=data), list(overrides), name="tiny")
+    def make(*overrides: str, data: Path = dataset) -> Recipe:
+        return parse_recipe(TINY.format(data=data), list(overrides), name="tiny")
 
     return make
 
@@ -142,3 +117,12 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def quick() -> Iterator[Path]:
+    """A directory in memory where there is one: these tests flush files thousands of times."""
+    memory = Path("/dev/shm")
+    path = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)

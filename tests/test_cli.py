@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY
-from tests.processes import ROOT, SHARED, environment, minigpt
+from tests.helpers.commands import refused
+from tests.helpers.processes import ROOT, SHARED, environment, minigpt
+from tests.helpers.recipes import TINY
+from tests.helpers.runs import tensors
 
 
 @pytest.fixture(scope="module")
@@ -25,18 +27,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     assert result["run"] == "runs/tiny"
     assert result["step"] == 12
     return folder / "runs/tiny"
-
-
-def refused(code: int, part: str, *arguments: object, cwd: Path | None = None) -> None:
-    """The command fails with this exit code and one line that says ``part``."""
-    done = minigpt(*arguments, cwd=cwd)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("minigpt: ")]
-    assert done.returncode == code, done.stderr
-    assert len(lines) == 1, done.stderr
-    assert part in lines[0]
-    assert done.stderr.splitlines()[-1] == lines[0]
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 def test_what_a_run_leaves_behind(run: Path):
@@ -57,53 +47,13 @@ def test_what_a_run_leaves_behind(run: Path):
     ]  # fmt: skip
 
 
-def test_eval_of_the_dataset_and_of_a_text(run: Path, tmp_path: Path):
-    whole = minigpt("eval", run, "--json")
-    assert whole.returncode == 0, whole.stderr
-    result = json.loads(whole.stdout)
-    assert result.keys() >= {"loss", "perplexity", "bits_per_byte", "tokens"}
-    (tmp_path / "a.txt").write_text("import os\n\n\ndef f(x):\n    return x\n" * 20)
-    text = minigpt("eval", run / "checkpoints/step-00000012", "--text", tmp_path / "a.txt")
-    assert text.returncode == 0, text.stderr
-    assert "bits per byte" in text.stdout
-
-
-def test_sample_takes_the_newest_run_and_a_seed(run: Path):
-    folder = run.parent.parent
-    arguments = ("sample", "--prompt", "def ", "--max-new-tokens", "12", "--seed", "3")
-    streamed = minigpt(*arguments, cwd=folder)
-    as_json = minigpt(*arguments, "--json", "--num-samples", "3", cwd=folder)
-    assert streamed.returncode == 0, streamed.stderr
-    assert as_json.returncode == 0, as_json.stderr
-    result = json.loads(as_json.stdout)
-    assert result["prompt"] == "def "
-    assert len(result["completions"]) == 3
-    assert streamed.stdout == "def " + result["completions"][0] + "\n"
-    three = minigpt(*arguments, "--num-samples", "3", cwd=folder)
-    for completion in result["completions"]:
-        assert "def " + completion in three.stdout
-
-
-def test_verify_names_damage(run: Path, tmp_path: Path, dataset: Path):
-    assert minigpt("verify", run).returncode == 0
-    assert minigpt("verify", dataset).returncode == 0
-    copy = tmp_path / "copy"
-    shutil.copytree(run, copy)
-    state = copy / "checkpoints/step-00000008/state.json"
-    state.write_text(state.read_text().replace("8", "9", 1))
-    refused(4, "state.json: its content is not what was written", "verify", copy)
-    found = json.loads(minigpt("verify", copy, "--json").stdout)
-    assert not found["valid"]
-    assert len(found["damaged"]) == 1
-
-
 @pytest.mark.parametrize(
     ("code", "part", "arguments"),
     [
         (2, "no/recipe.toml: no such recipe", ("pretrain", "no/recipe.toml")),
         (2, "did you mean steps?", ("pretrain", "{recipe}", "--set", "train.stepz=3")),
         (2, "is not a token dataset", ("pretrain", "{recipe}", "--set", "data.path=nowhere")),
-        (2, "too few for one window", ("pretrain", "{recipe}", "--set",
+        (2, "has no sequence of train.sequence_length", ("pretrain", "{recipe}", "--set",
                                        "train.sequence_length=1000000")),
         (2, "already holds a run at step 12", ("pretrain", "{recipe}", "--out", "{run}")),
         (2, "can't be written to", ("pretrain", "{recipe}", "--out", "{recipe}/x")),
@@ -113,20 +63,13 @@ def test_verify_names_damage(run: Path, tmp_path: Path, dataset: Path):
                                                       "model.hidden_size=33")),
         (2, "no such run or checkpoint", ("resume", "nowhere")),
         (2, "add --allow-change train.seed", ("resume", "{run}", "--set", "train.seed=1")),
-        (2, "runs/ holds no trained run", ("sample",)),
-        (2, "can't be read", ("eval", "{run}", "--text", "nowhere.txt")),
         (2, "temperature", ("sample", "{run}", "--temperature", "-1")),
-        (2, "nowhere", ("tokenize", "nowhere.txt", "--out", "out", "--train-vocab", "300")),
-        (2, "", ("tokenize", "{empty}", "--out", "out", "--train-vocab", "300")),
-        (2, "--train-vocab", ("tokenize", "{recipe}", "--out", "out")),
-        (2, "no such run or checkpoint", ("verify", "nowhere")),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line(
     run: Path, tmp_path: Path, recipe_file: Path, code: int, part: str, arguments: tuple[str, ...]
 ):
-    (tmp_path / "empty.txt").write_text("")
-    words = {"recipe": recipe_file, "run": run, "empty": tmp_path / "empty.txt"}
+    words = {"recipe": recipe_file, "run": run}
     refused(code, part, *(each.format(**words) for each in arguments), cwd=tmp_path)
 
 
@@ -144,7 +87,7 @@ def test_a_damaged_dataset_and_another_tokenizer_are_refused(
     shard.unlink()
     refused(4, "train-00000.npy: is missing", "eval", run, "--data", damaged)
     other = tmp_path / "other"
-    made = minigpt("tokenize", ROOT / "LICENSE", "--out", other, "--train-vocab", 300)
+    made = minigpt("tokenize", ROOT / "LICENSE", "--out", other, "--vocab-size", 300)
     assert made.returncode == 0, made.stderr
     refused(2, "was made with another tokenizer", "eval", run, "--data", other)
 
@@ -188,13 +131,15 @@ def test_a_model_is_taken_from_the_newest_valid_checkpoint(run: Path, tmp_path: 
     done = minigpt("sample", copy, "--prompt", "x", "--max-new-tokens", 2, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checkpoint"] == str(older)
-    assert f"{newest.name} passed over" in done.stderr
+    assert f"{newest.name} skipped" in done.stderr
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_with_room(
-    tmp_path: Path, recipe_file: Path
+    run: Path, tmp_path: Path, recipe_file: Path
 ):
+    saved = tensors(run / "checkpoints/step-00000012").values()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in saved)
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "none", place]).returncode:
@@ -202,8 +147,10 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_with_room(
     try:
         done = minigpt("pretrain", recipe_file, "--out", place / "run")
         assert done.returncode == 2, done.stderr
-        room = r"takes 0\.62 MB, and 0\.\d\d MB are free; older checkpoints are untouched"
-        assert re.search(room, done.stderr.splitlines()[-1])
+        room = r"takes (0\.\d\d) MB, and 0\.\d\d MB are free; older checkpoints are untouched"
+        told = re.search(room, done.stderr.splitlines()[-1])
+        assert told is not None
+        assert float(told[1]) == pytest.approx(size / 1e6, abs=0.006)
         assert "Traceback" not in done.stderr
         assert "training goes on" in done.stderr  # the saves before the last could wait
         assert minigpt("verify", place / "run").returncode == 0
@@ -213,19 +160,19 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_with_room(
         subprocess.run(["umount", place], check=True)
 
 
-def test_debug_shows_the_traceback():
-    done = minigpt("pretrain", "nowhere.toml", "--debug")
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
-
-
-def test_usage_errors_and_version():
+def test_usage_errors():
     for arguments, said in {
-        ("pretrain",): "Missing argument 'recipe' (see minigpt pretrain --help)",
+        ("pretrain",): "Missing argument 'RECIPE' (see minigpt pretrain --help)",
         ("tokeniz",): "No such command 'tokeniz'. Did you mean 'tokenize'? (see minigpt --help)",
         ("sample", "--promt", "x"): "No such option: --promt",
         ("sample", "--prompt"): "Option '--prompt' requires an argument (see minigpt",
-        ("export", "a", "b", "--dtype", "int8"): "'int8' is not one of 'fp32', 'bf16', 'fp16'",
+        (
+            "export",
+            "a",
+            "b",
+            "--dtype",
+            "int8",
+        ): "Invalid value for '--dtype': 'int8' is not one of",
     }.items():
         done = minigpt(*arguments)
         assert done.returncode == 2
@@ -233,12 +180,6 @@ def test_usage_errors_and_version():
         (line,) = done.stderr.splitlines()
         assert line.startswith("minigpt: ")
         assert said in line
-    helped = minigpt()
-    assert helped.returncode == 2
-    assert "finetune-lora" in helped.stderr
-    done = minigpt("--version")
-    assert done.returncode == 0
-    assert done.stdout.startswith("minigpt ")
 
 
 def test_half_a_place_among_several_processes_is_refused(recipe_file: Path):
@@ -285,13 +226,5 @@ def test_a_run_that_diverges_exits_with_3(tmp_path: Path, dataset: Path):
             "--set", "schedule.warmup_steps=0", "--set", "train.steps=1",
             "--set", "schedule.name=constant", cwd=tmp_path)  # fmt: skip
     assert not list((tmp_path / "runs/tiny").glob("checkpoints/step-*"))
-    refused(2, "must be finite", "pretrain", "tiny.toml", "--set", "optimizer.lr=inf",
+    refused(2, "finite", "pretrain", "tiny.toml", "--set", "optimizer.lr=inf",
             cwd=tmp_path)  # fmt: skip
-
-
-def test_a_split_is_for_hugging_face_datasets(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("text")
-    refused(2, "--split and --config are for Hugging Face", "tokenize", tmp_path / "a.txt",
-            "--out", tmp_path / "d", "--train-vocab", 300, "--split", "test")  # fmt: skip
-    refused(2, "--split and --config are for Hugging Face", "tokenize", "python-stdlib",
-            "--out", tmp_path / "d", "--train-vocab", 300, "--config", "x")  # fmt: skip

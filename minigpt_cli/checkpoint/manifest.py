@@ -1,83 +1,105 @@
-"""manifest.json: what a checkpoint holds, and the proof that it is what was written."""
+"""manifest.json: a checkpoint's files with their checksums, and its tensors."""
 
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.errors import Damaged
+from minigpt_cli.core.errors import Damaged
+from minigpt_cli.core.run_dir import (
+    AUXILIARY_FILES,
+    CHECKPOINT_MANIFEST,
+    RECIPE,
+    STATE,
+    TOKENIZER,
+    checkpoint_step,
+)
 
-MANIFEST = "manifest.json"
-SMALL_FILES = ("state.json", "recipe.toml", "tokenizer.json", "huggingface.json")
-FORMAT = 2
-NAME = re.compile(r"step-(\d{8,})$")  # of a checkpoint's directory
+_SMALL_FILES = (STATE, RECIPE, TOKENIZER, AUXILIARY_FILES)
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint holds."""
+class CheckpointManifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        step: Optimizer steps done.
+        files: File name -> {"bytes": size, "sha256": hex}; all files but the manifest.
+        tensors: Tensor name -> {"dtype": name, "shape": list}, of the whole tensor.
+        val_loss: The validation loss at this step; None if there was no evaluation.
+    """
 
     step: int
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
-    tensors: dict[str, dict[str, Any]]  # name -> dtype, shape
-    val_loss: float | None  # where an evaluation was made at this step
+    files: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Any]]
+    val_loss: float | None
+
+    @property
+    def tensor_files(self) -> list[str]:
+        """The names of the safetensors files."""
+        return [name for name in self.files if name.endswith(".safetensors")]
 
 
-def write_manifest(checkpoint: Path, manifest: Manifest) -> None:
+def write_checkpoint_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
+    """Write ``manifest`` into the directory ``checkpoint``, with a checksum of itself.
+
+    Raises:
+        OSError: The disk is full or can't be written to.
+    """
     content: dict[str, Any] = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "step": manifest.step,
         "val_loss": manifest.val_loss,
         "files": dict(sorted(manifest.files.items())),
         "tensors": manifest.tensors,
     }
     content["checksum"] = _checksum(content)
-    (checkpoint / MANIFEST).write_text(_text(content))
+    (checkpoint / CHECKPOINT_MANIFEST).write_text(_text(content))
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest, its form checked but not the files that it names.
+def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
+    """Read a checkpoint's manifest and check its form, but not the files that it lists.
 
     Raises:
-        Damaged: there is none, or it can't be what ``write_manifest`` wrote.
+        Damaged: The manifest is missing, or isn't as ``write_checkpoint_manifest`` wrote it.
     """
-    file = checkpoint / MANIFEST
+    file = checkpoint / CHECKPOINT_MANIFEST
     if not file.exists() and not file.is_symlink():
-        raise Damaged(f"{checkpoint}: has no {MANIFEST}, so it is not a whole checkpoint")
-    if file.is_symlink() or not file.is_file():  # a pipe would be waited for
-        raise Damaged(f"{file}: is not a file of this directory")
+        raise Damaged(f"{checkpoint}: has no {file.name}, so the checkpoint is incomplete")
+    if file.is_symlink() or not file.is_file():  # reading a pipe would block
+        raise Damaged(f"{file}: is not a regular file")
     try:
         text = file.read_text()
         raw = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{file}: can't be read: {error}") from None
     try:
-        if raw["format"] != FORMAT:
+        if raw["format"] != _FORMAT:
             raise Damaged(
-                f"{checkpoint}: format {raw['format']!r}; this version of minigpt reads {FORMAT}"
+                f"{checkpoint}: format {raw['format']!r}; this version of minigpt reads {_FORMAT}"
             )
-        whole = text == _text(raw)
-        if raw.pop("checksum") != _checksum(raw) or not whole:
+        unchanged = text == _text(raw)
+        if raw.pop("checksum") != _checksum(raw) or not unchanged:
             raise Damaged(f"{file}: its content doesn't match its checksum")
-        manifest = Manifest(raw["step"], raw["files"], raw["tensors"], raw["val_loss"])
+        manifest = CheckpointManifest(raw["step"], raw["files"], raw["tensors"], raw["val_loss"])
         _check_types(manifest)
     except (KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{file}: is not a manifest ({error!r})") from None
     for name in manifest.files:
         if Path(name).name != name or name in ("", ".", ".."):
             raise Damaged(f"{checkpoint}: the manifest names a file outside it: {name!r}")
-        if not name.endswith(".safetensors") and name not in SMALL_FILES:
+        if not name.endswith(".safetensors") and name not in _SMALL_FILES:
             raise Damaged(f"{checkpoint}: the manifest names {name}, which no checkpoint holds")
-    if (named := NAME.match(checkpoint.name)) and int(named[1]) != manifest.step:
+    if checkpoint_step(checkpoint) not in (None, manifest.step):
         raise Damaged(f"{checkpoint}: its manifest is of step {manifest.step}")
     return manifest
 
 
-def _check_types(manifest: Manifest) -> None:
-    """Raise TypeError where a value isn't of its type: somebody may mean to deceive."""
+def _check_types(manifest: CheckpointManifest) -> None:
+    """Raise TypeError for a value of the wrong type: a received manifest may be forged."""
     if type(manifest.step) is not int:
         raise TypeError("step")
     loss = manifest.val_loss

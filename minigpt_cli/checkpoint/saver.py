@@ -1,8 +1,8 @@
-"""Saves a run's checkpoints, one at a time, while training goes on.
+"""Save a run's checkpoints, one at a time, while training goes on.
 
-All ranks copy their tensors to memory and train on. Meanwhile each writes, flushes and hashes its
-own files; when all have done so, rank 0 writes the manifest and renames the directory. Nothing is
-gathered but the names and hashes of files, and every rank learns whether it worked.
+All ranks copy their tensors to memory and train on. Meanwhile each rank writes, flushes and hashes
+its own files; then rank 0 writes the manifest and renames the directory. Only the names and
+hashes of files are gathered. Every rank learns whether the save succeeded.
 """
 
 import contextlib
@@ -14,33 +14,42 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.commit import (
+    abandon,
+    begin,
+    commit,
+    failure_reason,
+    flush_files,
+    free_bytes,
+)
+from minigpt_cli.checkpoint.store import prune
 from minigpt_cli.checkpoint.tensors import (
     bytes_of,
-    describe,
     own_files,
     save_tensors,
     start_saving_tensors,
+    tensor_entry,
 )
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.run_dir import checkpoint_path
 from minigpt_cli.distributed.failure import is_lost_rank
 from minigpt_cli.distributed.world import World
-from minigpt_cli.errors import UserError
-from minigpt_cli.recipe import Checkpoint as CheckpointRecipe
+from minigpt_cli.recipe import CheckpointSettings
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What became of a save: the same on every rank."""
+class SaveResult:
+    """How a save ended: the same on every rank."""
 
     step: int
-    path: Path
-    problem: str | None  # None: it is there
+    path: Path  # the checkpoint's directory
+    problem: str | None  # why it failed; None: the checkpoint is on disk
 
 
 class _Stager(DefaultStager):
     """Copies tensors to memory: on all ranks, or on none.
 
-    One that failed alone would leave the others waiting for it in the engine.
+    If it failed on one rank only, the others would wait for that rank in DCP.
     """
 
     def __init__(self, world: World):
@@ -53,7 +62,7 @@ class _Stager(DefaultStager):
         try:
             copy = super().stage(state_dict, **kwargs)
         except Exception as error:
-            problem = store.why(error)
+            problem = failure_reason(error)
         if any(self._world.all_reduce_max(problem is not None)):
             raise UserError(next(filter(None, self._world.all_gather_json(problem))))
         assert isinstance(copy, dict)
@@ -61,12 +70,25 @@ class _Stager(DefaultStager):
 
 
 class Saver:
-    def __init__(self, run: Path, world: World, keep: CheckpointRecipe):
+    """Saves a run's checkpoints in the background. All ranks make the same calls.
+
+    Args:
+        run: The run directory.
+        world: The ranks that save together.
+        settings: Whether saves are asynchronous, and which checkpoints are kept.
+
+    Attributes:
+        last_saved_step: The step of the last save that succeeded, as far as ``poll`` and ``wait``
+            have returned it; None if there was none. A resume or a rollback may set it.
+    """
+
+    def __init__(self, run: Path, world: World, settings: CheckpointSettings):
+        self.last_saved_step: int | None = None
         self._run = run
         self._world = world
-        self._keep = keep
+        self._settings = settings
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self._running: Future[Saved] | None = None
+        self._save: Future[SaveResult] | None = None
         self._stager = _Stager(world)
 
     def start(
@@ -76,55 +98,63 @@ class Saver:
         small_files: dict[str, bytes],
         val_loss: float | None,
     ) -> None:
-        """Begin to save; the tensors may be changed when this returns.
+        """Start a save. The tensors may be changed when this returns.
 
         Args:
-            small_files: name -> content, of what stands beside the tensors.
+            step: The checkpoint's step.
+            tensors: See ``tensors_of``.
+            small_files: Name -> content, of the other files.
+            val_loss: The validation loss at this step; None if there was no evaluation.
         """
-        assert self._running is None, "one save at a time: wait() first"
-        described = {name: describe(tensor) for name, tensor in tensors.items()}
+        assert self._save is None, "one save at a time: wait() first"
+        entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
         directory, problem = self._begin(step, bytes_of(tensors), small_files)
         if problem is not None:
-            self._running = Future()
-            self._running.set_result(self._failed(step, problem))
+            self._save = Future()
+            self._save.set_result(self._failed(step, problem))
             return
         group = self._world.saving
         try:
-            if self._keep.asynchronous:
+            if self._settings.asynchronous:
                 written = start_saving_tensors(directory, tensors, group, self._stager)
             else:
                 written = self._thread.submit(save_tensors, directory, tensors, group)
-        except BaseException as error:  # the engine's errors are not Exceptions
-            written, problem = None, store.why(error)
-        if not self._keep.asynchronous:
+        except BaseException as error:  # DCP's errors are not Exceptions
+            written, problem = None, failure_reason(error)
+        if not self._settings.asynchronous:
             self._await(written)
-        self._running = self._thread.submit(
-            self._finish, step, directory, written, problem, list(small_files), described, val_loss
+        self._save = self._thread.submit(
+            self._finish, step, directory, written, problem, list(small_files), entries, val_loss
         )
 
-    def poll(self) -> Saved | None:
-        """What became of the save that was running, if it is through on this rank."""
-        return self._take() if self._running is not None and self._running.done() else None
+    def poll(self) -> SaveResult | None:
+        """Return how the running save ended; None if it is still running, or none is."""
+        return self._take() if self._save is not None and self._save.done() else None
 
-    def wait(self) -> Saved | None:
-        """What became of the save that is running; None if none is. Every rank calls it."""
-        self._await(self._running)
+    def wait(self) -> SaveResult | None:
+        """Wait for the running save and return how it ended; None if none is. A collective."""
+        self._await(self._save)
         return self._take()
 
-    def _take(self) -> Saved | None:
-        running, self._running = self._running, None
-        return running.result() if running is not None else None
+    def _take(self) -> SaveResult | None:
+        save, self._save = self._save, None
+        if save is None:
+            return None
+        result = save.result()
+        if result.problem is None:
+            self.last_saved_step = result.step
+        return result
 
     def _await(self, work: "Future[Any] | None") -> None:
-        """Wait until every rank's work is done.
+        """Wait, for any time, until every rank's work is done.
 
-        It may take as long as it takes, but the ranks must answer: what they do for the save they
-        do with a patience of an hour, which nobody should have to wait for where one is lost.
+        A lost rank ends this wait soon. The save's own collectives time out after an hour only.
         """
         while any(self._world.all_reduce_max(work is not None and not work.done())):
             wait([] if work is None else [work], timeout=0.5)
 
     def close(self) -> None:
+        """Wait for the running save on this rank, and free the memory for copies."""
         self._thread.shutdown(wait=True)
         self._stager.close()
 
@@ -132,21 +162,21 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None or not is_lost_rank(error):  # without it no save comes to its end
+        if error is None or not is_lost_rank(error):  # else a save would never end
             self.close()
 
     def _begin(
         self, step: int, size: int, small_files: dict[str, bytes]
     ) -> tuple[Path, str | None]:
-        """Rank 0 makes the directory, if there is room; every rank learns whether."""
+        """Make the directory on rank 0; return it and, on failure, the reason, on every rank."""
         directory, problem = Path(), None
         if self._world.rank == 0:
             try:
-                directory = store.begin(self._run, step, small_files)
-                if (free := store.free_bytes(self._run)) < size:
+                directory = begin(self._run, step, small_files)
+                if (free := free_bytes(self._run)) < size:
                     problem = f"it takes {_size(size)}, and {_size(free)} are free"
             except OSError as error:
-                problem = store.why(error)
+                problem = failure_reason(error)
         where, problem = self._world.all_gather_json([str(directory), problem])[0]
         return Path(where), problem
 
@@ -159,7 +189,8 @@ class Saver:
         small_files: list[str],
         tensors: dict[str, dict[str, Any]],
         val_loss: float | None,
-    ) -> Saved:
+    ) -> SaveResult:
+        """Flush and hash this rank's files; commit on rank 0. A collective, in the thread."""
         world, files = self._world, {}
         try:
             if written is not None:
@@ -167,57 +198,59 @@ class Saver:
             own = own_files(directory, world.rank)
             if world.rank == 0:
                 own += [directory / name for name in small_files]
-            files = store.flush_files(own)
+            files = flush_files(own)
         except BaseException as error:
-            problem = problem or store.why(error)
+            problem = problem or failure_reason(error)
         answers = world.all_gather_json([files, problem], world.saving)
         problems = [each for _, each in answers if each is not None]
         if not problems and world.rank == 0:
             files = {name: entry for each, _ in answers for name, entry in each.items()}
             try:
-                store.finish(self._run, step, files, tensors, val_loss)
+                commit(self._run, step, files, tensors, val_loss)
             except OSError as error:
-                problems = [store.why(error)]
+                problems = [failure_reason(error)]
             else:
-                with contextlib.suppress(OSError):  # tried again after the next save
-                    store.retain(
+                with contextlib.suppress(OSError):  # it is retried after the next save
+                    prune(
                         self._run,
-                        keep_last=self._keep.keep_last,
-                        keep_best=self._keep.keep_best,
-                        keep_every=self._keep.keep_every,
+                        keep_last=self._settings.keep_last,
+                        keep_best=self._settings.keep_best,
+                        keep_every=self._settings.keep_every,
                     )
         problems = world.all_gather_json(problems, world.saving)[0]
-        return self._failed(step, problems[0]) if problems else self._saved(step, None)
+        return self._failed(step, problems[0]) if problems else self._result(step, None)
 
-    def _failed(self, step: int, problem: str) -> Saved:
+    def _failed(self, step: int, problem: str) -> SaveResult:
         if self._world.rank == 0:
-            store.abandon(self._run, step)
-        return self._saved(step, problem)
+            abandon(self._run, step)
+        return self._result(step, problem)
 
-    def _saved(self, step: int, problem: str | None) -> Saved:
-        return Saved(step, store.checkpoint_path(self._run, step), problem)
+    def _result(self, step: int, problem: str | None) -> SaveResult:
+        return SaveResult(step, checkpoint_path(self._run, step), problem)
 
 
-def check_room(run: Path, size: int, keep: CheckpointRecipe) -> str | None:
-    """A warning if the disk can't hold all the checkpoints that will be kept.
+def check_room(run: Path, size: int, settings: CheckpointSettings) -> str | None:
+    """Return a warning if the disk is too small for all checkpoints that will be kept.
 
     Args:
-        size: bytes of one checkpoint.
+        run: The run directory.
+        size: Bytes of one checkpoint.
+        settings: Which checkpoints are kept.
 
     Raises:
-        UserError: it can't hold even one.
+        UserError: There is no room even for one.
     """
-    free = store.free_bytes(run)
+    free = free_bytes(run)
     if free < size:
         raise UserError(
             f"{run}: a checkpoint takes {_size(size)}, and {_size(free)} are free: make room, or "
             "choose another --out"
         )
-    most = keep.keep_last + keep.keep_best + 1  # and the one that is being written
+    most = settings.keep_last + settings.keep_best + 1  # and the one that is being written
     if free < most * size:
         return (
-            f"{run}: up to {most} checkpoints of {_size(size)} will lie there at once, and "
-            f"{_size(free)} are free; a save that finds no room is tried again at the next interval"
+            f"{run}: up to {most} checkpoints of {_size(size)} will be there at once, and "
+            f"{_size(free)} are free; a save that finds no room is retried at the next interval"
         )
     return None
 

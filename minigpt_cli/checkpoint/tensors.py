@@ -1,12 +1,11 @@
-"""A run's tensors by name: saved as safetensors by torch.distributed.checkpoint, which reshards
-them, and compared with what the manifest says of them. Nothing is pickled.
+"""A run's weights and optimizer state on disk, in safetensors files; nothing is pickled.
+
+torch.distributed.checkpoint (DCP) writes and reads the files, for any number of ranks. It casts
+and omits silently, so names, shapes and dtypes are compared with the manifest first.
 """
 
-import json
 import logging
-import math
 import warnings
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,24 +25,34 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from minigpt_cli.errors import Stopped, UserError
+from minigpt_cli.core.errors import Stopped, UserError
 
-# Frozen weights are not a run's own: they stay in the base.
+# Frozen weights belong to the base model and are not saved.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
-_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-WEIGHTS, OPTIMIZER = "weights.", "optimizer."  # prefixes of the tensors' names
+WEIGHTS_PREFIX, OPTIMIZER_PREFIX = "weights.", "optimizer."  # of the tensors' names
 
-# The engine tells a single process, at every save and load, that it is a single process.
+# In a single process DCP warns at each save and load that there is only one.
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 def tensors_of(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Weights and optimizer state by parameter name: the tensors themselves, not copies."""
+    """Return the trained weights and the optimizer state, by parameter name.
+
+    Args:
+        model: May be sharded; its frozen weights are left out.
+        optimizers: All optimizers of the model.
+
+    Returns:
+        "weights.NAME" and "optimizer.state.NAME.KEY" -> the tensor itself, not a copy (a DTensor
+        if it is sharded).
+    """
     weights = get_model_state_dict(model, options=_OPTIONS)
     moments = _optimizer_state(model, optimizers)
-    return {WEIGHTS + name: tensor for name, tensor in weights.items()} | {
-        OPTIMIZER + name: value for name, value in moments.items() if isinstance(value, Tensor)
+    return {WEIGHTS_PREFIX + name: tensor for name, tensor in weights.items()} | {
+        OPTIMIZER_PREFIX + name: value
+        for name, value in moments.items()
+        if isinstance(value, Tensor)
     }
 
 
@@ -57,9 +65,18 @@ def _optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
 def save_tensors(
     directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
 ) -> None:
-    """Write this rank's safetensors files; every rank of ``group`` calls it."""
+    """Write this rank's safetensors files. A collective: every rank of ``group`` must call it.
+
+    Args:
+        directory: The same for all ranks; it must exist.
+        tensors: See ``tensors_of``.
+        group: The ranks that save together; None for a single process.
+
+    Raises:
+        CheckpointException: A rank failed; see ``cause_of``. It is a BaseException.
+    """
     dcp.save(
-        _share(tensors, group),
+        _part_of_rank(tensors, group),
         storage_writer=_writer(directory, tensors),
         process_group=group,
         no_dist=group is None,
@@ -72,13 +89,19 @@ def start_saving_tensors(
     group: dist.ProcessGroup | None,
     stager: DefaultStager,
 ) -> "Future[Any]":
-    """As ``save_tensors``, but only the copying to memory is done when it returns.
+    """Copy the tensors to memory and start to write them. A collective, as ``save_tensors``.
 
     Args:
-        stager: holds the copy; one for all saves, since its memory is used again.
+        directory: The same for all ranks; it must exist.
+        tensors: See ``tensors_of``. They may be changed when this returns.
+        group: The ranks that save together; None for a single process.
+        stager: Holds the copy. Use the same one for all saves, so that its memory is reused.
+
+    Returns:
+        A future that is done when this rank's files are written. It raises as ``save_tensors``.
     """
     saving = dcp.async_save(
-        _share(tensors, group),
+        _part_of_rank(tensors, group),
         storage_writer=_writer(directory, tensors),
         process_group=group,
         no_dist=group is None,
@@ -88,16 +111,16 @@ def start_saving_tensors(
     return saving
 
 
-def _share(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """What this rank saves: its shards and, of what every rank holds whole, an equal part.
+def _part_of_rank(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """Return the tensors that this rank saves: its shards, and some of the unsharded tensors.
 
-    The engine would divide the writing itself, but have each rank copy everything to memory first.
+    DCP divides the writing too, but each rank would first copy all tensors to memory.
     """
     if group is None:
         return tensors
     whole = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
     size, begun, others = bytes_of(whole), 0, set()
-    for name, tensor in sorted(whole.items()):  # ranks may hold them in different orders
+    for name, tensor in sorted(whole.items()):  # the order may differ between ranks
         if begun * group.size() // size != group.rank():
             others.add(name)
         begun += tensor.numel() * tensor.element_size()
@@ -105,18 +128,19 @@ def _share(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[
 
 
 def _writer(directory: Path, tensors: dict[str, Tensor]) -> HuggingFaceStorageWriter:
-    """The weights go into the first file of a rank, the optimizer's state into the second.
+    """Return DCP's writer: a rank's first file gets weights, its second the optimizer's state.
 
     Args:
-        tensors: those of all ranks.
+        directory: Where the files go.
+        tensors: Those of all ranks.
     """
-    files = {name: 1 if name.startswith(WEIGHTS) else 2 for name in tensors}
-    # With more than one thread the engine calls a torn file a success.
+    files = {name: 1 if name.startswith(WEIGHTS_PREFIX) else 2 for name in tensors}
+    # With more than one thread DCP reports success for a file that it could not write whole.
     return HuggingFaceStorageWriter(str(directory), files, thread_count=1, save_distributed=True)
 
 
 def own_files(directory: Path, rank: int) -> list[Path]:
-    """The files that ``save_tensors`` wrote on this rank."""
+    """Return the files that ``save_tensors`` wrote on this rank."""
     return sorted(directory.glob(f"shard-{rank + 1:05d}-model-*.safetensors"))
 
 
@@ -126,19 +150,23 @@ def read_tensors(
     recorded: dict[str, Any],
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fill ``tensors`` in place from a checkpoint, whoever wrote it; every rank of ``group`` does.
+    """Fill ``tensors`` in place from a checkpoint. A collective, as ``save_tensors``.
 
-    The engine casts silently and leaves out silently, so names, shapes and dtypes are compared
-    with ``recorded`` (the manifest's list) first.
+    Args:
+        directory: A verified checkpoint, saved by any number of ranks.
+        tensors: The tensors to fill; DTensors get their shards.
+        recorded: The manifest's tensors.
+        group: The ranks that load together; None for a single process.
 
     Raises:
-        UserError: the checkpoint doesn't hold exactly what is wanted.
+        UserError: A tensor is missing in the checkpoint, or has another shape or dtype.
+        OSError: The files can't be read.
     """
     for name, tensor in tensors.items():
-        wanted = describe(tensor)
+        wanted = tensor_entry(tensor)
         if recorded.get(name) != wanted:
             raise UserError(
-                f"{directory}: {name} should be {wanted['dtype']} {wanted['shape']}, but the "
+                f"{directory}: {name}: expected {wanted['dtype']} {wanted['shape']}, but the "
                 f"checkpoint holds {recorded.get(name) or 'no such tensor'}: "
                 "it belongs to another model, optimizer or precision"
             )
@@ -150,7 +178,7 @@ def read_tensors(
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What an error of the engine is about: a signal's exception, the disk's, or the first one."""
+    """Return the cause of an error of DCP. A Stopped counts first, then an OSError."""
     found: list[BaseException] = []
     left = [error]
     while left:
@@ -167,13 +195,13 @@ def cause_of(error: BaseException) -> BaseException:
     return error
 
 
-def describe(tensor: Tensor) -> dict[str, Any]:
-    """The manifest's entry for a tensor: of the whole of it, where it is sharded."""
+def tensor_entry(tensor: Tensor) -> dict[str, Any]:
+    """Return the manifest's entry for a tensor: dtype and shape, of the whole if it is sharded."""
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
 
 def bytes_of(tensors: dict[str, Tensor]) -> int:
-    """How much a checkpoint of these tensors takes, over all ranks."""
+    """Return the size in bytes of a checkpoint of these tensors, over all ranks."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -184,97 +212,28 @@ def load_tensors(
     optimizers: list[torch.optim.Optimizer],
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fill a model and its optimizers from a verified checkpoint, each rank its shards."""
+    """Fill a model and its optimizers from a checkpoint. A collective, as ``save_tensors``.
+
+    Args:
+        directory: A verified checkpoint, saved by any number of ranks.
+        recorded: The manifest's tensors.
+        model: May be sharded; its frozen weights stay as they are.
+        optimizers: All optimizers of the model.
+        group: The ranks that load together; None for a single process.
+
+    Raises:
+        UserError: The checkpoint doesn't hold exactly the tensors of ``tensors_of``.
+        OSError: The files can't be read.
+    """
     moments = _optimizer_state(model, optimizers)
     weights = get_model_state_dict(model, options=_OPTIONS)
-    wanted = {WEIGHTS + name: tensor for name, tensor in weights.items()}
-    wanted |= {OPTIMIZER + name: v for name, v in moments.items() if isinstance(v, Tensor)}
+    wanted = {WEIGHTS_PREFIX + name: tensor for name, tensor in weights.items()}
+    wanted |= {OPTIMIZER_PREFIX + name: v for name, v in moments.items() if isinstance(v, Tensor)}
     if extra := sorted(recorded.keys() - wanted.keys()):
         raise UserError(
-            f"{directory}: holds {extra[0]} and {len(extra) - 1} more tensors that this model and "
-            "optimizer don't have: it belongs to another recipe"
+            f"{directory}: holds tensors that this model and optimizer don't have ({extra[0]} and "
+            f"{len(extra) - 1} more): it belongs to another recipe"
         )
     read_tensors(directory, wanted, recorded, group)
-    model.load_state_dict(weights, strict=False)  # which names there must be was compared above
+    model.load_state_dict(weights, strict=False)  # the names were compared above
     set_optimizer_state_dict(model, optimizers, moments, options=_OPTIONS)
-
-
-def whole_reader(
-    directory: Path, files: list[str], recorded: dict[str, Any]
-) -> Callable[[str], Tensor]:
-    """Reads one tensor of a verified checkpoint at a time, put together from all ranks' shards."""
-    places: dict[str, list[tuple[str, list[int]]]] = {name: [] for name in recorded}
-    for file in files:
-        for name, (_, begin, _) in _shards_in(directory / file).items():
-            places[name].append((file, begin))
-
-    def read(name: str) -> Tensor:
-        entry = recorded[name]
-        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        for file, begin in places[name]:
-            with safe_open(directory / file, framework="pt") as opened:
-                part: Tensor = opened.get_tensor(name)
-            if part.numel():
-                region = tuple(slice(b, b + n) for b, n in zip(begin, part.shape, strict=True))
-                whole[region] = part
-        return whole
-
-    return read
-
-
-def misfits(directory: Path, files: list[str], recorded: dict[str, Any]) -> list[str]:
-    """Where the safetensors files hold something else than the tensors that are recorded.
-
-    The engine would silently cast, or leave out what no file holds; so the shards that the files'
-    headers tell of must lie side by side and make up exactly the recorded tensors.
-    """
-    problems: list[str] = []
-    shards: dict[str, list[_Shard]] = {name: [] for name in recorded}
-    for file in files:
-        try:
-            held = _shards_in(directory / file)
-        except Exception as error:  # safetensors has no error of its own for Python
-            return [f"{directory / file}: is not a safetensors file of a checkpoint: {error!r}"]
-        for name, (dtype, begin, sizes) in held.items():
-            entry = recorded.get(name)
-            if entry is None or _DTYPES.get(dtype) != entry["dtype"]:
-                problems.append(f"{directory / file}: {name} is not as the manifest says")
-            else:
-                shards[name].append((begin, sizes))
-    for name, entry in recorded.items():
-        whole = entry["shape"]
-        count = sum(math.prod(sizes) for _, sizes in shards[name])
-        if count != math.prod(whole):
-            problems.append(f"{directory}: holds {count} of {math.prod(whole)} elements of {name}")
-        elif not _make_up(whole, shards[name]):
-            problems.append(f"{directory}: the shards of {name} overlap or lie beyond its end")
-    return problems
-
-
-_Shard = tuple[list[int], list[int]]  # where it begins, its sizes
-
-
-def _shards_in(file: Path) -> dict[str, tuple[str, list[int], list[int]]]:
-    """Name -> dtype, where it begins in the whole tensor, sizes; of what a file's header tells."""
-    with safe_open(file, framework="pt") as opened:
-        places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        return {
-            name: (
-                part.get_dtype(),
-                list(map(int, places[name]["saved_offsets"])),
-                part.get_shape(),
-            )
-            for name, part in slices.items()
-        }
-
-
-def _make_up(whole: list[int], shards: list[_Shard]) -> bool:
-    """Whether shards, cut along the first dimension, lie side by side from the start to the end."""
-    reached = [0] * len(whole)
-    for begin, sizes in sorted(shards):
-        if math.prod(sizes):  # else of a rank for which no rows were left
-            if begin != reached or sizes[1:] != whole[1:]:
-                return False
-            reached = [begin[0] + sizes[0], *begin[1:]] if whole else []
-    return reached[:1] == whole[:1]

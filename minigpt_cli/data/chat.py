@@ -1,7 +1,7 @@
-"""Chat templates: from a conversation to its text, and to the parts of it that are trained on.
+"""Render conversations with a chat template, and find the parts that the loss counts.
 
-A template is a Jinja program that a model's tokenizer brings. It comes from the Hub as data does,
-so it runs in Jinja's sandbox; what it may use is what transformers gives it.
+A template is a Jinja program that comes with a model's tokenizer. It is data from the Hub, so it
+runs in Jinja's sandbox. It gets the variables and functions that transformers gives it.
 """
 
 import json
@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minigpt_cli.errors import UserError, first_line
+from minigpt_cli.core.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -30,10 +30,16 @@ _SPECIAL = "special_tokens_map.json"
 
 
 def tokenizer_template(folder: Path) -> str | None:
-    """Return the chat template of a Hugging Face directory's tokenizer, None when it has none.
+    """Return the chat template of the tokenizer in a Hugging Face directory.
 
-    ``chat_template.jinja`` counts more than ``tokenizer_config.json``; of several templates the one
-    named ``default`` counts. Raises ``UserError`` for files that can't be read.
+    ``chat_template.jinja`` takes precedence over ``tokenizer_config.json``. If there are several
+    templates, the one named ``default`` is used.
+
+    Returns:
+        The template, or None if there is none.
+
+    Raises:
+        UserError: a file can't be read.
     """
     try:
         return (folder / _TEMPLATE).read_text(encoding="utf-8")
@@ -47,19 +53,23 @@ def tokenizer_template(folder: Path) -> str | None:
         found = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
         raise UserError(
-            f"{folder / _CONFIG}: chat_template is not text but {type(found).__name__}; "
-            "give the template in a file of its own"
+            f"{folder / _CONFIG}: chat_template is not text but {type(found).__name__}: "
+            f"put the template into {_TEMPLATE}"
         )
     return found
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Return the special tokens of a Hugging Face directory as the variables that templates use:
-    ``{"bos_token": "<s>", ...}``; empty when it names none.
+    """Return the special tokens of a Hugging Face directory as the variables that templates use.
 
-    ``special_tokens_map.json`` counts only beside a ``tokenizer_config.json`` that doesn't list its
-    added tokens, as older ones don't: so transformers reads them. Raises ``UserError`` for files
-    that can't be read.
+    ``special_tokens_map.json`` is read only if ``tokenizer_config.json`` doesn't list its added
+    tokens, as in older models. transformers does the same.
+
+    Returns:
+        ``{"bos_token": "<s>", ...}``, empty if the directory names none.
+
+    Raises:
+        UserError: a file can't be read.
     """
     entries = _object(folder / _CONFIG)
     if "added_tokens_decoder" not in entries:
@@ -73,7 +83,11 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def check_template(template: str) -> None:
-    """Raise ``UserError`` when the template can't be parsed."""
+    """Check that a template can be parsed.
+
+    Raises:
+        UserError: it can't.
+    """
     _compiled(template)
 
 
@@ -85,11 +99,20 @@ def render(
     variables: dict[str, str] | None = None,
     now: datetime | None = None,
 ) -> str:
-    """Return what transformers' ``apply_chat_template(tokenize=False)`` gives.
+    """Render a conversation as transformers' ``apply_chat_template(tokenize=False)`` does.
 
-    ``variables`` are what the template may use besides the messages, above all `special_tokens`;
-    ``now`` is the time that ``strftime_now`` tells. Raises ``UserError`` for a template that can't
-    be parsed, or that refuses these messages.
+    Args:
+        template: the Jinja program.
+        messages: each with ``role`` and ``content``.
+        add_generation_prompt: end with the beginning of an assistant's message.
+        variables: what the template may use besides the messages, see `special_tokens`.
+        now: the time for ``strftime_now``; None: the current time.
+
+    Returns:
+        The text.
+
+    Raises:
+        UserError: the template can't be parsed, or refuses these messages.
     """
     compiled = _compiled(template)
     time = now or datetime.now()
@@ -104,29 +127,39 @@ def render(
                 "strftime_now": lambda form: time.strftime(form),
             }
         )
-    except Exception as error:  # a template is a program, and fails as programs do
+    except Exception as error:  # a template is a program that can raise anything
         raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from None
 
 
-def parts(
+def masked_parts(
     template: str,
     messages: Messages,
     variables: dict[str, str] | None = None,
     now: datetime | None = None,
 ) -> list[tuple[str, bool]]:
-    """Return the conversation's text cut into pieces of (text, whether it is trained on).
+    """Render a conversation and cut its text into parts that the loss counts or not.
 
-    Trained is what the model has to write: each assistant's message from where the generation
-    prompt ends to where the message does, its end marker included. Joined, the pieces are
-    ``render(messages)``; none is empty.
+    The loss counts each assistant's message, from the end of the generation prompt to the end of
+    the message, its end marker included.
 
-    Templates may show an earlier message in another way once others follow (Qwen3's leaves out the
-    reasoning): such a message isn't what the model would have written, and isn't trained.
+    Some templates render an earlier message differently once others follow (Qwen3's drops the
+    reasoning). The model would not write such a message, so the loss doesn't count it.
 
-    Raises ``UserError`` when there is no assistant's message, or the last one can't be found in the
-    text.
+    Args:
+        template: the Jinja program.
+        messages: see `render`.
+        variables: see `render`.
+        now: see `render`.
+
+    Returns:
+        (text, whether the loss counts it), in order. Joined, the texts are ``render(messages)``.
+        None is empty.
+
+    Raises:
+        UserError: there is no assistant's message, or the template renders the last one differently
+            from its generation prompt.
     """
-    time = now or datetime.now()  # one for all renderings: midnight may come in between
+    time = now or datetime.now()  # the same for all renderings
     text = render(template, messages, variables=variables, now=time)
     answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
     if not answers:
@@ -145,7 +178,7 @@ def parts(
             until = text
             if index + 1 < len(messages):
                 until = render(template, messages[: index + 1], variables=variables, now=time)
-        except UserError:  # some refuse a conversation that doesn't begin with a user's message
+        except UserError:  # some templates refuse a conversation without a user's message
             if index == answers[-1]:
                 raise
             continue
@@ -155,8 +188,8 @@ def parts(
             at = end
         elif index == answers[-1]:
             raise UserError(
-                "the chat template shows the last answer in another way than it begins one: "
-                "what is to be trained on can't be told; use another template"
+                "the chat template renders the last assistant message differently from its "
+                "generation prompt, so no loss mask can be built: use another template"
             )
     pieces.append((text[at:], False))
     return [piece for piece in pieces if piece[0]]
@@ -171,14 +204,14 @@ def _compiled(template: str) -> "Template":
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """``{% generation %}`` marks what transformers' assistant mask covers: no text here."""
+        """Accept ``{% generation %}``, which marks transformers' assistant mask."""
 
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A block with a scope of its own, as it is in transformers
+            # A block with its own scope, as in transformers
             return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
         def _text(self, caller: Any) -> str:
@@ -198,7 +231,8 @@ def _compiled(template: str) -> "Template":
         line = getattr(error, "lineno", None)
         where = "" if line is None else f" (line {line})"
         raise UserError(
-            f"the chat template can't be parsed: {first_line(error)}{where}; mend it or use another"
+            f"the chat template can't be parsed: {first_line(error)}{where}: correct it, "
+            "or use another"
         ) from None
 
 
@@ -215,7 +249,7 @@ def _tojson(
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, an empty one when there is no file."""
+    """Return the JSON object in a file, an empty one if there is no file."""
     try:
         content = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -223,5 +257,5 @@ def _object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {first_line(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file} doesn't hold a JSON object but {type(content).__name__}")
+        raise UserError(f"{file} can't be read: not a JSON object but {type(content).__name__}")
     return content

@@ -1,84 +1,45 @@
-"""Tokenizers: train a byte-level BPE, load one from disk, and tell whether two are the same.
+"""Load tokenizers and compare them.
 
-Every tokenizer that leaves this module encodes text as text: the characters ``<|endoftext|>``
-inside a document become ordinary tokens, never the special one, so only the end of a document ends
-a document. Encode with ``add_special_tokens=False``; the end-of-text id is appended by
-``tokenize.py``.
+Every tokenizer from this module encodes special tokens in a text as text: the characters
+``<|endoftext|>`` inside a document become ordinary tokens. So no text can end a document early.
+Encode with ``add_special_tokens=False``; ``prepare/`` appends the end-of-text id.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minigpt_cli.errors import UserError, first_line
+from minigpt_cli.core.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOS = "<|endoftext|>"
 
-MIN_VOCAB = 257  # the bytes and EOS
-
-# What other families call the end of a text, most specific first.
+# End-of-text tokens of other model families, most specific first.
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[EOS]")
-
-# Training sees the beginning of the corpus, so that its memory and time don't grow with the corpus.
-TRAINING_BYTES = 100_000_000
-
-# The trainer buffers 256 texts and counts distinct words: short pieces and a limit on runs without
-# white space (base64, minified code) bound both. No useful token comes out of the tail of such a
-# run.
-_TRAINING_PIECE = 16_384
-_TRAINING_RUN = 1_000
-
-
-def train_bpe(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
-    """Train a byte-level BPE tokenizer with ``vocab_size`` entries: 256 bytes, merges, and ``EOS``.
-
-    Deterministic in the order-independent counts of the words in ``texts``. At most the first
-    ``TRAINING_BYTES`` of text are used; of a run of more than 1,000 characters without white space
-    only the first 1,000 count. The result has fewer entries when the text has nothing left to
-    merge.
-
-    Raises ``UserError`` when ``vocab_size`` can't hold the bytes and ``EOS``.
-    """
-    if vocab_size < MIN_VOCAB:
-        raise UserError(
-            f"a vocabulary of {vocab_size} is too small: byte-level BPE needs 256 bytes and {EOS}; "
-            f"ask for at least {MIN_VOCAB}"
-        )
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_training_pieces(texts), trainer=trainer)
-    return _text_only(tokenizer)
 
 
 def is_tokenizer(path: Path) -> bool:
-    """Whether there is one that ``load_tokenizer`` could load."""
+    """Return True if ``path`` holds the files that `load_tokenizer` reads."""
     pair = (path / "vocab.json", path / "merges.txt")
     return path.is_file() or (path / "tokenizer.json").is_file() or all(f.is_file() for f in pair)
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
-    """Load a tokenizer from ``tokenizer.json``, or a directory with it, or GPT-2's vocab.json +
-    merges.txt.
+    """Load a tokenizer, without truncation and padding.
 
-    Truncation and padding are switched off, and special tokens in a text are encoded as text.
-    Raises ``UserError`` when nothing is there or what is there can't be read.
+    Args:
+        path: a tokenizer.json, a directory with one, or one with GPT-2's vocab.json and merges.txt.
+
+    Returns:
+        The tokenizer. It encodes special tokens in a text as text.
+
+    Raises:
+        UserError: there is no tokenizer, or it can't be read.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -95,7 +56,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             tokenizer.decoder = decoders.ByteLevel()
             tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-            # The pair of files doesn't say which entries are special; in GPT-2's it is this one.
+            # The two files don't say which entries are special. In GPT-2's it is this one.
             if tokenizer.token_to_id(EOS) is not None:
                 tokenizer.add_special_tokens([EOS])
         else:
@@ -105,23 +66,23 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
             )
     except UserError:
         raise
-    except Exception as error:  # tokenizers raises bare Exception for everything it can't parse
-        raise UserError(
-            f"{file} is not a tokenizer that can be read: {first_line(error)}"
-        ) from None
-    return _text_only(tokenizer)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file} is not a valid tokenizer: {first_line(error)}") from None
+    return as_text_only(tokenizer)
 
 
 def eos_id(tokenizer: "Tokenizer") -> int:
-    """Return the id of the end-of-text token; ``UserError`` when the tokenizer has none that is
-    known.
+    """Return the id of the end-of-text token.
+
+    Raises:
+        UserError: the tokenizer has no known end-of-text token.
     """
     for name in (EOS, *_OTHER_ENDS):
         found = tokenizer.token_to_id(name)
         if found is not None:
             return int(found)
     raise UserError(
-        f"the tokenizer has no end-of-text token (looked for {EOS}, {', '.join(_OTHER_ENDS)}); "
+        f"the tokenizer has no end-of-text token (looked for {EOS}, {', '.join(_OTHER_ENDS)}): "
         "add one to its tokenizer.json"
     )
 
@@ -131,12 +92,12 @@ def vocabulary_size(tokenizer: "Tokenizer") -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def fingerprint(tokenizer: "Tokenizer") -> str:
-    """Return the sha256 (hex) of what decides how text becomes ids and ids become text.
+def tokenizer_fingerprint(tokenizer: "Tokenizer") -> str:
+    """Return a sha256 (hex) that is the same for tokenizers that encode and decode the same.
 
-    The post-processor, truncation and padding are left out since encoding here never uses them.
-    Fields that are null or false are left out too, so that a newer `tokenizers` which writes one
-    more option at its default doesn't change the fingerprint of an old tokenizer.
+    It leaves out the post-processor, truncation and padding, which encoding here never uses. It
+    also leaves out fields that are null or false: a newer `tokenizers` may write one more option
+    at its default.
     """
     state = json.loads(tokenizer.to_str())
     kept = {name: state[name] for name in ("normalizer", "pre_tokenizer", "model", "decoder")}
@@ -149,10 +110,11 @@ def fingerprint(tokenizer: "Tokenizer") -> str:
 
 
 def token_byte_lengths(tokenizer: "Tokenizer") -> np.ndarray | None:
-    """Return int32 [vocabulary]: the UTF-8 bytes that each id stands for, 0 for special tokens and
-    gaps.
+    """Count the UTF-8 bytes that each id stands for.
 
-    None when the tokenizer isn't byte-level: then a token's bytes depend on its neighbours.
+    Returns:
+        int32 [vocabulary size], 0 for special tokens and gaps. None if the tokenizer isn't
+        byte-level: then a token's bytes depend on its neighbours.
     """
     from tokenizers import pre_tokenizers
 
@@ -173,32 +135,13 @@ def token_byte_lengths(tokenizer: "Tokenizer") -> np.ndarray | None:
     return lengths
 
 
-def _text_only(tokenizer: "Tokenizer") -> "Tokenizer":
+def as_text_only(tokenizer: "Tokenizer") -> "Tokenizer":
+    """Switch off truncation and padding, and encode special tokens in a text as text."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # Not part of tokenizer.json: a property of the object, so it's set wherever one is made.
+    # Not saved in tokenizer.json, so it is set on each new object.
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def _training_pieces(texts: Iterator[str]) -> Iterator[str]:
-    import re
-
-    long_run = re.compile(rf"(\S{{{_TRAINING_RUN}}})\S+")
-    left = TRAINING_BYTES
-    for text in texts:
-        start = 0
-        while start < len(text) and left > 0:
-            end = min(len(text), start + _TRAINING_PIECE)
-            if end < len(text):  # end at white space if there is some, so that no word is torn
-                space = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
-                end = space if space > 0 else end
-            piece = text[start:end]
-            yield long_run.sub(r"\1", piece)
-            left -= len(piece.encode())
-            start = end
-        if left <= 0:
-            return
 
 
 def _without_defaults(value: Any) -> Any:

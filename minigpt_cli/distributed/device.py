@@ -1,4 +1,4 @@
-"""The device that this process computes on, its threads, and how to get the same bits from it."""
+"""The device of this process, its memory and threads, and deterministic kernels."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ import torch
 
 
 def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """The CUDA GPU of this rank on its machine, else the CPU, whose cores the ranks share out."""
+    """Choose the rank's CUDA GPU, else the CPU, whose cores the ranks of a machine share."""
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -20,16 +20,18 @@ def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
     return torch.device("cpu")
 
 
-def memory(device: torch.device, local_size: int) -> int:
-    """Bytes that this rank can count on."""
+def device_memory(device: torch.device, local_size: int) -> int:
+    """Return the bytes of memory that this rank may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that this process may still take, also within a container or a Slurm
-    job; None where the system doesn't tell."""
+    """Return the free bytes of main memory, within the limits of a container or Slurm job.
+
+    None if the system doesn't say.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
@@ -47,11 +49,11 @@ def available_memory() -> int | None:
 
 
 def _keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed tensors for the next ones.
+    """Make the C library keep the memory of freed tensors for the next ones.
 
-    By default glibc returns every larger block to the system at once and asks for it again, page
-    fault by page fault: this alone makes a training step on a CPU 1.2 to 1.6 times as fast
-    (benchmarks/LOG.md). Other C libraries are left as they are.
+    By default glibc returns each large block to the system and asks for it again, with page
+    faults. Keeping it makes a training step on a CPU 1.2 to 1.6 times as fast
+    (benchmarks/LOG.md). Other C libraries are not changed.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -64,7 +66,7 @@ def _keep_freed_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's model name, as its driver gives it."""
+    """Return the device's model name, as its driver gives it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -77,14 +79,14 @@ def device_name(device: torch.device) -> str:
 
 
 def use_deterministic_kernels(device: torch.device, compiled: bool) -> None:
-    """Ask torch for the same bits every time, where the default kernels don't give them.
+    """Make torch use deterministic kernels, where the default ones are not.
 
-    On a CPU eager kernels do at a fixed number of threads; compiled ones and CUDA's must be told.
+    Eager kernels on a CPU are, for a fixed number of threads. Compiled ones and CUDA's are not.
     """
     if device.type == "cpu" and not compiled:
         return
-    # cuBLAS reads it when its first handle is made.
+    # cuBLAS reads this when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Filling fresh memory would find reads of it, at the price of a pass over every new tensor.
+    # It would fill every new tensor, which costs a pass over each.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt_cli.errors import EXPLAINED_CODES, STOP_CODES
+from minigpt_cli.core.errors import EXPLAINED_CODES, STOP_CODES
 
 
 @dataclass(frozen=True)

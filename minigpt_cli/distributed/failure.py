@@ -16,6 +16,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from minigpt_cli.core.console import error_line
+from minigpt_cli.core.errors import (
+    EXPLAINED_CODES,
+    Diverged,
+    Outcome,
+    RankLost,
+    Stopped,
+    describe,
+    exit_code_of,
+)
+from minigpt_cli.core.status import status_name, write_status
 from minigpt_cli.distributed.exit_status import resume_hint
 from minigpt_cli.distributed.join import (
     ANSWER_SECONDS,
@@ -24,17 +35,6 @@ from minigpt_cli.distributed.join import (
     own_rank,
     session,
 )
-from minigpt_cli.errors import (
-    EXPLAINED_CODES,
-    Diverged,
-    Outcome,
-    RankLost,
-    Stopped,
-    describe,
-    exit_code_of,
-    tell,
-)
-from minigpt_cli.train.status import status_name, write_status
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -206,6 +206,6 @@ def _watch(store: "Store") -> None:
     if _failure.record is not None:
         _failure.record.write_outcome(outcome)
     if outcome.is_shown_here:
-        tell(outcome.message)
+        error_line(outcome.message)
     leave_world(patience=4)
     os._exit(outcome.code)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from minigpt_cli.errors import EXIT_STOPPED, UserError, first_line
+from minigpt_cli.core.errors import EXIT_STOPPED, UserError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore

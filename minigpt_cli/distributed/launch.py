@@ -15,6 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from minigpt_cli.core.console import error_line
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.signals import SIGNALS, ignore_signals
+from minigpt_cli.core.status import read_status, status_name, write_status
 from minigpt_cli.distributed.exit_status import (
     DONE,
     ExitStatus,
@@ -24,9 +28,6 @@ from minigpt_cli.distributed.exit_status import (
     resume_hint,
 )
 from minigpt_cli.distributed.join import LAUNCHER_PID, LOOPBACK, STORE_FD
-from minigpt_cli.errors import UserError, tell
-from minigpt_cli.stopping import SIGNALS, ignore_signals
-from minigpt_cli.train.status import read_status, status_name, write_status
 
 # A second signal within these seconds is taken for the first one's echo. Later it is passed on: the
 # first may have got lost in a worker, and workers that are saving ignore it.
@@ -83,7 +84,7 @@ def launch_command(
         _kill(workers)
     ignore_signals()
     if status.message:
-        tell(status.message)
+        error_line(status.message)
     if status.failed:
         _record_failure(run, workers, status)
     return status.code

@@ -1,9 +1,9 @@
-"""How a model is spread over ranks: not at all, replicated (DDP) or sharded (FSDP2, HSDP).
+"""Strategies for several ranks: replicated (DDP) or sharded (FSDP2, HSDP).
 
-The model stays plain. DDP (Li et al. 2020) wraps it and averages whole gradients. FSDP2 (Zhao et
-al. 2023) replaces each parameter by a shard of itself and gathers a block's parameters when the
-block runs; ``zero2`` keeps them gathered until the backward pass is through (as in ZeRO stage 2,
-Rajbhandari et al. 2020), ``hsdp`` shards within groups of ranks and replicates across groups.
+The model's code knows nothing of them. DDP (Li et al. 2020) wraps the model and averages whole
+gradients. FSDP2 (Zhao et al. 2023) replaces each parameter by a shard and gathers a block's
+parameters when the block runs. ``zero2`` keeps them gathered until the backward pass (ZeRO stage 2,
+Rajbhandari et al. 2020). ``hsdp`` shards within groups of ranks and replicates across groups.
 """
 
 import contextlib
@@ -19,57 +19,61 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from minigpt_cli.distributed.device import memory
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.distributed.device import device_memory
 from minigpt_cli.distributed.world import World
-from minigpt_cli.errors import UserError
 
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two moments, in float32
 BYTES_PER_FROZEN = 4
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A strategy that fits the ranks."""
+class ParallelDims:
+    """A strategy, checked against the number of ranks, and its device mesh."""
 
     strategy: str  # single, ddp, zero2, fsdp or hsdp
     world: World
     mesh: DeviceMesh | None = None  # of the sharded strategies
 
     def global_norm(self, grads: list[Tensor]) -> Tensor:
-        """The Euclidean norm of the whole gradient, the same on every rank.
+        """Compute the Euclidean norm of the whole gradient, the same on every rank.
 
         Args:
-            grads: this rank's part, after the gradients were averaged; see ``local``.
+            grads: this rank's part of the averaged gradients; see ``to_local``.
         """
         norm = torch.nn.utils.get_total_norm(grads, foreach=True)
         if self.mesh is None:
             return norm
         squares = norm.square()
-        # Across replicas the shards are the same, so only those of one group are added up.
+        # Replicas hold the same shards: add up those of one group only.
         shards = self.mesh["shard"] if self.strategy == "hsdp" else self.mesh
         dist.all_reduce(squares, group=shards.get_group())
         return squares.sqrt()
 
 
-def choose_layout(world: World, strategy: str, shard_size: int | None, state_bytes: int) -> Layout:
-    """The layout that a recipe's ``[distributed]`` means on these ranks.
+def choose_parallel_dims(
+    world: World, strategy: str, shard_size: int | None, state_bytes: int
+) -> ParallelDims:
+    """Choose the strategy and mesh for a recipe's ``[distributed]`` on these ranks.
 
-    ``auto`` replicates a model whose training state takes up to 40% of a rank's memory, and shards
-    a larger one. In a single process nothing is spread.
+    ``auto`` is ddp if the training state takes at most 40% of a rank's memory, else fsdp. A single
+    process has no strategy.
 
     Args:
-        state_bytes: of the whole training state.
+        state_bytes: size of the whole training state.
 
     Raises:
-        UserError: ``shard_size`` doesn't divide the ranks.
+        UserError: ``shard_size`` doesn't divide the number of ranks.
     """
     if world.size == 1:
-        return Layout("single", world)
+        return ParallelDims("single", world)
     if strategy == "auto":
-        fits = state_bytes <= 0.4 * memory(world.device, world.local_size)
-        strategy = "fsdp" if any(world.all_reduce_max(not fits)) else "ddp"  # also for the smallest
+        fits = state_bytes <= 0.4 * device_memory(world.device, world.local_size)
+        strategy = (
+            "fsdp" if any(world.all_reduce_max(not fits)) else "ddp"
+        )  # if it fits no rank's memory, on all
     if strategy == "ddp":
-        return Layout("ddp", world)
+        return ParallelDims("ddp", world)
     kind = world.device.type
     if strategy == "hsdp":
         size = shard_size or world.local_size
@@ -78,19 +82,23 @@ def choose_layout(world: World, strategy: str, shard_size: int | None, state_byt
                 f"[distributed] shard_size {size} does not divide the {world.size} ranks"
             )
         shape = (world.size // size, size)
-        return Layout(
+        return ParallelDims(
             "hsdp", world, init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
         )
-    return Layout(strategy, world, init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",)))
+    return ParallelDims(
+        strategy, world, init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    )
 
 
-def spread(model: nn.Module, blocks: nn.ModuleList, layout: Layout, dtype: torch.dtype) -> None:
-    """Shard a model on the meta device, in place, where the layout asks for it.
+def apply_fsdp(
+    model: nn.Module, blocks: nn.ModuleList, layout: ParallelDims, dtype: torch.dtype
+) -> None:
+    """Shard a model on the meta device in place, if the strategy is a sharded one.
 
     Args:
-        blocks: the parts whose parameters are gathered together.
-        dtype: what matrix products are computed in. The blocks' parameters travel in bf16 or fp16,
-            their gradients in float32.
+        blocks: modules whose parameters are gathered together.
+        dtype: of matrix products. With bf16 or fp16 the blocks' parameters are gathered in it;
+            gradients are reduced in float32.
     """
     if layout.mesh is None:
         return
@@ -107,8 +115,8 @@ def spread(model: nn.Module, blocks: nn.ModuleList, layout: Layout, dtype: torch
     fully_shard(model, mesh=layout.mesh, reshard_after_forward=False)
 
 
-def replicate(model: nn.Module, layout: Layout) -> nn.Module:
-    """What to call for training: under DDP its wrapper, else the model itself."""
+def apply_ddp(model: nn.Module, layout: ParallelDims) -> nn.Module:
+    """Return the module to call in training: the DDP wrapper for ddp, else the model."""
     if layout.strategy != "ddp":
         return model
     device = layout.world.device
@@ -121,7 +129,7 @@ def replicate(model: nn.Module, layout: Layout) -> nn.Module:
 
 
 def gradient_sync(forward: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Around a micro-batch's forward and backward pass: only the last one's gradients travel."""
+    """Return the context for one micro-batch: only the last one reduces gradients."""
     if isinstance(forward, DistributedDataParallel) and not last:
         return forward.no_sync()
     if isinstance(forward, FSDPModule):
@@ -130,29 +138,28 @@ def gradient_sync(forward: nn.Module, last: bool) -> AbstractContextManager[None
     return contextlib.nullcontext()
 
 
-def clear_gradients(model: nn.Module, layout: Layout) -> None:
-    """Before the next step. DDP's gradients stay what they are, views of the buckets that travel:
-    new ones would be summed beside these."""
+def zero_grad(model: nn.Module, layout: ParallelDims) -> None:
+    """Clear the gradients. DDP's must remain views of its buckets, so they are set to zero."""
     model.zero_grad(set_to_none=layout.strategy != "ddp")
 
 
-def local(tensors: list[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor, sharing its memory."""
+def to_local(tensors: list[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each tensor, without a copy."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def shards(parameter: Tensor) -> int:
-    """Over how many ranks its rows are spread."""
+def num_shards(parameter: Tensor) -> int:
+    """Return the number of ranks that share the parameter's rows."""
     if not isinstance(parameter, DTensor):
         return 1
     return parameter.device_mesh.size(parameter.device_mesh.ndim - 1)
 
 
 @torch.no_grad()
-def assign(parameter: Tensor, values: Tensor) -> None:
-    """Fill a parameter, sharded or not, from the whole of its values."""
+def copy_full_tensor(parameter: Tensor, values: Tensor) -> None:
+    """Fill a parameter, sharded or not, from its full values."""
     if isinstance(parameter, DTensor):
-        # Every rank has the same values and cuts out its shard: nothing is sent.
+        # Every rank has the full values and takes its shard: nothing is sent.
         values = distribute_tensor(
             values.to(parameter.device), parameter.device_mesh, parameter.placements,
             src_data_rank=None,
@@ -163,15 +170,15 @@ def assign(parameter: Tensor, values: Tensor) -> None:
 def over_whole_matrices(
     function: Callable[[Tensor], Tensor], parameters: list[Tensor], parts: Tensor
 ) -> Tensor:
-    """What ``function`` makes of whole matrices, where each rank holds some rows of each.
+    """Apply ``function`` to whole matrices of which each rank holds some rows.
 
-    Each rank is sent its share of the matrices whole and sends the results back: two collectives
-    for all of them, and no matrix is worked on twice within a group of shards.
+    Each rank gets an equal number of whole matrices and sends the results back: two collectives
+    in all, and no matrix is computed twice in a group of shards.
 
     Args:
         function: (k, rows, columns) -> the same shape.
-        parameters: the n parameters of one shape that the parts belong to.
-        parts: (n, this rank's rows, columns).
+        parameters: n parameters of one shape.
+        parts: (n, this rank's rows, columns), their local parts.
 
     Returns:
         This rank's rows of the results, shaped as ``parts``.
@@ -180,7 +187,7 @@ def over_whole_matrices(
     if not isinstance(first, DTensor):
         return function(parts)
     group = first.device_mesh.get_group(first.device_mesh.ndim - 1)
-    ranks, (count, own, columns) = shards(first), parts.shape
+    ranks, (count, own, columns) = num_shards(first), parts.shape
     rows = first.shape[0]
     chunk = -(-rows // ranks)  # rows of a shard: FSDP2 splits as torch.chunk does
     share = -(-count // ranks)  # matrices of a rank

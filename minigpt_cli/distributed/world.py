@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.device import find_device
 from minigpt_cli.distributed.failure import rank_lost, set_run_directory, start_watch
 from minigpt_cli.distributed.join import (
@@ -28,7 +29,6 @@ from minigpt_cli.distributed.join import (
     session,
     wait_for_all,
 )
-from minigpt_cli.errors import UserError
 
 T = TypeVar("T")
 _calls = itertools.count()  # of run_on_rank0: all ranks make the same ones

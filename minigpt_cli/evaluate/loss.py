@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte, each token weighted the same."""
+"""Loss, perplexity and bits per byte. Each token has the same weight."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -8,17 +8,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minigpt_cli.data.batches import Gathered, Rows
+from minigpt_cli.core.constants import IGNORE_INDEX
+from minigpt_cli.data.loader import Gathered, Sequences
 from minigpt_cli.distributed.world import World
-from minigpt_cli.model.cross_entropy import IGNORE
 from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.precision import autocast
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured over ``tokens`` predicted tokens that stand for ``bytes`` of text."""
+    """The result of an evaluation.
 
-    loss: float  # nats per token
+    Attributes:
+        loss: mean cross-entropy, in nats per token.
+        tokens: number of predicted tokens.
+        bytes: UTF-8 bytes of text that these tokens stand for.
+    """
+
+    loss: float
     tokens: int
     bytes: float
 
@@ -28,47 +35,50 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable across tokenizers: total nats / ln 2 / bytes of the predicted text."""
+        """Total nats / ln 2 / bytes of the predicted text: comparable across tokenizers."""
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else math.nan
 
 
-def fixed_windows(available: int, wanted: int) -> NDArray[np.int64]:
-    """The same ``wanted`` windows every time, spread evenly over all that there are."""
+def fixed_sequences(available: int, wanted: int) -> NDArray[np.int64]:
+    """Return the ids of ``wanted`` sequences, spread evenly over all; the same in every call."""
     count = min(available, wanted)
     return np.arange(count, dtype=np.int64) * available // max(1, count)
 
 
-def window_batches(
-    rows: Rows, ids: NDArray[np.int64], batch: int, rank: int = 0, ranks: int = 1
+def sequence_batches(
+    sequences: Sequences, ids: NDArray[np.int64], batch_size: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[Gathered]:
-    """Up to ``batch`` rows at a time of those of ``ids`` that are this rank's.
+    """Yield this rank's part of the sequences ``ids``, at most ``batch_size`` at a time.
 
-    Every rank gets the same number of batches, since sharded models run in step; one that has no
-    windows left gets a row that counts for nothing.
+    Every rank gets the same number of batches, because sharded models run in step. A rank without
+    sequences for the last batch gets one whose targets are all ``IGNORE_INDEX``.
     """
-    for start in range(0, len(ids), batch * ranks):
-        own = ids[start + rank * batch : min(start + (rank + 1) * batch, len(ids))]
-        inputs, targets, segments = rows.gather(own if len(own) else ids[:1])
-        yield inputs, targets if len(own) else np.full_like(targets, IGNORE), segments
+    for start in range(0, len(ids), batch_size * ranks):
+        own = ids[start + rank * batch_size : min(start + (rank + 1) * batch_size, len(ids))]
+        inputs, targets, segment_ids = sequences.gather(own if len(own) else ids[:1])
+        yield inputs, targets if len(own) else np.full_like(targets, IGNORE_INDEX), segment_ids
 
 
 def stream_batches(
-    read: Callable[[int, int], NDArray[np.integer]], tokens: int, sequence_length: int, batch: int
+    read: Callable[[int, int], NDArray[np.integer]],
+    tokens: int,
+    sequence_length: int,
+    batch_size: int,
 ) -> Iterator[Gathered]:
-    """Every token of a stream as a target once, but the first; the last batch holds the tail.
+    """Yield batches in which every token of a stream but the first is a target exactly once.
 
     Args:
         read: (start, stop) -> those tokens.
-        tokens: how many there are.
+        tokens: length of the stream. The last batch is one shorter sequence, if some are left over.
     """
     whole = max(0, tokens - 1) // sequence_length
-    for first in range(0, whole, batch):
-        rows = min(batch, whole - first)
+    for first in range(0, whole, batch_size):
+        count = min(batch_size, whole - first)
         start = first * sequence_length
-        flat = np.asarray(read(start, start + rows * sequence_length + 1), dtype=np.int64)
-        starts = np.arange(rows)[:, None] * sequence_length
-        windows = flat[starts + np.arange(sequence_length + 1)]
-        yield windows[:, :-1], windows[:, 1:], None
+        flat = np.asarray(read(start, start + count * sequence_length + 1), dtype=np.int64)
+        starts = np.arange(count)[:, None] * sequence_length
+        sequences = flat[starts + np.arange(sequence_length + 1)]
+        yield sequences[:, :-1], sequences[:, 1:], None
     if whole * sequence_length < tokens - 1:
         tail = np.asarray(read(whole * sequence_length, tokens), dtype=np.int64)[None]
         yield tail[:, :-1], tail[:, 1:], None
@@ -85,15 +95,18 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
 ) -> Evaluation | None:
-    """Loss over batches of windows, without dropout; the model's mode is put back.
+    """Compute the loss over batches, without dropout; restore the model's mode afterwards.
 
     Args:
-        batches: inputs, targets (``IGNORE`` counts for nothing) and segments, each (n, T).
-        dtype: what matrix products are computed in.
-        token_bytes: (V,) UTF-8 bytes that each token stands for; where a tokenizer has no such
-            table, ``bytes_per_token`` counts instead.
-        stop: asked before each batch; True gives the evaluation up, and the result is None.
-        world: whose ranks share the batches out, and get the same result.
+        batches: inputs, targets (``IGNORE_INDEX`` is left out of the loss) and segment_ids, each
+            (n, T).
+        dtype: of matrix products.
+        token_bytes: (V,) UTF-8 bytes of each token; if None, ``bytes_per_token`` is used.
+        stop: called before each batch; evaluation ends when it returns True.
+        world: the ranks that share the batches. All get the same result.
+
+    Returns:
+        None if ``stop`` ended it.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -104,13 +117,12 @@ def evaluate(
         for batch in batches:
             if stop():
                 return None
-            inputs, targets, *segments = (
+            inputs, targets, *segment_ids = (
                 torch.from_numpy(each).to(device) for each in batch if each is not None
             )
-            half = dtype in (torch.bfloat16, torch.float16)
-            with torch.autocast(device.type, dtype if half else None, enabled=half):
-                total += model(inputs, targets, *segments)
-            counted = batch[1][batch[1] != IGNORE]
+            with autocast(dtype, device):
+                total += model(inputs, targets, *segment_ids)
+            counted = batch[1][batch[1] != IGNORE_INDEX]
             tokens += counted.size
             text_bytes += (
                 counted.size * bytes_per_token

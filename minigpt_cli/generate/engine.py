@@ -1,22 +1,18 @@
-"""Autoregressive decoding: prompt in, tokens out, with a cache of keys and values.
+"""Autoregressive decoding with a cache of keys and values.
 
-S is the number of samples asked for, B how many of them are still in the batch.
+S: number of samples; B: number of samples that are still in the batch.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from minigpt_cli.errors import Diverged, UserError
-from minigpt_cli.generate.sampling import (
-    NOT_FINITE,
-    SamplingOptions,
-    draw_uniforms,
-    next_tokens,
-)
+from minigpt_cli.core.errors import Diverged, UserError
+from minigpt_cli.generate.sampling import NOT_FINITE, SamplingOptions, draw_uniforms, next_tokens
 from minigpt_cli.model.gpt import GPT, KVCache, new_cache
+from minigpt_cli.model.precision import autocast
 
 
 def generate(
@@ -28,36 +24,36 @@ def generate(
     num_samples: int = 1,
     seed: int = 0,
     eos_id: int | None = None,
-    end_ids: frozenset[int] = frozenset(),
+    stop_token_ids: frozenset[int] = frozenset(),
     use_cache: bool = True,
     dtype: torch.dtype | None = None,
     vocab_size: int | None = None,
     finished: list[bool] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue a prompt ``num_samples`` times, one step of the iterator per token.
+    """Continue a prompt ``num_samples`` times; yield once per token.
 
-    The prompt is computed once and its keys and values are shared out to a batch of S rows. When
-    the model's context is full, its last half stays and is computed anew, with the cache or
-    without it, so both give the same tokens. The model is in evaluation mode only while a step
-    runs; torch's global generators are never used.
+    The prompt is computed once; its keys and values are copied to all S rows. When the context is
+    full, its last half is kept and computed again, with or without the cache, so that both give
+    the same tokens. The model is in evaluation mode only during a step. torch's global generators
+    are not used.
 
     Args:
-        prompt_ids: the tokens to continue, the last ``max_position_embeddings`` of which count;
-            an empty prompt starts from ``eos_id``, as documents did in training.
-        seed: sample i depends on (seed, i) alone, not on ``num_samples``.
+        prompt_ids: the prompt; only its last ``max_position_embeddings`` tokens are used. An empty
+            prompt starts from ``eos_id``, as documents do in training.
+        seed: sample i depends only on (seed, i).
         eos_id: ends a sample; yielded as its last token.
-        end_ids: others that do, such as the end of a turn.
-        dtype: autocast's dtype and the cache's; None computes in that of the weights.
-        vocab_size: ids from here on are never chosen (embeddings padded beyond the tokenizer).
+        stop_token_ids: further tokens that end a sample, e.g. the end of a turn.
+        dtype: of autocast and the cache; None: the dtype of the weights.
+        vocab_size: ids from here on are never chosen (padded embeddings).
         finished: S flags; the caller may set one between steps to end that sample.
 
     Yields:
-        S entries: the new token of each sample, None where it ended before.
+        S entries: the new token of each sample; None if the sample ended earlier.
 
     Raises:
         UserError: an empty prompt without ``eos_id``, a token outside the vocabulary, or a count
-            below 1; raised at once, not at the first step.
-        Diverged: logits that aren't finite.
+            below 1. Raised by the call, not by the first step.
+        Diverged: logits are not finite.
     """
     if max_new_tokens < 1 or num_samples < 1:
         raise UserError(
@@ -85,7 +81,7 @@ def generate(
         prompt_ids,
         options,
         uniforms,
-        end_ids | {eos_id},
+        stop_token_ids | {eos_id},
         use_cache,
         dtype,
         vocab_size,
@@ -98,7 +94,7 @@ def _decode(
     prompt_ids: list[int],
     options: SamplingOptions,
     uniforms: Tensor,
-    end_ids: frozenset[int | None],
+    stop_token_ids: frozenset[int | None],
     use_cache: bool,
     dtype: torch.dtype,
     vocab_size: int | None,
@@ -109,26 +105,26 @@ def _decode(
     context = model.config.max_position_embeddings
     device = model.embed_tokens.weight.device
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    window = torch.tensor([prompt_ids[-context:]], device=device)  # (B, T): what the model sees
+    window = torch.tensor([prompt_ids[-context:]], device=device)  # (B, T)
     seen = None
     if options.repetition_penalty != 1:
         seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=device)
         seen[0, torch.tensor(prompt_ids, device=device)] = True
     cache: KVCache | None = None
-    rows = list(range(samples))  # the sample that each row of the batch belongs to
+    rows = list(range(samples))  # the sample of each row of the batch
 
     for step in range(max_new_tokens):
         with _evaluating(model, dtype):
             if window.shape[1] > context:
                 window, cache = window[:, -max(1, context // 2) :], None
             if not use_cache:
-                logits = model(window, last_only=True)
+                logits = model(window, logits_to_keep=1)
             elif cache is None:
                 capacity = min(context, window.shape[1] + max_new_tokens - step)
                 cache = new_cache(model.config, len(window), capacity, device, dtype)
-                logits = model(window, cache=cache, last_only=True)
+                logits = model(window, cache=cache, logits_to_keep=1)
             else:
-                logits = model(window[:, -1:], cache=cache, last_only=True)
+                logits = model(window[:, -1:], cache=cache, logits_to_keep=1)
             if step == 0 and samples > 1:
                 every = torch.zeros(samples, dtype=torch.int64, device=device)
                 logits, window, seen, cache = logits[every], *_take(every, window, seen, cache)
@@ -140,7 +136,7 @@ def _decode(
                 None if seen is None else seen[:, :vocab_size],
             )
             window = torch.cat((window, tokens[:, None]), dim=1)
-            chosen = tokens.tolist()  # the one synchronisation of a step
+            chosen = tokens.tolist()  # the only synchronisation of a step
             if NOT_FINITE in chosen:
                 raise Diverged(
                     "the model's logits are not finite: its weights diverged in training, "
@@ -153,13 +149,13 @@ def _decode(
         for sample, token in zip(rows, chosen, strict=True):
             if not finished[sample]:
                 new[sample] = token
-                finished[sample] = token in end_ids
+                finished[sample] = token in stop_token_ids
         yield new
 
         alive = [row for row, sample in enumerate(rows) if not finished[sample]]
         if not alive:
             return
-        if len(alive) <= len(rows) // 2:  # by halves: each time costs a copy of the cache
+        if len(alive) <= len(rows) // 2:  # only when half has ended: each time copies the cache
             keep = torch.tensor(alive, device=device)
             with torch.inference_mode():
                 window, seen, cache = _take(keep, window, seen, cache)
@@ -170,7 +166,7 @@ def _decode(
 def _take(
     keep: Tensor, window: Tensor, seen: Tensor | None, cache: KVCache | None
 ) -> tuple[Tensor, Tensor | None, KVCache | None]:
-    """The rows ``keep`` (int64) of everything that is kept per row."""
+    """Select the rows ``keep`` (int64) of all per-row state."""
     if cache is not None:
         cache = KVCache(cache.keys[:, keep], cache.values[:, keep], cache.length)
     return window[keep], None if seen is None else seen[keep], cache
@@ -178,13 +174,13 @@ def _take(
 
 @contextmanager
 def _evaluating(model: GPT, dtype: torch.dtype) -> Iterator[None]:
-    """Evaluation mode, no autograd, autocast to dtype; for one step, so none reaches the caller."""
+    """Enter evaluation mode, without autograd, with autocast to dtype, for one step."""
     training = model.training
     weight = model.embed_tokens.weight
-    autocast = torch.autocast(weight.device.type, dtype=dtype, enabled=dtype != weight.dtype)
+    mixed = nullcontext() if dtype == weight.dtype else autocast(dtype, weight.device)
     model.eval()
     try:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), mixed:
             yield
     finally:
         model.train(training)

@@ -1,35 +1,36 @@
-"""From logits to the next token: pure functions, batched over rows, no host-device synchronisation.
+"""Logits -> next token: pure, batched functions without host-device synchronisation.
 
-Penalty, filters and their order are those of transformers' ``generate``: repetition penalty,
-temperature, top-k, top-p, min-p. B is the number of rows, V the vocabulary.
+The processors and their order are those of transformers' ``generate``: repetition penalty,
+temperature, top-k, top-p, min-p. B: batch size, V: vocabulary size.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.seed import derived_seed
 
-NOT_FINITE = -1  # stands for the token of a row whose logits are NaN or infinite
+NOT_FINITE = -1  # the token of a row whose logits are NaN or infinite
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a token is chosen; what is None (or a penalty of 1) is off.
+    """How a token is chosen. None (for the penalty: 1) switches a processor off.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token and ignores the filters.
+        temperature: divides the logits; 0 takes the likeliest token and ignores top-k, -p, min-p.
         top_k: keep the k likeliest tokens (Fan et al. 2018).
-        top_p: keep the fewest tokens that hold this much probability (Holtzman et al. 2020).
-        min_p: keep tokens at least this fraction as likely as the likeliest (Nguyen et al. 2024).
-        repetition_penalty: divides positive logits of tokens seen before, multiplies negative
-            ones (Keskar et al. 2019).
+        top_p: keep the fewest tokens with at least this probability in sum (Holtzman et al. 2020).
+        min_p: keep tokens with at least this fraction of the highest probability (Nguyen et
+            al. 2024).
+        repetition_penalty: divides positive logits of earlier tokens, multiplies negative ones
+            (Keskar et al. 2019).
 
     Raises:
-        UserError: values out of range, all of them named at once.
+        UserError: values out of range; all in one message.
     """
 
     temperature: float = 0.8
@@ -59,12 +60,12 @@ class SamplingOptions:
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make seen tokens less likely. logits: (B, V) float; seen: (B, V) bool."""
+    """Make earlier tokens less likely. logits: (B, V) float; seen: (B, V) bool."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Exactly the k largest of each row of (B, V), the rest -inf; of equals the lowest ids."""
+    """Keep exactly the k largest of each row of (B, V), of equal ones the lowest ids; rest -inf."""
     k = min(k, logits.shape[-1])
     smallest = logits.topk(k).values[:, -1:]
     above, level = logits > smallest, logits == smallest
@@ -73,9 +74,9 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The fewest tokens of each row of (B, V) whose probability reaches p, the rest -inf.
+    """Keep the fewest tokens of each row of (B, V) whose probabilities reach p; rest -inf.
 
-    A token stays if what is likelier holds less than p, so the likeliest always stays.
+    A token stays if all likelier ones sum to less than p. So the likeliest always stays.
     """
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(-1)
@@ -85,21 +86,21 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """Tokens of each row of (B, V) at least p times as likely as the likeliest, the rest -inf."""
+    """Keep tokens of (B, V) with at least p times the row's highest probability; rest -inf."""
     probs = logits.softmax(-1)
     return logits.masked_fill(probs < p * probs.amax(-1, keepdim=True), -math.inf)
 
 
 def process_logits(logits: Tensor, options: SamplingOptions, seen: Tensor | None = None) -> Tensor:
-    """The logits that a token is drawn from: penalty, temperature and filters applied.
+    """Apply penalty, temperature and filters.
 
     Args:
         logits: (B, V) in any float dtype.
-        seen: (B, V) bool, the tokens that the repetition penalty holds back.
+        seen: (B, V) bool, the tokens that get the repetition penalty.
 
     Returns:
-        (B, V) in float32 (float64 stays), -inf where a token can't be drawn. Where a temperature
-        applies they are shifted to a maximum of 0, or a tiny temperature would overflow.
+        (B, V) in float32 (float64 stays), -inf for excluded tokens. With a temperature the
+        maximum is shifted to 0, because a tiny temperature would overflow otherwise.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if options.repetition_penalty != 1 and seen is not None:
@@ -109,7 +110,7 @@ def process_logits(logits: Tensor, options: SamplingOptions, seen: Tensor | None
     logits = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     if options.top_k is not None:
         logits = keep_top_k(logits, options.top_k)
-    if options.top_p is not None and options.top_p < 1:  # at 1 rounding would cut the tail
+    if options.top_p is not None and options.top_p < 1:  # at 1, rounding would cut the tail
         logits = keep_top_p(logits, options.top_p)
     if options.min_p:
         logits = keep_min_p(logits, options.min_p)
@@ -119,27 +120,27 @@ def process_logits(logits: Tensor, options: SamplingOptions, seen: Tensor | None
 def next_tokens(
     logits: Tensor, options: SamplingOptions, uniforms: Tensor, seen: Tensor | None = None
 ) -> Tensor:
-    """Choose one token a row, by inverting the cumulative distribution.
+    """Choose one token per row by inverting the cumulative distribution.
 
     Args:
-        logits: (B, V) in any float dtype, as the model gives them.
-        uniforms: (B,) float64 in [0, 1), see ``draw_uniforms``; unused when greedy.
+        logits: (B, V) in any float dtype, the model's output.
+        uniforms: (B,) float64 in [0, 1), of ``draw_uniforms``; unused if greedy.
         seen: (B, V) bool, as in ``process_logits``.
 
     Returns:
-        (B,) int64, ``NOT_FINITE`` for rows whose logits hold a NaN or an infinity.
+        (B,) int64; ``NOT_FINITE`` for rows with a NaN or an infinity.
     """
     sound = logits.amax(-1).isfinite()
     logits = process_logits(logits, options, seen)
     if options.greedy:
         tokens = logits.argmax(-1)
     else:
-        # float64, because float32 sums of 50,000 terms are off by more than the rarest tokens.
+        # float64: the error of a float32 sum of 50,000 terms exceeds the rarest tokens.
         wide = torch.float32 if logits.device.type == "mps" else torch.float64
         cumulative = logits.to(wide).softmax(-1).cumsum(-1)  # (B, V)
         total = cumulative[:, -1:]
-        # Below the total even where float32 rounds a uniform up to 1, so that the token found has
-        # a probability above 0.
+        # Stay below the total, also if float32 rounds a uniform up to 1: the chosen token must
+        # have a probability above 0.
         drawn = uniforms.to(wide)[:, None] * total
         drawn = torch.minimum(drawn, total.nextafter(torch.zeros_like(total)))
         tokens = torch.searchsorted(cumulative, drawn, right=True).squeeze(-1)
@@ -147,15 +148,13 @@ def next_tokens(
 
 
 def draw_uniforms(seed: int, rows: int, steps: int) -> Tensor:
-    """(rows, steps) float64 in [0, 1) on the CPU, the only randomness of sampling.
+    """Draw the random numbers of sampling: (rows, steps) float64 in [0, 1), on the CPU.
 
-    Each row has a generator of its own, seeded by (seed, row): a sample doesn't depend on how
-    many others are drawn with it, on when they end, or on the device. The global generators of
-    torch stay as they are.
+    Each row has its own generator, seeded by (seed, row). So a sample doesn't depend on the number
+    of other samples, on their ends, or on the device. torch's global generators are not used.
     """
     drawn = []
     for row in range(rows):
-        digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(derived_seed(seed, row))
         drawn.append(torch.rand(steps, dtype=torch.float64, generator=generator))
     return torch.stack(drawn)

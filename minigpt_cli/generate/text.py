@@ -1,4 +1,4 @@
-"""Tokens to text while they come: whole characters only, and nothing of a stop string."""
+"""Tokens -> text as a stream: whole characters only, without stop strings."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.tokenizer import vocabulary_size
-from minigpt_cli.errors import UserError
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.model.gpt import GPT
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "eos", "length"]
 
-_BROKEN = "\ufffd"  # what decoders put for bytes that are no UTF-8 character, or none yet
+_BROKEN = "\ufffd"  # decoders' text for bytes that are not, or not yet, a UTF-8 character
 _CONTEXT = 8  # tokens kept before the new ones; a character has at most 4
 
 
 @dataclass(frozen=True)
-class Piece:
-    """More text of one sample; ``finish_reason`` is set on its last piece and on no other."""
+class TextChunk:
+    """More text of one sample; ``finish_reason`` is set on its last chunk only."""
 
     sample: int
     text: str
@@ -32,7 +32,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a sample's pieces add up to: its text, without the prompt, and why it ended."""
+    """A sample's whole text, without the prompt, and why it ended."""
 
     text: str
     finish_reason: FinishReason
@@ -40,11 +40,11 @@ class Completion:
 
 @dataclass
 class Detokenizer:
-    """Turns one sample's tokens into text, holding back what a further token could still change.
+    """Turns one sample's tokens into text; holds back text that the next token could change.
 
-    Decoding each token alone is wrong: a character's bytes may be spread over tokens, and some
-    decoders treat the first token unlike the rest. So a short window of tokens is decoded, and
-    what goes beyond the ``emitted`` characters of it is new.
+    Decoding each token alone is wrong: a character's bytes may be split over tokens, and some
+    decoders treat the first token differently. So a short window of tokens is decoded; characters
+    after the first ``emitted`` ones are new.
     """
 
     tokenizer: "Tokenizer"
@@ -53,12 +53,12 @@ class Detokenizer:
     emitted: int = 0
 
     def push(self, token: int) -> str:
-        """The text that is certain now that ``token`` has come."""
+        """Add a token; return the text that is now certain."""
         if token in self.special:
             return ""
         self.window.append(token)
         text = self.tokenizer.decode(self.window)
-        # An unfinished character shows as up to 3 marks, one of each byte, or one of them all.
+        # An unfinished character shows as up to 3 marks: one per byte, or one for all.
         unsure = min(3, len(text) - len(text.rstrip(_BROKEN)))
         end = max(self.emitted, len(text) - unsure)
         piece = text[self.emitted : end]
@@ -69,29 +69,29 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """The text held back, when no more tokens come; U+FFFD for bytes that are no character."""
+        """Return the text held back, after the last token; U+FFFD for invalid bytes."""
         text = self.tokenizer.decode(self.window)[self.emitted :]
         self.emitted += len(text)
         return text
 
 
 def detokenizer(tokenizer: "Tokenizer", prompt_ids: Sequence[int]) -> Detokenizer:
-    """A detokenizer for what follows the prompt. Special tokens are no text."""
+    """Make a detokenizer for the text after the prompt. Special tokens give no text."""
     added = tokenizer.get_added_tokens_decoder()
     special = frozenset(token for token, entry in added.items() if entry.special)
     window = [token for token in prompt_ids[-_CONTEXT:] if token not in special]
     before = tokenizer.decode(window)
-    if before.endswith(_BROKEN):  # a character cut in half: what follows stands alone
+    if before.endswith(_BROKEN):  # a character cut in half: decode the new tokens alone
         window, before = [], ""
     return Detokenizer(tokenizer, special, window, len(before))
 
 
 def split_at_stop(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
-    """Cut text at the stop string that is complete first, the longest of those that end there.
+    """Cut text at the first complete stop string; of several that end there, at the longest.
 
     Returns:
-        What may be shown, what must be held back because a stop string may have begun in it, and
-        whether a stop string was found (then nothing is held back).
+        The text to show, the text to hold back because a stop string may begin in it, and whether
+        a stop string was found (then nothing is held back).
     """
     found = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     if found:
@@ -113,19 +113,19 @@ def stream_text(
     num_samples: int = 1,
     seed: int = 0,
     eos_id: int | None = None,
-    end_ids: frozenset[int] = frozenset(),
+    stop_token_ids: frozenset[int] = frozenset(),
     stop: Sequence[str] = (),
     use_cache: bool = True,
     dtype: torch.dtype | None = None,
-) -> Iterator[Piece]:
-    """Continue a prompt ``num_samples`` times and yield the text as soon as it is certain.
+) -> Iterator[TextChunk]:
+    """Continue a prompt ``num_samples`` times; yield text as soon as it is certain.
 
-    The arguments are those of ``generate``; ``stop`` are strings that end a sample and are not
-    part of its text, wherever tokens split them. A sample's pieces, joined, are its completion
-    (``complete`` joins them); a U+FFFD among them means that the model wrote invalid UTF-8.
+    The arguments are those of ``generate``. ``stop`` holds strings that end a sample and are not
+    part of its text, however tokens split them. ``join_chunks`` joins the chunks of each sample. A
+    U+FFFD means that the model wrote invalid UTF-8.
 
     Raises:
-        UserError: an empty stop string, and what ``generate`` raises.
+        UserError: an empty stop string; and the errors of ``generate``.
     """
     if "" in stop:
         raise UserError("a stop string must not be empty")
@@ -138,7 +138,7 @@ def stream_text(
         num_samples=num_samples,
         seed=seed,
         eos_id=eos_id,
-        end_ids=end_ids,
+        stop_token_ids=stop_token_ids,
         use_cache=use_cache,
         dtype=dtype,
         vocab_size=vocabulary_size(tokenizer),
@@ -148,7 +148,7 @@ def stream_text(
         steps,
         detokenizer(tokenizer, prompt_ids),
         max_new_tokens,
-        end_ids | {eos_id},
+        stop_token_ids | {eos_id},
         stop,
         finished,
     )
@@ -158,22 +158,22 @@ def _pieces(
     steps: Iterator[list[int | None]],
     start: Detokenizer,
     max_new_tokens: int,
-    end_ids: frozenset[int | None],
+    stop_token_ids: frozenset[int | None],
     stop: Sequence[str],
     finished: list[bool],
-) -> Iterator[Piece]:
-    """The loop behind ``stream_text``."""
+) -> Iterator[TextChunk]:
+    """Run the loop of ``stream_text``."""
     decoders = [
         Detokenizer(start.tokenizer, start.special, list(start.window), start.emitted)
         for _ in finished
     ]
-    held = [""] * len(finished)  # per sample: characters that a stop string may begin with
+    held = [""] * len(finished)  # per sample: text in which a stop string may begin
     for step, tokens in enumerate(steps, start=1):
         for sample, token in enumerate(tokens):
             if token is None:
                 continue
             reason: FinishReason | None = None
-            if token in end_ids:
+            if token in stop_token_ids:
                 reason = "eos"
             else:
                 held[sample] += decoders[sample].push(token)
@@ -187,15 +187,15 @@ def _pieces(
                 finished[sample] = True
             held[sample] = kept
             if shown or reason is not None:
-                yield Piece(sample, shown, reason)
+                yield TextChunk(sample, shown, reason)
 
 
-def complete(pieces: Iterable[Piece]) -> list[Completion]:
-    """All of the pieces of ``stream_text``, joined: one completion for each sample."""
+def join_chunks(chunks: Iterable[TextChunk]) -> list[Completion]:
+    """Join the chunks of ``stream_text``: one completion for each sample."""
     texts: dict[int, list[str]] = {}
     reasons: dict[int, FinishReason] = {}
-    for piece in pieces:
-        texts.setdefault(piece.sample, []).append(piece.text)
-        if piece.finish_reason is not None:
-            reasons[piece.sample] = piece.finish_reason
+    for chunk in chunks:
+        texts.setdefault(chunk.sample, []).append(chunk.text)
+        if chunk.finish_reason is not None:
+            reasons[chunk.sample] = chunk.finish_reason
     return [Completion("".join(texts[i]), reasons[i]) for i in sorted(texts)]

@@ -1,4 +1,4 @@
-"""Causal attention: torch's own kernels, but on a CPU matrix products, which are faster there."""
+"""Causal attention: torch's kernels on GPUs, matrix products on CPUs, where they are faster."""
 
 from functools import lru_cache
 
@@ -6,29 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# On a CPU, torch's flash kernel took 2 to 3 times as long as this at up to 1,024 tokens in bf16
-# (benchmarks/LOG.md); beyond this length its memory, linear in the sequence, counts for more.
+# On a CPU, torch's flash kernel took 2 to 3 times as long up to 1,024 tokens in bf16
+# (benchmarks/LOG.md). Beyond this length its linear memory matters more.
 _CPU_MATMUL_TOKENS = 2048
-_BLOCK = 128  # queries at a time: they need no keys beyond their own block
+_BLOCK = 128  # queries at a time; they need no keys after their own block
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, where a token sees itself and those before it.
+    """Compute softmax(q k^T / sqrt(D)) v; a token sees itself and earlier tokens.
 
     Args:
         q: (B, A, T, D).
         k, v: (B, K, T, D), K dividing A: each serves A/K neighbouring query heads.
-        dropout: probability of leaving a weight out.
-        mask: (B, 1, T, T) bool, true where a token may look, if it sees fewer than all before it.
+        dropout: probability of dropping an attention weight.
+        mask: (B, 1, T, T) bool, true for visible tokens; None: all earlier tokens are visible.
 
     Returns:
         (B, A, T, D).
     """
     tokens = q.shape[2]
     if mask is not None:
-        # With enable_gqa a mask would leave only the kernel that makes all (T, T) weights.
+        # With enable_gqa and a mask, torch has only the kernel that stores all (T, T) weights.
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
@@ -40,15 +40,15 @@ def causal_attention(
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last T of the S tokens seen so far.
+    """Compute the attention of the last T of S tokens.
 
     Args:
-        q: (B, A, T, D), of the tokens that came last.
+        q: (B, A, T, D), of the last tokens.
         k, v: (B, K, S, D).
     """
     tokens, seen = q.shape[2], k.shape[2]
     mask = None
-    if 1 < tokens < seen:  # is_causal would count from the first key, not from the last
+    if 1 < tokens < seen:  # is_causal aligns with the first key, not with the last
         mask = torch.ones(tokens, seen, dtype=torch.bool, device=q.device).tril(seen - tokens)
     return F.scaled_dot_product_attention(
         q,
@@ -64,7 +64,7 @@ def _by_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, tokens, dim = q.shape
     groups = heads // k.shape[1]
     rows = batch * k.shape[1]
-    # The query heads that share a key head are stacked as rows of one product.
+    # Query heads that share a key head become rows of one product.
     q = q.reshape(rows, groups, tokens, dim)
     k = k.reshape(rows, tokens, dim).transpose(1, 2)
     v = v.reshape(rows, tokens, dim)
@@ -81,7 +81,7 @@ def _by_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _mask(start: int, end: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """0 where a query of this block may look, -inf elsewhere: (groups * block, end)."""
+    """Return a block's mask: 0 for visible keys, -inf for others: (groups * block, end)."""
     with torch.inference_mode(False):
         hidden = torch.full((end - start, end), -torch.inf).triu(start + 1)
         return hidden.to(dtype).repeat(groups, 1)

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.recipe import Recipe, RopeScaling
 
 Family = Literal["gpt2", "llama", "qwen3"]
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything the transformer needs to know about its shape; nothing about training but dropout.
+    """The shape of a transformer, and its dropout.
 
     ``gpt2`` is GPT2LMHeadModel (learned positions, LayerNorm with bias, GELU), ``llama`` is
     LlamaForCausalLM (RMSNorm, RoPE, SwiGLU, grouped-query attention) and ``qwen3`` is
@@ -33,7 +33,7 @@ class ModelConfig:
     rope_theta: float
     norm_eps: float
     tie_word_embeddings: bool
-    attention_bias: bool  # of gpt2 always
+    attention_bias: bool  # always true for gpt2
     mlp_bias: bool
     initializer_range: float
     dropout: float
@@ -60,10 +60,10 @@ def model_config(
     dropout: float = 0.0,
     rope_scaling: RopeScaling | None = None,
 ) -> ModelConfig:
-    """Fill in what was left out as the family's models in transformers do, and check the rest.
+    """Build a config: fill in defaults as transformers does for the family, and check all values.
 
     Raises:
-        UserError: sizes that don't fit together, all of them named at once.
+        UserError: sizes don't fit together; all problems in one message.
     """
     gpt2 = family == "gpt2"
     config = ModelConfig(
@@ -101,18 +101,18 @@ def model_config(
 
 
 def _given(value: T | None, default: T) -> T:
-    """``default`` where the value was left out; a 0 was given and has to be refused."""
+    """Return ``default`` for None only: a 0 must reach the checks."""
     return default if value is None else value
 
 
 def config_from_recipe(recipe: Recipe, vocab_size: int) -> ModelConfig:
-    """The shape that a recipe's ``[model]`` asks for.
+    """Build the config of a recipe's ``[model]``.
 
     Args:
         vocab_size: the tokenizer's.
 
     Raises:
-        UserError: sizes that don't fit together, or a vocabulary smaller than the tokenizer's.
+        UserError: sizes don't fit together, or the vocabulary is smaller than the tokenizer's.
     """
     fields = dataclasses.fields(recipe.model)
     settings = {f.name: getattr(recipe.model, f.name) for f in fields if f.name != "init_from"}

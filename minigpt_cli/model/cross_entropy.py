@@ -1,23 +1,23 @@
-"""The output projection and the cross-entropy in one, without the whole logit tensor."""
+"""Output projection and cross-entropy in one function, without the whole logit tensor."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORE = -100  # a target that counts for nothing, as in torch.nn.functional.cross_entropy
+from minigpt_cli.core.constants import GPU_LOGITS_BYTES, IGNORE_INDEX
 
 # Bytes of float32 logits that live at once. On a CPU a chunk should stay in cache, on a GPU it
 # should be large enough to fill the device with one matrix product.
-CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**22, "cuda": GPU_LOGITS_BYTES}
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass, chunk by chunk, while the logits are at hand.
+    """Compute the gradients in the forward pass, chunk by chunk.
 
-    The usual way keeps N x V logits in float32 (and again as their gradient): 13 GB for 32,768
-    tokens of GPT-2's vocabulary. Here a chunk's logits become its loss and its gradient
-    (softmax - one_hot) and are dropped, at the same three matrix products in all.
+    The usual way keeps N x V logits in float32, and their gradient: 13 GB for 32,768 tokens of
+    GPT-2's vocabulary. Here each chunk of logits gives its loss and its gradient
+    (softmax - one_hot) and is freed. The number of matrix products stays three.
     """
 
     @staticmethod
@@ -28,19 +28,19 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         wants_grad, wants_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
         losses = hidden.new_empty(targets.shape, dtype=dtype)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        # None where the projection is frozen.
+        # None if the projection is frozen.
         grad_weight = torch.zeros_like(weight, dtype=dtype) if wants_weight else None
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            rows, kept = hidden[part], (targets[part] != IGNORE)[:, None]
+            rows, kept = hidden[part], (targets[part] != IGNORE_INDEX)[:, None]
             index = targets[part, None].where(kept, 0)
             logits = rows @ weight.T  # (n, V)
             probabilities = logits.softmax(-1, dtype=dtype)
-            # -log p[target], also where p[target] underflows: by way of the likeliest token.
+            # -log p[target], relative to the likeliest token: exact also if p[target] underflows.
             likeliest = logits.amax(-1, keepdim=True).to(dtype) - logits.gather(1, index)
             loss = likeliest - probabilities.amax(-1, keepdim=True).log()
             losses[part] = loss.where(kept, 0.0).squeeze(1)
-            del logits  # these are the largest tensors of a step, so none outlives its use
+            del logits  # the largest tensors of a step: free each after its last use
             if grad_hidden is not None:
                 probabilities.scatter_add_(1, index, loss.new_full((1, 1), -1.0).expand_as(loss))
                 grad = probabilities.to(hidden.dtype)  # of the logits: softmax - one_hot
@@ -70,22 +70,24 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 def projected_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
 ) -> Tensor:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T)[target]``.
+    """Compute the sum over tokens of ``-log softmax(hidden @ weight.T)[target]``.
 
     Args:
-        hidden: (N, H), in the computing dtype.
+        hidden: (N, H), in the dtype of the matrix products.
         weight: (V, H), the output projection; cast to hidden's dtype.
-        targets: (N,) int64; ``IGNORE`` marks tokens that count for nothing.
-        chunk_tokens: rows of logits that exist at once; by default what the device likes.
+        targets: (N,) int64; tokens with ``IGNORE_INDEX`` are left out.
+        chunk_tokens: rows of logits that live at once; default: by the device's ``CHUNK_BYTES``.
 
     Returns:
-        A scalar, in float32, or float64 where hidden is.
+        A scalar: float32, or float64 if hidden is float64.
     """
     if chunk_tokens is None:
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
         chunk_tokens = max(128, budget // (4 * len(weight)) // 128 * 128)
-    weight = weight.to(hidden.dtype)  # outside the Function: autograd casts the gradient back
-    if not torch.is_grad_enabled():  # which a Function isn't told
+    weight = weight.to(
+        hidden.dtype
+    )  # outside the Function, so that autograd casts the gradient back
+    if not torch.is_grad_enabled():  # a Function can't see this
         weight = weight.detach()
     loss: Tensor = _ProjectedCrossEntropy.apply(hidden, weight, targets, chunk_tokens)
     return loss

@@ -1,10 +1,9 @@
-"""The transformer: one model for the families gpt2, llama and qwen3. No I/O, no distributed code.
+"""The transformer: one model for gpt2, llama and qwen3. No I/O and no distributed code.
 
 Shapes in comments: B sequences, T tokens, H hidden size, A attention heads, K key/value heads,
 D head dimension, V vocabulary.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minigpt_cli.core.seed import derived_seed
 from minigpt_cli.model.attention import cached_attention, causal_attention
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import projected_cross_entropy
@@ -23,7 +23,7 @@ from minigpt_cli.recipe import RopeScaling
 
 @dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, each (layers, B, K, capacity, D)."""
+    """Keys and values of all earlier tokens, each (layers, B, K, capacity, D)."""
 
     keys: Tensor
     values: Tensor
@@ -44,7 +44,7 @@ LayerCache = tuple[Tensor, Tensor, int]
 def new_cache(
     config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
 ) -> KVCache:
-    """An empty cache for ``batch`` sequences of up to ``capacity`` tokens."""
+    """Make an empty cache for ``batch`` sequences of up to ``capacity`` tokens."""
     shape = (
         config.num_hidden_layers,
         batch,
@@ -58,8 +58,8 @@ def new_cache(
     )
 
 
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of x are computed in: autocast's dtype where it is on."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: autocast's if it is on, else x's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -72,24 +72,25 @@ def rope_table(
     dtype: torch.dtype,
     scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of RoFormer's angles (Su et al. 2021), each (positions, 1, head_dim).
+    """Compute cosine and sine of the rotary angles (Su et al. 2021), each (positions, 1, head_dim).
 
-    The two halves of a head are the real and imaginary parts, as in transformers.
+    The two halves of a head are the real and the imaginary part, as in transformers.
     """
     exponents = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
-    # In transformers' order: at position 100,000 the last bit is the third digit of an angle.
-    frequencies = _scaled(1.0 / theta**exponents, scaling)
+    # Operations in transformers' order: at position 100,000 the last bit of a frequency is the
+    # third digit of the angle.
+    frequencies = _scale_frequencies(1.0 / theta**exponents, scaling)
     angles = torch.outer(torch.arange(positions, device=device).to(dtype), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
-def _scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
-    """Angles per position for contexts longer than the original one.
+def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
+    """Scale the frequencies for contexts longer than the original one.
 
-    ``linear`` slows all of them (Chen et al. 2023). ``llama3`` slows those that turn less than
-    ``low_freq_factor`` times within the original context, leaves those that turn more than
-    ``high_freq_factor`` times, and goes from one to the other in between (Llama 3.1).
+    ``linear`` divides all of them (Chen et al. 2023). ``llama3`` (Llama 3.1) divides those with
+    fewer than ``low_freq_factor`` turns in the original context, keeps those with more than
+    ``high_freq_factor``, and interpolates between the two.
     """
     if scaling is None:
         return frequencies
@@ -104,21 +105,21 @@ def _scaled(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def positions_in(segments: Tensor) -> Tensor:
-    """The place of each token in its segment, (B, T) int64: 0, 1, 2 ... and anew in the next."""
-    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
-    return places - places.where(begins, 0).cummax(dim=1).values
+def segment_positions(segment_ids: Tensor) -> Tensor:
+    """Return each token's position in its segment, (B, T) int64: 0, 1, 2 ... from each start."""
+    positions = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
+    return positions - positions.where(starts, 0).cummax(dim=1).values
 
 
-def mask_of(segments: Tensor) -> Tensor:
-    """Whether a token (row) sees another (column), (B, 1, T, T): of its segment, not later."""
-    same = segments[:, :, None] == segments[:, None, :]
+def segment_mask(segment_ids: Tensor) -> Tensor:
+    """Return the attention mask, (B, 1, T, T) bool: true for earlier tokens of the same segment."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return same.tril()[:, None]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (B, T, heads, D) by the angles of its positions; cos and sin are (T or B, T; 1, D)."""
+    """Rotate x (B, T, heads, D) by its positions' angles; cos, sin: (T, 1, D) or (B, T, 1, D)."""
     real, imaginary = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
 
@@ -217,8 +218,8 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        # Cast once: autocast would cast anew for each of the projections that follow.
-        dtype = computing_dtype(x)
+        # Cast once: autocast would cast again for each projection.
+        dtype = autocast_dtype(x)
         attended = self.self_attn(self.input_layernorm(x).to(dtype), rope, cache, mask)
         x = x + F.dropout(attended, self.dropout, self.training)
         out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
@@ -229,7 +230,7 @@ class GPT(nn.Module):
     """A decoder-only language model.
 
     Parameters are named after transformers' Llama, without its ``model.`` prefix; tied output
-    embeddings have no name of their own. ``initialize`` draws the weights.
+    embeddings have no name of their own. ``initialize_weights`` draws the weights.
     """
 
     def __init__(self, config: ModelConfig):
@@ -247,7 +248,7 @@ class GPT(nn.Module):
         self._rope: tuple[Tensor, Tensor] | None = None
 
     def head_weight(self) -> Tensor:
-        """The output projection, (V, H)."""
+        """Return the output projection, (V, H)."""
         tied = self.config.tie_word_embeddings
         return self.embed_tokens.weight if tied else self.lm_head.weight
 
@@ -255,20 +256,20 @@ class GPT(nn.Module):
         self,
         input_ids: Tensor,
         targets: Tensor | None = None,
-        segments: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         *,
         cache: KVCache | None = None,
-        last_only: bool = False,
+        logits_to_keep: int = 0,
     ) -> Tensor:
-        """The sum of the token losses, or the logits where there are no targets.
+        """Compute the sum of the token losses; without targets, the logits.
 
         Args:
             input_ids: (B, T) int64.
-            targets: (B, T) int64, the token after each input; -100 counts for nothing.
-            segments: (B, T) int64, which example of its row each token belongs to: it sees no
-                other, and its positions begin anew with it. Not with a cache.
-            cache: keys and values of the tokens before these; extended in place.
-            last_only: logits of the last position alone.
+            targets: (B, T) int64, the token after each input; -100 is left out of the loss.
+            segment_ids: (B, T) int64, the segment of each token in its sequence. Attention stays
+                within a segment, and positions start from 0 in each. Not with a cache.
+            cache: keys and values of the earlier tokens; extended in place.
+            logits_to_keep: number of last positions to compute logits for; 0: all.
 
         Returns:
             A float32 scalar (float64 for a float64 model), or logits (B, T or 1, V).
@@ -281,9 +282,9 @@ class GPT(nn.Module):
         x = self.embed_tokens(input_ids)  # (B, T, H)
         rope = mask = None
         positions: slice | Tensor = slice(past, end)
-        if segments is not None:
+        if segment_ids is not None:
             assert cache is None
-            positions, mask = positions_in(segments), mask_of(segments)
+            positions, mask = segment_positions(segment_ids), segment_mask(segment_ids)
         if self.config.family == "gpt2":
             x = x + self.embed_positions.weight[positions]
         else:
@@ -297,46 +298,55 @@ class GPT(nn.Module):
                 x = layer(x, rope, cache.layer(index) if cache is not None else None, mask)
         if cache is not None:
             cache.length = end
-        if last_only:
-            x = x[:, -1:]
-        x = self.norm(x).to(computing_dtype(x))
+        if logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        x = self.norm(x).to(autocast_dtype(x))
         if targets is not None:
             return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
         return F.linear(x, self.head_weight())
 
     def _rope_table(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-        """Made once per device; not a buffer, so that no checkpoint or meta device meets it.
+        """Return the table of angles, made once per device.
 
-        At first for 4,096 positions at most: a context of 131,072 would take 134 MB.
+        It is no buffer, so that checkpoints and the meta device don't contain it. It starts with
+        at most 4,096 positions: a context of 131,072 would take 134 MB.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         table, c = self._rope, self.config
         fits = table is not None and len(table[0]) >= positions
         if not fits or table is None or table[0].device != x.device or table[0].dtype != dtype:
             rows = min(c.max_position_embeddings, max(4096, 1 << (positions - 1).bit_length()))
-            with torch.inference_mode(False):  # sampling may come first; training uses it too
+            with torch.inference_mode(False):  # sampling may make it; training uses it too
                 table = self._rope = rope_table(
                     rows, c.head_dim, c.rope_theta, x.device, dtype, c.rope_scaling
                 )
         return table
 
 
-def copy(parameter: Tensor, values: Tensor) -> None:
+def meta_model(config: ModelConfig) -> GPT:
+    """Build the model on the meta device: names, shapes and dtypes without memory."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def copy_values(parameter: Tensor, values: Tensor) -> None:
+    """Fill a parameter in place, without autograd."""
     with torch.no_grad():
         parameter.copy_(values)
 
 
-def initialize(model: GPT, seed: int, assign: Callable[[Tensor, Tensor], None] = copy) -> None:
+def initialize_weights(
+    model: GPT, seed: int, fill: Callable[[Tensor, Tensor], None] = copy_values
+) -> None:
     """Draw the weights: normal with ``initializer_range``, biases 0, norms 1.
 
     Projections that write to the residual stream get ``initializer_range / sqrt(2 layers)``, so
     that its variance does not grow with depth (Radford et al. 2019, section 2.3). Each parameter
-    is drawn from a generator of its own, seeded by (seed, name): the same weights whatever the
-    order, the device or the sharding.
+    has its own generator, seeded by (seed, name), so that order, device and sharding don't matter.
 
     Args:
-        assign: fills a parameter (the first) from the whole of its values (the second); where
-            parameters are sharded it takes this rank's part.
+        fill: copies the full values (second argument) into a parameter (first argument), which
+            may be sharded.
     """
     std = model.config.initializer_range
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
@@ -346,9 +356,8 @@ def initialize(model: GPT, seed: int, assign: Callable[[Tensor, Tensor], None] =
         elif "norm" in name:
             nn.init.ones_(parameter)
         else:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            generator = torch.Generator().manual_seed(derived_seed(seed, name))
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             values = torch.empty(parameter.shape, dtype=torch.float32)
             values.normal_(0.0, residual_std if into_residual else std, generator=generator)
-            assign(parameter, values)
+            fill(parameter, values)

@@ -1,10 +1,9 @@
 """Low-rank adapters beside frozen weights (Hu et al. 2021): y = W x + b + scale * B A x.
 
-A is random and B zero, so that at first the model is the base. ``use_dora`` also trains the length
-of each row of W + scale * B A (Liu et al. 2024). Parameters are named and scaled as PEFT's.
+A is random and B zero, so that training starts from the base model. ``use_dora`` also trains the
+length of each row of W + scale * B A (Liu et al. 2024). Names and scales are those of PEFT.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 
@@ -12,20 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.seed import derived_seed
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import GPT
-from minigpt_cli.model.huggingface import huggingface_name
-from minigpt_cli.recipe import Adapter
+from minigpt_cli.model.hf_names import huggingface_name
+from minigpt_cli.recipe import AdapterSettings
 
-ALL = "all-linear"  # PEFT's name for every linear layer but the head
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
 MARK = "lora_"  # in the names of the parameters that are trained
 
 
 class LoraLinear(nn.Linear):
     """A linear layer with an adapter; its weight and bias keep their names."""
 
-    def __init__(self, linear: nn.Linear, adapter: Adapter):
+    def __init__(self, linear: nn.Linear, adapter: AdapterSettings):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.training = linear.weight, linear.bias, linear.training
@@ -51,25 +51,33 @@ class LoraLinear(nn.Linear):
             return F.linear(x, self.weight, self.bias) + change
         lengths = row_lengths(self.weight, self.lora_A, self.lora_B, self.scale)
         whole = F.linear(x, self.weight) + change
-        # Not in bf16, in which a length that has grown by 0.3% is the same.
+        # In float32: bf16 would round away a change of a length by 0.3%.
         y = (whole * (self.lora_magnitude_vector / lengths)).to(whole.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """The length of each row of ``weight + scale * b @ a``, (out,), without a gradient (Liu et al.
-    2024, section 4.3)."""
+    """Compute the length of each row of ``weight + scale * b @ a``, (out,).
+
+    It gets no gradient (Liu et al. 2024, section 4.3).
+    """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return torch.addmm(weight.to(dtype), b.to(dtype), a.to(dtype), alpha=scale).norm(dim=1)
 
 
-def targets(model: GPT, names: tuple[str, ...]) -> list[str]:
-    """Our names of the linear layers that ``names`` mean: ends of transformers' names, as PEFT
-    reads them (``q_proj``, ``attn.c_proj``), or ``all-linear``.
+def target_layers(model: GPT, names: tuple[str, ...]) -> list[str]:
+    """Find linear layers by name.
+
+    Args:
+        names: ends of transformers' names, as PEFT reads them (``q_proj``, ``attn.c_proj``), or
+            ``all-linear``.
+
+    Returns:
+        Our names of the layers, in the model's order.
 
     Raises:
-        UserError: a name that no layer has.
+        UserError: no layer has one of the names.
     """
     theirs = {
         name: module_name(model.config, name)
@@ -81,33 +89,33 @@ def targets(model: GPT, names: tuple[str, ...]) -> list[str]:
         matching = {
             name
             for name, full in theirs.items()
-            if wanted == ALL or full == wanted or full.endswith("." + wanted)
+            if wanted == ALL_LINEAR or full == wanted or full.endswith("." + wanted)
         }
         if not matching:
             known = dict.fromkeys(full.rpartition(".")[2] for full in theirs.values())
             raise UserError(
                 f"[lora] target_modules: no layer is called {wanted}; of a {model.config.family} "
-                f"they are {', '.join(known)}, or {ALL} for all of them"
+                f"they are {', '.join(known)}, or {ALL_LINEAR} for all of them"
             )
         found |= matching
     return [name for name in theirs if name in found]
 
 
 def module_name(config: ModelConfig, name: str) -> str:
-    """What transformers calls the module that we call ``name``."""
+    """Return transformers' name of our module ``name``."""
     return huggingface_name(config, f"{name}.weight").removesuffix(".weight")
 
 
-def attach(model: GPT, adapter: Adapter, names: list[str] | None = None) -> None:
-    """Put adapters beside the model's linear layers and freeze all else; they have no values yet.
+def attach(model: GPT, adapter: AdapterSettings, names: list[str] | None = None) -> None:
+    """Add adapters to linear layers and freeze all other parameters.
 
-    Adapters that the model has already are dropped.
+    The adapters have no values yet. Earlier adapters of the model are removed.
 
     Args:
-        names: our names of the layers, where they are known; else ``target_modules`` says.
+        names: our names of the layers; default: those of ``target_modules``.
     """
     detach(model)
-    for name in names if names is not None else targets(model, adapter.target_modules):
+    for name in names if names is not None else target_layers(model, adapter.target_modules):
         parent, _, leaf = name.rpartition(".")
         module = model.get_submodule(parent)
         setattr(module, leaf, LoraLinear(getattr(module, leaf), adapter))
@@ -116,7 +124,7 @@ def attach(model: GPT, adapter: Adapter, names: list[str] | None = None) -> None
 
 
 def detach(model: GPT) -> None:
-    """Take the adapters away: what stays is the base."""
+    """Remove the adapters; the base model remains."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
             parent, _, leaf = name.rpartition(".")
@@ -130,39 +138,42 @@ def detach(model: GPT) -> None:
 
 
 def adapted(model: GPT) -> dict[str, LoraLinear]:
-    """Our name -> layer, of those that have an adapter."""
+    """Return the layers with an adapter, by our names."""
     return {n: module for n, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def initialize(
+def initialize_adapters(
     model: GPT,
     seed: int,
     read: Callable[[str], Tensor],
-    assign: Callable[[Tensor, Tensor], None],
+    fill: Callable[[Tensor, Tensor], None],
 ) -> None:
-    """Draw A as PEFT does (Kaiming uniform, a = sqrt(5)), each from a generator of (seed, name), so
-    that sharding doesn't matter; B is 0, and DoRA's lengths are those of the base's rows.
+    """Draw A as PEFT does (Kaiming uniform, a = sqrt(5)) and set B to 0.
+
+    DoRA's lengths start as those of the base's rows. Each A has its own generator, seeded by
+    (seed, name), so that sharding doesn't matter.
 
     Args:
-        read: the whole of a parameter of the base.
-        assign: see ``gpt.initialize``.
+        read: returns the full values of a parameter of the base.
+        fill: see ``gpt.initialize_weights``.
     """
     for name, layer in adapted(model).items():
-        digest = hashlib.sha256(f"{seed}:{name}.lora_A".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(derived_seed(seed, f"{name}.lora_A"))
         bound = 1 / math.sqrt(layer.in_features)
         values = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        assign(layer.lora_A, values)
-        assign(layer.lora_B, torch.zeros(layer.lora_B.shape))
+        fill(layer.lora_A, values)
+        fill(layer.lora_B, torch.zeros(layer.lora_B.shape))
         if layer.lora_magnitude_vector is not None:
-            weight = read(f"{name}.weight").to(layer.weight.dtype)  # as the model rounds it
-            assign(layer.lora_magnitude_vector, weight.to(layer.lora_A.dtype).norm(dim=1))
+            weight = read(f"{name}.weight").to(
+                layer.weight.dtype
+            )  # in the dtype of the model's copy
+            fill(layer.lora_magnitude_vector, weight.to(layer.lora_A.dtype).norm(dim=1))
 
 
-def merged(
+def merge_weight(
     weight: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor | None = None
 ) -> Tensor:
-    """The weight of one layer without an adapter that computes the same, in float32: (out, in)."""
+    """Merge an adapter into the weight of its layer, in float32: (out, in)."""
     whole = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
     if magnitude is None:
         return whole

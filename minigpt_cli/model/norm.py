@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm with a fused backward pass on a CPU, where torch composes one of seven passes.
+    """RMSNorm with a fused backward pass for CPUs; torch's own takes seven passes there.
 
     With y = x r w and r = 1 / rms(x), the gradient is r (g w - x r mean(g w x r)). LayerNorm's
-    fused kernel, told that the mean is 0, gives r (g w - mean(g w) - x r mean(g w x r)): the middle
-    term is added back.
+    fused kernel with mean 0 gives r (g w - mean(g w) - x r mean(g w x r)); the middle term is
+    added back.
     """
 
     @staticmethod
@@ -33,8 +33,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in x's dtype."""
-    # In bf16 the two kernels disagree about the dtype of the scale that one saves for the other.
+    """Compute x / rms(x) * weight over the last dimension, in x's dtype (Zhang, Sennrich 2019)."""
+    # In bf16 the forward and the backward kernel expect different dtypes of the saved scale.
     full = x.dtype in (torch.float32, torch.float64)
     if x.device.type == "cpu" and full and x.dtype == weight.dtype:
         out: Tensor = _RMSNorm.apply(x.contiguous(), weight, eps)

@@ -1,44 +1,45 @@
-"""The recipe: frozen dataclasses read from TOML, with every problem listed at once.
+"""The recipe: frozen dataclasses read from TOML, with all problems listed at once.
 
 A value comes from the command line (``--set section.key=value``), else from the recipe's file, else
-from the default in sections.py; ``Recipe.origin`` remembers which. ``dump`` writes the resolved
-recipe with each value's origin in a comment, ``load`` reads such a file back with its origins.
+from the default in schema.py; ``Recipe.origin`` remembers which. ``dump_recipe`` writes the
+resolved recipe with each value's origin in a comment, and ``load_recipe`` reads it back.
 """
 
-from minigpt_cli.recipe.file import differences, dump, load, parse, settings
-from minigpt_cli.recipe.sections import (
-    Adapter,
-    Checkpoint,
+from minigpt_cli.recipe.dump import changed_settings, dump_recipe, setting_names
+from minigpt_cli.recipe.parse import load_recipe, parse_recipe
+from minigpt_cli.recipe.schema import (
+    AdapterSettings,
+    CheckpointSettings,
     DataSource,
     DataTokenizer,
-    Distributed,
-    Guard,
-    Lora,
-    Optimizer,
+    DistributedSettings,
+    GuardSettings,
+    LoraSettings,
+    OptimizerSettings,
     Origin,
-    Precision,
+    PrecisionSettings,
     Recipe,
     RopeScaling,
-    Schedule,
+    ScheduleSettings,
 )
 
 __all__ = [
-    "Adapter",
-    "Checkpoint",
+    "AdapterSettings",
+    "CheckpointSettings",
     "DataSource",
     "DataTokenizer",
-    "Distributed",
-    "Guard",
-    "Lora",
-    "Optimizer",
+    "DistributedSettings",
+    "GuardSettings",
+    "LoraSettings",
+    "OptimizerSettings",
     "Origin",
-    "Precision",
+    "PrecisionSettings",
     "Recipe",
     "RopeScaling",
-    "Schedule",
-    "differences",
-    "dump",
-    "load",
-    "parse",
-    "settings",
+    "ScheduleSettings",
+    "changed_settings",
+    "dump_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "setting_names",
 ]

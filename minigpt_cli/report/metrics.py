@@ -1,4 +1,4 @@
-"""metrics.jsonl: an object per logged step and per evaluation; one curve, whatever happens."""
+"""metrics.jsonl: a line per logged step and per evaluation, always of one curve."""
 
 import errno
 import json
@@ -7,61 +7,82 @@ import os
 from pathlib import Path
 from typing import Any
 
-FILE = "metrics.jsonl"
+from minigpt_cli.core.console import warn
+from minigpt_cli.core.files import write_atomically
+from minigpt_cli.core.run_dir import METRICS
 
 
 class MetricsFile:
-    """Appends whole lines, each with one write: a killed process leaves only whole lines behind."""
+    """Appends whole lines, each with one write, so that a killed process leaves no torn line.
+
+    A full disk is only a warning: the run itself can go on.
+    """
 
     def __init__(self, run: Path):
+        """Open the file of a run directory, or create it."""
         self._run = run
-        self._open()
-
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._descriptor = os.open(self._run / FILE, flags, 0o644)
+        self._descriptor = self._open()
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line; JSON has no NaN, so a value that is not finite becomes null."""
+        """Append one line. JSON has no NaN, so a number that is not finite becomes null."""
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in values.items()
         }
-        line = (json.dumps(finite) + "\n").encode()
+        try:
+            self._append((json.dumps(finite) + "\n").encode())
+        except OSError as error:
+            self._warn(error)
+
+    def flush(self) -> None:
+        """Write to the disk itself, before a checkpoint says that these steps are done."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._warn(error)
+
+    def cut_back(self, step: int, evaluated: bool) -> None:
+        """Call the function ``cut_back``, and go on in the new file.
+
+        Raises:
+            OSError: it can't be written.
+        """
+        cut_back(self._run, step, evaluated)
+        self.close()
+        self._descriptor = self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _open(self) -> int:
+        return os.open(self._run / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
         try:
             written = os.write(self._descriptor, line)
         except OSError:
             written = 0
-        if written != len(line):  # a full disk: no torn line for the next one to land on
+        if written != len(line):  # a full disk: remove the torn line
             os.ftruncate(self._descriptor, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def cut_back(self, step: int, evaluated: bool) -> None:
-        """``cut_back`` of the run; goes on in the file that is left."""
-        cut_back(self._run, step, evaluated)
-        self.close()
-        self._open()
-
-    def flush(self) -> None:
-        """To the disk itself, before a checkpoint says that these steps are done."""
-        os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+    def _warn(self, error: OSError) -> None:
+        warn(f"{METRICS} could not be written: {error.strerror}")
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Every whole line; one torn by a power cut is left out."""
+    """Return every whole line of a run's metrics.jsonl; none if it isn't there."""
     lines = []
     try:
-        text = (run / FILE).read_text(encoding="utf-8", errors="replace")
+        text = (run / METRICS).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     for line in text.splitlines():
         try:
             value = json.loads(line)
-        except ValueError:
+        except ValueError:  # torn by a power cut
             continue
         if isinstance(value, dict):
             lines.append(value)
@@ -69,10 +90,15 @@ def read(run: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(run: Path, step: int, evaluated: bool = True) -> None:
-    """Drop what lies beyond ``step``, where the run goes on from.
+    """Drop the lines after ``step``, from which the run goes on.
 
     Args:
-        evaluated: whether the evaluation at that step is in what the run goes on from.
+        run: the run directory.
+        step: the last step to keep.
+        evaluated: whether to keep the evaluation at that step.
+
+    Raises:
+        OSError: the file can't be written.
     """
     kept = [
         line
@@ -80,9 +106,5 @@ def cut_back(run: Path, step: int, evaluated: bool = True) -> None:
         if line.get("step", 0) < step
         or (line.get("step") == step and (evaluated or "val_loss" not in line))
     ]
-    temporary = run / f".{FILE}"
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(run / FILE)
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_atomically(run / METRICS, text.encode())

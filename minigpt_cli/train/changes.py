@@ -1,21 +1,17 @@
-"""What may change between a run's processes: settings, the dataset, the machine."""
+"""Changes between two processes of a run: settings, the dataset, the machine."""
 
 import json
-import platform
+from pathlib import Path
 from typing import Any
 
-import torch
-
-import minigpt_cli
-from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.distributed import device as devices
-from minigpt_cli.errors import UserError
-from minigpt_cli.recipe import Recipe
-from minigpt_cli.report.console import say, warn
-from minigpt_cli.train.run import Run
+from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.environment import environment_changes
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.run_dir import ENVIRONMENT
+from minigpt_cli.recipe import Recipe, changed_settings, setting_names
 
-# What a run has already been shaped by: ``resume`` changes these only if told to by name ...
+# Settings that shaped what was already trained: they change only if --allow-change names them.
 CHANGED_BY_NAME = (
     "model.dropout",
     "train.seed",
@@ -24,7 +20,7 @@ CHANGED_BY_NAME = (
     "lora.alpha",
     "lora.dropout",
 )
-# ... and these never: the saved tensors would not fit. (Another lora.base is compared by content.)
+# Settings that never change: the saved tensors would not fit. (lora.base is compared by content.)
 NEVER_CHANGED = (
     "model.",
     "optimizer.name",
@@ -34,22 +30,31 @@ NEVER_CHANGED = (
 )
 
 
-def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
-    """Print what the command line changes; refuse what would alter what was already trained."""
-    known = {"data", *recipes.settings(new)}
+def check_changes(before: Recipe, after: Recipe, allowed: list[str]) -> None:
+    """Log the changes of the command line; refuse those of settings that shaped the training.
+
+    Args:
+        before: the run's recipe.
+        after: the same with the overrides.
+        allowed: the keys that --allow-change names.
+
+    Raises:
+        UserError: a change isn't allowed.
+    """
+    known = {"data", *setting_names(after)}
     if unknown := [key for key in allowed if key not in known]:
         raise UserError(f"--allow-change {unknown[0]}: no such setting")
     never, refused = [], []
-    for key, before, after in recipes.differences(old, new):
-        say(f"changed: {key} = {after} (was {before})")
+    for key, old, new in changed_settings(before, after):
+        log(f"changed: {key} = {new} (was {old})")
         if key in CHANGED_BY_NAME:
             refused += [] if key in allowed else [key]
         elif key.startswith(NEVER_CHANGED):
             never.append(key)
     if never:
         raise UserError(
-            f"{', '.join(never)} can't change within a run, whose saved tensors would not fit: "
-            "start another run"
+            f"{', '.join(never)} can't change within a run, because the saved tensors would not "
+            "fit: start another run"
         )
     if refused:
         raise UserError(
@@ -59,20 +64,39 @@ def check_changes(old: Recipe, new: Recipe, allowed: list[str]) -> None:
 
 
 def check_dataset(
-    recipe: Recipe, state: RunState, fresh: RunState, allow_changes: list[str]
+    recipe: Recipe, state: RunState, fingerprints: dict[str, Any], allow_changes: list[str]
 ) -> None:
-    """Refuse another dataset than the one trained on."""
-    for what, before in state.dataset.items():
-        if fresh.dataset[what] != before and "data" not in allow_changes:
+    """Refuse a dataset other than the one trained on; note the new one in ``state``.
+
+    Args:
+        recipe: names the dataset.
+        state: has the fingerprints of the old dataset.
+        fingerprints: of the dataset that was opened.
+        allow_changes: holds "data" if another dataset is allowed.
+
+    Raises:
+        UserError: it is another one.
+    """
+    for part, before in state.dataset.items():
+        if fingerprints[part] != before and "data" not in allow_changes:
             raise UserError(
-                f"{recipe.data_path}: its {what} is not that of the dataset this run was trained "
+                f"{recipe.data_path}: its {part} is not that of the dataset this run was trained "
                 "on; give that one with --set data.path=..., or add --allow-change data"
             )
-    state.dataset = fresh.dataset
+    state.dataset = fingerprints
 
 
 def check_base(recipe: Recipe, state: RunState, fingerprint: str | None) -> None:
-    """Refuse another base than the one that the adapters were trained on."""
+    """Refuse a base model other than the one that the adapters were trained on.
+
+    Args:
+        recipe: names the base.
+        state: has the fingerprint of the old base.
+        fingerprint: of the base that was opened.
+
+    Raises:
+        UserError: it is another one.
+    """
     if fingerprint != state.dataset.get("base"):
         raise UserError(
             f"{recipe.base}: is not the model that this run's adapters were trained on, whatever "
@@ -80,34 +104,16 @@ def check_base(recipe: Recipe, state: RunState, fingerprint: str | None) -> None
         )
 
 
-def environment(run: Run) -> dict[str, Any]:
-    device = run.world.device
-    return {
-        "minigpt": minigpt_cli.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": devices.device_name(device),
-        "device_type": device.type,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda,
-        "computing_dtype": str(run.trainer.dtype).removeprefix("torch."),
-        "ranks": run.world.size,
-        "strategy": run.trainer.layout.strategy,
-    }
+def warn_about_environment(directory: Path, now: dict[str, Any]) -> None:
+    """Warn if results will differ in their bits, because the machine or the software changed.
 
-
-def warn_of_another_machine(run: Run) -> None:
-    """Bit-identity is promised for the same device, threads and torch only."""
+    Args:
+        directory: the run directory, with the last process's environment.json.
+        now: this process's environment.
+    """
     try:
-        before = json.loads((run.directory / "environment.json").read_text())
+        before = json.loads((directory / ENVIRONMENT).read_text())
     except (OSError, ValueError):
         return
-    now = environment(run)
-    changed = [
-        f"{key} {before.get(key)} -> {now[key]}"
-        for key in ("torch", "device", "threads", "computing_dtype", "ranks", "strategy")
-        if before.get(key) != now[key]
-    ]
-    if changed:
-        warn(f"goes on with another {', '.join(changed)}: equal within rounding, not bit for bit")
+    if changes := environment_changes(before, now):
+        warn(f"{', '.join(changes)}: results will not be bit-identical")

@@ -1,4 +1,4 @@
-"""torch.optim.Muon with equal shapes in one product, and an update that can be called off."""
+"""torch.optim.Muon with equal shapes in one batch, and an update that can be skipped."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,46 +7,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.distributed.parallel import local, over_whole_matrices, shards
+from minigpt_cli.distributed.parallel import num_shards, over_whole_matrices, to_local
 
-# Elements of the matrices that a rank orthogonalises together: enough to fill a GPU, few for a
-# CPU's cache.
+# Elements of the matrices that a rank orthogonalises in one batch: enough to fill a GPU, and few
+# enough for a CPU's cache.
 _BATCH_ELEMENTS = {"cuda": 2**26, "cpu": 2**20}
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon's update (Jordan et al. 2024), state and defaults; another ``step``.
+    """The update, state and defaults of torch.optim.Muon (Jordan et al. 2024) in another ``step``.
 
-    Small matrices leave a device idle, so those of one shape go through Newton-Schulz as one batch.
-    Of sharded matrices each rank orthogonalises its share.
-    Set ``call_off`` before a step to a scalar on the device: where it is 1, weights and momentum
-    stay as they are, and nothing waits to find out.
+    Small matrices leave a device idle, so matrices of one shape go through Newton-Schulz as one
+    batch. If they are sharded, each rank orthogonalises some of them.
+
+    Attributes:
+        skip_update: a scalar on the device, set before each step; where it is 1, weights and
+            momentum stay as they are. Nothing waits for its value.
     """
 
-    call_off: Tensor | None = None
+    skip_update: Tensor | None = None
 
     def __init__(self, params: Sequence[Tensor], **settings: Any):
-        """Momenta are there from the beginning, as zeros; see torch.optim.Muon for the settings."""
+        """Create the optimizer with all momenta zero.
+
+        Args:
+            params: matrices, sharded or not.
+            **settings: those of torch.optim.Muon.
+        """
         super().__init__(list(params), **settings)
         for p in params:
             self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all matrices that have a gradient."""
         for group in self.param_groups:
             for batch in _batches([p for p in group["params"] if p.grad is not None]):
                 self._update(batch, group)
 
     def _update(self, batch: list[Tensor], group: dict[str, Any]) -> None:
-        grads = local([p.grad for p in batch if p.grad is not None])
-        momenta = local([self.state[p]["momentum_buffer"] for p in batch])
-        weights = local(batch)
+        grads = to_local([p.grad for p in batch if p.grad is not None])
+        momenta = to_local([self.state[p]["momentum_buffer"] for p in batch])
+        weights = to_local(batch)
         lr: float | Tensor = group["lr"]
-        if self.call_off is not None:
-            off = self.call_off.bool()
-            # Where it is called off, a gradient equal to the momentum leaves the momentum as it is.
-            grads = [torch.where(off, m, g) for m, g in zip(momenta, grads, strict=True)]
-            lr = lr * (1 - self.call_off)
+        if self.skip_update is not None:
+            skip = self.skip_update.bool()
+            # A gradient equal to the momentum leaves the momentum as it is.
+            grads = [torch.where(skip, m, g) for m, g in zip(momenta, grads, strict=True)]
+            lr = lr * (1 - self.skip_update)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         if group["nesterov"]:
             grads = list(torch._foreach_lerp(grads, momenta, group["momentum"]))
@@ -68,10 +76,16 @@ class Muon(torch.optim.Muon):
 def orthogonalize(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """About U V^T of each matrix U S V^T, by a quintic Newton-Schulz iteration in bf16.
+    """Approximate U V^T of each matrix U S V^T by a quintic Newton-Schulz iteration in bf16.
 
     Args:
         matrices: (N, rows, columns) bf16.
+        coefficients: of the quintic polynomial.
+        steps: the number of iterations.
+        eps: the smallest norm that a matrix is divided by.
+
+    Returns:
+        (N, rows, columns) bf16.
     """
     a, b, c = coefficients
     x = matrices
@@ -86,12 +100,12 @@ def orthogonalize(
 
 
 def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one shape, not too many at once."""
+    """Yield parameters of one shape, not too many at once."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for p in parameters:
         by_shape.setdefault(p.shape, []).append(p)
     for shape, same in by_shape.items():
         budget = _BATCH_ELEMENTS.get(same[0].device.type, _BATCH_ELEMENTS["cuda"])
-        size = max(1, budget // shape.numel()) * shards(same[0])
+        size = max(1, budget // shape.numel()) * num_shards(same[0])
         for start in range(0, len(same), size):
             yield same[start : start + size]

@@ -1,48 +1,55 @@
-"""AdamW, or Muon for the hidden matrices and AdamW for the rest; updates that can be called off."""
+"""AdamW, or Muon for the hidden matrices and AdamW for the rest; updates that can be skipped."""
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 
 from minigpt_cli.model.gpt import GPT
-from minigpt_cli.recipe import Optimizer as OptimizerRecipe
+from minigpt_cli.recipe import OptimizerSettings
 from minigpt_cli.train.muon import Muon
 
 
-def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run.
+def build_optimizers(model: GPT, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
+    """Build the optimizers of a model's trainable parameters, their state all zeros.
 
     AdamW (Loshchilov and Hutter 2019) decays matrices and embeddings, not biases and norms. Muon
-    (Jordan et al. 2024), if asked for, takes the matrices inside the blocks, and decays them; the
-    embeddings and the output projection are then left to AdamW, and not decayed. Each group's
-    ``peak_lr`` is what the schedule scales. Their state is there from the beginning, all zeros.
+    (Jordan et al. 2024) takes the matrices inside the blocks and decays them; the embeddings and
+    the output projection are then left to AdamW, without decay.
+
+    Args:
+        model: the model, sharded or not.
+        settings: the recipe's ``[optimizer]``.
+
+    Returns:
+        [AdamW], [Muon, AdamW] or, if all parameters are Muon's, [Muon]. Each parameter group has a
+        ``peak_lr``, which ``update_weights`` scales.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []
-    if recipe.name == "muon":
+    if settings.name == "muon":
         hidden = [p for name, p in trainable if name.startswith("layers.") and p.ndim == 2]
         trainable = [(n, p) for n, p in trainable if not (n.startswith("layers.") and p.ndim == 2)]
-        muon_lr = recipe.muon_lr or recipe.lr
+        peak_lr = muon_peak_lr(settings)
         muon = Muon(
-            hidden, lr=muon_lr, weight_decay=recipe.weight_decay, momentum=recipe.muon_momentum
+            hidden, lr=peak_lr, weight_decay=settings.weight_decay, momentum=settings.muon_momentum
         )
-        muon.param_groups[0]["peak_lr"] = muon_lr
+        muon.param_groups[0]["peak_lr"] = peak_lr
         optimizers.append(muon)
-        if not trainable:  # adapters are matrices, all of them
+        if not trainable:  # LoRA: all adapters are matrices
             return optimizers
-    decay = 0.0 if optimizers else recipe.weight_decay
+    decay = 0.0 if optimizers else settings.weight_decay
     groups = [
         {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": decay},
         {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     adamw = AdamW(
-        [group | {"peak_lr": recipe.lr} for group in groups if group["params"]],
-        lr=recipe.lr,
-        betas=recipe.betas,
-        eps=recipe.eps,
-        fused=True,  # CPU and CUDA have it; it is also what makes an update that can be called off
+        [group | {"peak_lr": settings.lr} for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=True,  # only the fused kernel can skip an update on the device (found_inf)
     )
-    # Else the checkpoint engine makes it by a step with gradients of 0, which AdamW would count.
+    # Otherwise DCP creates the state by a step with zero gradients, which AdamW would count.
     for _, p in trainable:
         adamw.state[p] = {
             "step": torch.zeros((), device=p.device),
@@ -52,22 +59,30 @@ def build(model: GPT, recipe: OptimizerRecipe) -> list[torch.optim.Optimizer]:
     return [*optimizers, adamw]
 
 
+def muon_peak_lr(settings: OptimizerSettings) -> float:
+    """Return the peak learning rate of the matrices that Muon updates."""
+    return settings.muon_lr or settings.lr
+
+
 @torch.no_grad()
-def update(optimizers: list[torch.optim.Optimizer], lr_share: float, call_off: Tensor) -> None:
-    """One update of all weights and moments, or none at all where ``call_off`` is 1.
+def update_weights(
+    optimizers: list[torch.optim.Optimizer], lr_factor: float, skip_update: Tensor
+) -> None:
+    """Update all weights and moments, or none at all if ``skip_update`` is 1.
 
     The decision stays on the device: nothing here waits for it.
 
     Args:
-        lr_share: the schedule's value, as a share of each group's peak learning rate.
-        call_off: float32 scalar on the device, 0.0 or 1.0.
+        optimizers: as ``build_optimizers`` made them; the gradients are in place.
+        lr_factor: the factor that scales each group's peak learning rate.
+        skip_update: float32 scalar on the device, 0.0 or 1.0.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_share
+            group["lr"] = group["peak_lr"] * lr_factor
         if isinstance(optimizer, Muon):
-            optimizer.call_off = call_off
+            optimizer.skip_update = skip_update
         else:
-            # The fused kernel leaves everything as it was, its step count too, as under GradScaler.
-            optimizer.found_inf = call_off  # type: ignore[attr-defined]
+            # The fused kernel then leaves weights, moments and step count, as under GradScaler.
+            optimizer.found_inf = skip_update  # type: ignore[attr-defined]
         optimizer.step()

@@ -1,124 +1,120 @@
-"""What the host does about bad steps: report them, end the run, or go back to a checkpoint."""
+"""Handle bad steps on the host: report them, end the run, or roll back to a checkpoint."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.state import RunState, read_state
-from minigpt_cli.checkpoint.tensors import load_tensors
-from minigpt_cli.errors import Diverged, UserError
-from minigpt_cli.train import guard, incidents
-from minigpt_cli.train.guard import BadStep, Seen
+from minigpt_cli.core.console import warn
+from minigpt_cli.core.errors import Diverged, UserError
+from minigpt_cli.core.run_dir import INCIDENTS
+from minigpt_cli.train.checkpointing import last_good_checkpoint, restore_checkpoint
+from minigpt_cli.train.guard_report import BadStep, GuardReport, clear_report, divergence
+from minigpt_cli.train.incidents import report_bad_steps, write_incident
 from minigpt_cli.train.run import Run
 
-MOST_IN_A_ROW = 3  # rollbacks without an ordinary checkpoint in between
+MAX_ROLLBACKS_IN_A_ROW = 3  # without an ordinary checkpoint in between
 
 
-def handle(
-    run: Run,
-    state: RunState,
-    seen: Seen,
-    *,
-    last_good: str,
-    say: Callable[[str], None],
-) -> bool:
-    """Report the bad steps that were seen, on every rank; True if the run went back to a
-    checkpoint.
+def handle_bad_steps(run: Run, state: RunState, report: GuardReport) -> bool:
+    """Write an incident, and roll back if too many steps in a row were bad; every rank calls it.
 
     Args:
-        last_good: where to go on from, for a message.
+        run: its guard's report is cleared.
+        state: changes in place if the run rolls back.
+        report: with at least one bad step.
+
+    Returns:
+        Whether the run rolled back.
 
     Raises:
-        Diverged: nothing can be done about them.
+        Diverged: spikes aren't watched, or a rollback is impossible.
     """
-    finite = run.world.all_gather_json(math.isfinite(seen.steps[0].local_loss))
+    first = report.steps[0]
+    finite = run.world.all_gather_json(math.isfinite(first.local_loss))
     file = ""
     try:
         if run.world.rank == 0:
             ranks = [rank for rank, is_finite in enumerate(finite) if not is_finite]
-            file = incidents.report(run, state, seen, ranks or list(range(run.world.size)))
-    except (OSError, UserError) as error:  # a full disk must not hide what is being reported
-        say(f"warning: the incident at step {seen.steps[0].step} could not be written: {error}")
+            file = report_bad_steps(run, state, report, ranks or list(range(run.world.size)))
+    except (OSError, UserError) as error:  # a full disk must not hide the bad steps themselves
+        warn(f"the incident at step {first.step} could not be written: {error}")
     file = run.world.all_gather_json(file)[0]
-    if run.trainer.guard.spikes is None:
+    if run.context.guard.spikes is None:
         where = f" Its batch: {run.directory / file}." if file else ""
-        raise guard.diverged(seen, last_good + where)
-    first = seen.steps[0]
-    more = f", and {seen.bad - 1} more up to step {_last(seen)}" if seen.bad > 1 else ""
-    say(f"warning: step {first.step}{more}: update skipped: {_reason(first)}; {file}")
-    if seen.rollback_at:
-        roll_back(run, state, seen.rollback_at, say)
+        raise divergence(report, last_good_checkpoint(run) + where)
+    more = f", and {report.bad - 1} more up to step {_last_step(report)}" if report.bad > 1 else ""
+    warn(f"step {first.step}{more}: update skipped: {_reason(first)}; {file}")
+    if report.rollback_at:
+        _roll_back(run, state, report.rollback_at)
         return True
-    guard.forget(run.trainer.guard)
+    clear_report(run.context.guard)
     return False
 
 
-def roll_back(run: Run, state: RunState, step: int, say: Callable[[str], None]) -> None:
-    """Put the run back to its last checkpoint, and past the data that was met up to ``step``.
+def _roll_back(run: Run, state: RunState, step: int) -> None:
+    """Go back to the last checkpoint, but not to its data.
 
-    ``state`` becomes what it was there, but for the place in the data: the next step trains on what
-    would have come after ``step``.
+    ``state`` becomes the checkpoint's, except for the place in the data: the next step trains on
+    the batch that would have come after ``step``.
+
+    Args:
+        run: weights, optimizers, scaler and guard change in place.
+        state: changes in place.
+        step: the last bad step.
 
     Raises:
-        Diverged: there is no checkpoint, or going back to it has not helped before.
+        Diverged: there is no checkpoint, or earlier rollbacks did not help.
     """
-    trainer, directory = run.trainer, run.directory
-    assert trainer.guard.spikes is not None
-    in_a_row = f"{trainer.guard.spikes.rollback_after} spikes in a row up to step {step}"
+    context = run.context
+    assert context.guard.spikes is not None
+    in_a_row = f"{context.guard.spikes.rollback_after} spikes in a row up to step {step}"
     try:
-        checkpoint, manifest, passed_over = store.newest_valid(directory, run.world)
+        checkpoint, manifest, skipped_checkpoints = store.newest_valid(run.directory, run.world)
     except UserError as error:
         raise Diverged(
             f"training diverged: {in_a_row}, and there is no checkpoint to roll back to ({error}). "
             "Save earlier, with checkpoint.every_steps, or try a lower optimizer.lr"
         ) from None
-    if state.rollbacks >= MOST_IN_A_ROW:
+    if state.rollbacks >= MAX_ROLLBACKS_IN_A_ROW:
         raise Diverged(
             f"training diverged: {in_a_row}, after {state.rollbacks} rollbacks to "
-            f"{checkpoint.name} that did not help. Try a lower optimizer.lr, a larger "
-            "guard.rollback_after, to skip more steps before a rollback, or look at the data in "
-            f"{directory / 'incidents'}"
+            f"{checkpoint.name} that did not help. Try a lower optimizer.lr, or a larger "
+            "guard.rollback_after to skip more steps before a rollback; the data of the spikes is "
+            f"described in {run.directory / INCIDENTS}"
         )
-    for problem in passed_over:
-        say(f"warning: {problem}")
-    saved = read_state(checkpoint)
+    for problem in skipped_checkpoints:
+        warn(problem)
+    saved, old_offset = read_state(checkpoint), state.data_offset
     assert saved.step < step, (saved.step, step)
-    load_tensors(checkpoint, manifest.tensors, trainer.model, trainer.optimizers, run.world.control)
-    if saved.scaler:
-        trainer.scaler.load_state_dict(saved.scaler)
-    guard.restore(trainer.guard, saved.guard | {"spikes_in_a_row": 0}, saved.step, saved.skipped)
-    old_offset = state.data_offset
+    if saved.guard:
+        saved.guard["spikes_in_a_row"] = 0
+    restore_checkpoint(context, checkpoint, manifest, saved)
     saved.data_offset = old_offset + step - saved.step
     saved.rollbacks, saved.rollback_step = state.rollbacks + 1, saved.step
-    saved.dataset = state.dataset  # a resume may have changed it since
-    for name, value in vars(saved).items():
-        setattr(state, name, value)
+    saved.dataset = state.dataset  # a resume with --allow-change may have changed it since
+    vars(state).update(vars(saved))
+    run.saver.last_saved_step = None  # the next save has another place in the data
 
     if run.world.rank == 0:
-        _record(run, state, step, old_offset, checkpoint, say)
-    say(
-        f"warning: {in_a_row}: rolled back to {checkpoint.name}, and on past the data of steps "
-        f"{state.step + 1} to {step}; see incidents/"
+        _record_rollback(run, state, step, old_offset, checkpoint)
+    warn(
+        f"{in_a_row}: rolled back to {checkpoint.name}; the data of steps {state.step + 1} to "
+        f"{step} is skipped; see {INCIDENTS}/"
     )
 
 
-def _record(
-    run: Run,
-    state: RunState,
-    step: int,
-    old_offset: int,
-    checkpoint: Path,
-    say: Callable[[str], None],
+def _record_rollback(
+    run: Run, state: RunState, step: int, old_offset: int, checkpoint: Path
 ) -> None:
-    """Make the run directory hold one curve again, and tell what happened."""
+    """Cut the metrics back to one curve, and write an incident."""
     for later, path in store.list_steps(run.directory):
-        if later > state.step:  # those that are damaged
+        if later > state.step:  # a damaged one
             store.set_aside(path)
     assert run.metrics is not None
     try:
         run.metrics.cut_back(state.step, evaluated=state.evaluated_step == state.step)
-        incidents.write(
+        write_incident(
             run,
             "rollback",
             step,
@@ -133,12 +129,12 @@ def _record(
             },
         )
     except OSError as error:
-        say(f"warning: the rollback could not be recorded: {error.strerror}")
+        warn(f"the rollback could not be recorded: {error.strerror}")
 
 
-def _last(seen: Seen) -> str:
-    known = seen.steps[-1].step
-    return str(known) if len(seen.steps) == seen.bad else f"{known} and beyond"
+def _last_step(report: GuardReport) -> str:
+    last = report.steps[-1].step
+    return str(last) if len(report.steps) == report.bad else f"{last} and beyond"
 
 
 def _reason(bad: BadStep) -> str:

@@ -1,4 +1,4 @@
-"""Fixed prompts, completed at each evaluation: what the model writes, as it learns."""
+"""Fixed prompts, completed at each evaluation, to show the model's progress."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from minigpt_cli.generate.sampling import SamplingOptions
-from minigpt_cli.generate.text import complete, stream_text
+from minigpt_cli.generate.text import join_chunks, stream_text
 from minigpt_cli.model.gpt import GPT
 
 if TYPE_CHECKING:
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompts:
+    """The prompts of a run.
+
+    Attributes:
+        texts: the recipe's ``[eval] prompts``.
+        tokenizer: the run's.
+        eos_id: the token that ends a completion.
+        max_new_tokens: of each completion.
+        dtype: of matrix products.
+    """
+
     texts: tuple[str, ...]
     tokenizer: "Tokenizer"
     eos_id: int
@@ -23,7 +33,7 @@ class Prompts:
     dtype: torch.dtype
 
     def complete(self, model: GPT) -> Iterator[tuple[str, str]]:
-        """(prompt, its likeliest completion) of each; greedy: it changes as the model does."""
+        """Yield (prompt, completion) for each prompt, by greedy decoding."""
         for text in self.texts:
             pieces = stream_text(
                 model,
@@ -34,4 +44,4 @@ class Prompts:
                 eos_id=self.eos_id,
                 dtype=self.dtype,
             )
-            yield text, complete(pieces)[0].text
+            yield text, join_chunks(pieces)[0].text

@@ -1,91 +1,114 @@
 """One optimizer step: micro-batches, clipping, the update. Nothing waits for the device."""
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from minigpt_cli.data.batches import Batch
-from minigpt_cli.distributed.parallel import Layout, clear_gradients, gradient_sync, local
-from minigpt_cli.model.cross_entropy import IGNORE
+from minigpt_cli.core.constants import IGNORE_INDEX
+from minigpt_cli.core.seed import derived_seed
+from minigpt_cli.data.loader import Batch
+from minigpt_cli.distributed.parallel import ParallelDims, gradient_sync, to_local, zero_grad
+from minigpt_cli.model import precision
 from minigpt_cli.model.gpt import GPT
-from minigpt_cli.train import guard, optimizer, precision
-from minigpt_cli.train.guard import Guard
+from minigpt_cli.train.guard import GuardState, watch_step
+from minigpt_cli.train.optimizer import update_weights
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """What a step works on."""
+class StepContext:
+    """The model, its optimizers and the settings of a step.
+
+    Attributes:
+        model: the plain model, perhaps sharded in place by FSDP2.
+        forward: the module to call in training: the model, or DDP around it.
+        parallel_dims: how the model is spread over the ranks.
+        optimizers: AdamW, or Muon and AdamW.
+        scaler: the loss scaler of fp16; disabled for other dtypes.
+        guard: the record of bad steps on the device.
+        dtype: the dtype of matrix products.
+        seed: the run's seed, for dropout.
+        micro_batch_size: sequences per forward pass of one rank.
+        clip_norm: the largest gradient norm; 0 switches clipping off.
+        dropout: whether the forward pass draws random numbers.
+    """
 
     model: GPT
-    forward: nn.Module  # what to call in training: the model, or DDP around it
-    layout: Layout
+    forward: nn.Module
+    parallel_dims: ParallelDims
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
-    guard: Guard
+    guard: GuardState
     dtype: torch.dtype
     seed: int
     micro_batch_size: int
     clip_norm: float
-    dropout: bool  # whether the forward pass draws random numbers
+    dropout: bool
 
 
-def train_step(trainer: Trainer, batch: Batch, step: int, lr_share: float) -> tuple[Tensor, Tensor]:
-    """One update from this batch.
+def train_step(
+    context: StepContext, batch: Batch, step: int, lr_factor: float
+) -> tuple[Tensor, Tensor]:
+    """Make one update from this batch.
 
-    The loss is the sum of token losses over the number of valid targets in the whole batch, so it
+    The loss is the sum of token losses over the number of valid targets in the whole batch. So it
     doesn't matter how the batch is cut into ranks and micro-batches.
 
     Args:
-        batch: this rank's share of it, on the device.
+        context: the model and its optimizers, which change in place.
+        batch: this rank's part of the global batch, on the device.
         step: updates made before this one.
-        lr_share: the schedule's value, as a share of the peak learning rate.
+        lr_factor: the factor that scales each peak learning rate.
 
     Returns:
-        (loss, norm of the whole gradient before clipping), float32 scalars on the device, the same
-        on every rank.
+        (loss, norm of the whole gradient before clipping): scalars on the device, float32 (float64
+        under fp64), the same on every rank.
     """
-    t, world = trainer, trainer.layout.world
+    c, world = context, context.parallel_dims.world
     device = batch.inputs.device
-    valid = world.all_reduce_sum((batch.targets != IGNORE).sum())
-    loss = torch.zeros((), device=device, dtype=precision.weights_dtype(t.dtype))
-    parts = [p.split(t.micro_batch_size) for p in batch if p is not None]
+    valid = world.all_reduce_sum((batch.targets != IGNORE_INDEX).sum())
+    local_loss = torch.zeros((), device=device, dtype=precision.weights_dtype(c.dtype))
+    parts = [p.split(c.micro_batch_size) for p in batch if p is not None]
     micro_batches = list(zip(*parts, strict=True))
-    for index, (x, y, *segments) in enumerate(micro_batches):
-        if t.dropout:
-            place = world.rank * len(micro_batches) + index  # in the global batch
-            torch.manual_seed(dropout_seed(t.seed, step, place))
-        with gradient_sync(t.forward, last=index == len(micro_batches) - 1):
-            with precision.autocast(t.dtype, device):
-                part = t.forward(x, y, *segments) / valid
-            t.scaler.scale(part).backward()
-        loss += part.detach()
-    share, loss = loss, world.all_reduce_sum(loss.clone())
+    for index, (inputs, targets, *segment_ids) in enumerate(micro_batches):
+        if c.dropout:
+            global_index = world.rank * len(micro_batches) + index
+            torch.manual_seed(dropout_seed(c.seed, step, global_index))
+        with gradient_sync(c.forward, last=index == len(micro_batches) - 1):
+            with precision.autocast(c.dtype, device):
+                part = c.forward(inputs, targets, *segment_ids) / valid
+            c.scaler.scale(part).backward()
+        local_loss += part.detach()
+    loss = world.all_reduce_sum(local_loss.clone())
 
-    if t.scaler.is_enabled():
-        for each in t.optimizers:
-            t.scaler.unscale_(each)
-    grads = local([p.grad for p in t.model.parameters() if p.grad is not None])
-    # Averaged over the ranks, where the sum is wanted: put right in the pass that clips. (A loss
-    # made larger instead would overflow earlier in fp16.)
-    grad_norm = t.layout.global_norm(grads) * world.size
-    scale = t.scaler.scale(torch.ones_like(loss)) if t.scaler.is_enabled() else None
-    call_off = guard.watch(t.guard, step + 1, loss, grad_norm, local_loss=share, scale=scale)
-    if t.clip_norm:
-        shrink = torch.clamp(t.clip_norm / (grad_norm + 1e-6), max=1.0)
+    if c.scaler.is_enabled():
+        for each in c.optimizers:
+            c.scaler.unscale_(each)
+    grads = to_local([p.grad for p in c.model.parameters() if p.grad is not None])
+    # DDP and FSDP2 average over the ranks, but the sum is needed. The factor is applied in the pass
+    # that clips: a loss scaled up instead would overflow earlier in fp16.
+    grad_norm = c.parallel_dims.global_norm(grads) * world.size
+    scale = c.scaler.scale(torch.ones_like(loss)) if c.scaler.is_enabled() else None
+    skip_update = watch_step(c.guard, step + 1, loss, grad_norm, local_loss=local_loss, scale=scale)
+    if c.clip_norm:
+        shrink = torch.clamp(c.clip_norm / (grad_norm + 1e-6), max=1.0)
         torch._foreach_mul_(grads, shrink * world.size)
     elif world.size > 1:
         torch._foreach_mul_(grads, world.size)
-    optimizer.update(t.optimizers, lr_share, call_off)
-    if t.scaler.is_enabled():
-        t.scaler.update()
-    clear_gradients(t.model, t.layout)
+    update_weights(c.optimizers, lr_factor, skip_update)
+    if c.scaler.is_enabled():
+        c.scaler.update()
+    zero_grad(c.model, c.parallel_dims)
     return loss, grad_norm
 
 
 def dropout_seed(seed: int, step: int, index: int) -> int:
-    """The seed of one micro-batch's dropout, by its place in the global batch: the same masks
-    however many devices share the work."""
-    digest = hashlib.sha256(f"dropout:{seed}:{step}:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    """Return the seed of one micro-batch's dropout masks.
+
+    Args:
+        seed: the run's seed.
+        step: updates made before this one.
+        index: the micro-batch's index in the global batch, so that the number of ranks doesn't
+            matter.
+    """
+    return derived_seed("dropout", seed, step, index)

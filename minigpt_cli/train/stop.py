@@ -1,28 +1,34 @@
-"""Signals that ask a run to stop: noted, and acted on at the next step boundary."""
+"""Signals that ask a training run to stop at the end of the current step."""
 
 import signal
 from types import FrameType
 
-from minigpt_cli import stopping
+from minigpt_cli.core.signals import SIGNALS, first_signal
 
 
 class StopRequest:
-    """While entered, a signal only sets ``signum``.
+    """A context in which signals only set ``signum``.
 
-    Further signals do no harm, also after the end: a launcher may send one to a process that has
-    just saved.
+    After a signal the handlers stay in place on exit: a launcher may send a second signal to a
+    process that has just saved.
+
+    Attributes:
+        signum: the first signal that came; None so far.
     """
 
     def __init__(self) -> None:
-        self.signum = stopping.first_signal()  # whose exception a library has swallowed
+        """Note a signal that came earlier, in case a library caught its exception."""
+        self.signum = first_signal()
         self._previous: dict[int, signal._HANDLER] = {}
 
     def __bool__(self) -> bool:
+        """Return whether a signal came."""
         return self.signum is not None
 
     def __enter__(self) -> "StopRequest":
-        for signum in stopping.SIGNALS:
-            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup, and background jobs
+        """Install the handlers, except for signals that are ignored (nohup, background jobs)."""
+        for signum in SIGNALS:
+            if signal.getsignal(signum) != signal.SIG_IGN:
                 self._previous[signum] = signal.signal(signum, self._note)
         return self
 
@@ -30,5 +36,6 @@ class StopRequest:
         self.signum = self.signum or signum
 
     def __exit__(self, *error: object) -> None:
+        """Restore the previous handlers, unless a signal came."""
         for signum, handler in self._previous.items() if not self else ():
             signal.signal(signum, handler)

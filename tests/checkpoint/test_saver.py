@@ -14,9 +14,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from minigpt_cli.checkpoint import state, store
 from minigpt_cli.checkpoint.saver import Saver, check_room
 from minigpt_cli.checkpoint.tensors import read_tensors
+from minigpt_cli.core.errors import Stopped, UserError
 from minigpt_cli.distributed.world import World
-from minigpt_cli.errors import Stopped, UserError
-from minigpt_cli.recipe import Checkpoint
+from minigpt_cli.recipe import CheckpointSettings
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 both = pytest.mark.parametrize("asynchronous", [False, True])
@@ -57,9 +57,9 @@ def read(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @both
-def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, asynchronous: bool):
+def test_a_save_is_a_snapshot(tmp_path: Path, asynchronous: bool):
     """The optimizer writes into the same tensors while they are saved."""
-    saver = Saver(tmp_path, WORLD, Checkpoint(asynchronous=asynchronous, keep_last=9))
+    saver = Saver(tmp_path, WORLD, CheckpointSettings(asynchronous=asynchronous, keep_last=9))
     changing = tensors(200_000)
     for step in (1, 2, 3):
         before = {name: tensor.clone() for name, tensor in changing.items()}
@@ -69,6 +69,7 @@ def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, asynchron
         saved = saver.wait()
         assert saved is not None
         assert (saved.step, saved.problem) == (step, None)
+        assert saver.last_saved_step == step
         found = read(saved.path)
         assert all(torch.equal(found[name], before[name]) for name in before)
         assert saver.wait() is None
@@ -77,11 +78,9 @@ def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path, asynchron
     saver.close()
 
 
-def test_an_error_of_the_engine_is_what_it_is_about(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """The engine wraps what happens while it reads: a signal's exception, or the disk's."""
-    saver = Saver(tmp_path, WORLD, Checkpoint(asynchronous=False))
+def test_cause_of_dcp_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """DCP wraps exceptions that happen while it reads: a signal's, or the disk's."""
+    saver = Saver(tmp_path, WORLD, CheckpointSettings(asynchronous=False))
     saver.start(1, tensors(), small(1), None)
     saved = saver.wait()
     assert saved is not None
@@ -99,10 +98,8 @@ def test_an_error_of_the_engine_is_what_it_is_about(
 
 
 @both
-def test_a_full_disk_loses_nothing_and_the_next_save_finds_room(
-    small_disk: Path, asynchronous: bool
-):
-    saver = Saver(small_disk, WORLD, Checkpoint(asynchronous=asynchronous))
+def test_full_disk(small_disk: Path, asynchronous: bool):
+    saver = Saver(small_disk, WORLD, CheckpointSettings(asynchronous=asynchronous))
     saver.start(1, tensors(), small(1), None)
     saved = saver.wait()
     assert saved is not None
@@ -118,6 +115,7 @@ def test_a_full_disk_loses_nothing_and_the_next_save_finds_room(
         assert saved is not None
         assert saved.problem is not None
         assert why in saved.problem
+        assert saver.last_saved_step == 1
         checkpoints = small_disk / "checkpoints"
         assert os.listdir(checkpoints) == ["step-00000001"]
         whole = {file.name: file.read_bytes() for file in (checkpoints / "step-00000001").iterdir()}
@@ -130,9 +128,9 @@ def test_a_full_disk_loses_nothing_and_the_next_save_finds_room(
     saver.close()
 
 
-def test_where_nothing_can_be_written_it_says_why(tmp_path: Path):
+def test_unwritable_directory(tmp_path: Path):
     (tmp_path / "checkpoints").write_text("a file where the directory should be")
-    saver = Saver(tmp_path, WORLD, Checkpoint())
+    saver = Saver(tmp_path, WORLD, CheckpointSettings())
     saver.start(1, tensors(), small(1), None)
     saved = saver.wait()
     assert saved is not None
@@ -140,10 +138,10 @@ def test_where_nothing_can_be_written_it_says_why(tmp_path: Path):
     saver.close()
 
 
-def test_room_is_looked_for_before_the_first_step(small_disk: Path):
-    assert check_room(small_disk, 100_000, Checkpoint(keep_last=2)) is None
-    warning = check_room(small_disk, 900_000, Checkpoint(keep_last=2))
+def test_check_room(small_disk: Path):
+    assert check_room(small_disk, 100_000, CheckpointSettings(keep_last=2)) is None
+    warning = check_room(small_disk, 900_000, CheckpointSettings(keep_last=2))
     assert warning is not None
-    assert "up to 4 checkpoints of 0.90 MB will lie there at once, and 2.10 MB are free" in warning
+    assert "up to 4 checkpoints of 0.90 MB will be there at once, and 2.10 MB are free" in warning
     with pytest.raises(UserError, match=r"a checkpoint takes 3\.00 MB, and 2\.10 MB are free"):
-        check_room(small_disk, 3_000_000, Checkpoint())
+        check_room(small_disk, 3_000_000, CheckpointSettings())

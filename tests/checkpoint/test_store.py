@@ -14,10 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt_cli.checkpoint import state, store
-from minigpt_cli.checkpoint.state import RunState
-from minigpt_cli.checkpoint.tensors import describe, read_tensors, save_tensors
-from minigpt_cli.errors import Damaged, UserError
+from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.commit import abandon, begin, commit, flush_files
+from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest
+from minigpt_cli.checkpoint.state import RunState, read_state, state_bytes
+from minigpt_cli.checkpoint.tensors import read_tensors, save_tensors, tensor_entry
+from minigpt_cli.core.errors import Damaged, UserError
+from minigpt_cli.core.files import sha256_of
 
 TENSORS = {
     "weights.a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -27,18 +30,18 @@ TENSORS = {
 
 
 def save(run: Path, step: int, val_loss: float | None = None) -> Path:
-    directory = store.begin(run, step, {"state.json": state.state_bytes(RunState(step=step))})
+    directory = begin(run, step, {"state.json": state_bytes(RunState(step=step))})
     save_tensors(directory, TENSORS, None)
-    files = store.flush_files(directory.iterdir())
-    described = {name: describe(tensor) for name, tensor in TENSORS.items()}
-    return store.finish(run, step, files, described, val_loss)
+    files = flush_files(directory.iterdir())
+    described = {name: tensor_entry(tensor) for name, tensor in TENSORS.items()}
+    return commit(run, step, files, described, val_loss)
 
 
 def kept(run: Path) -> list[int]:
     return [step for step, _ in store.list_steps(run)]
 
 
-def test_a_commit_reads_back(tmp_path: Path):
+def test_commit_reads_back(tmp_path: Path):
     path = save(tmp_path, 500, 1.25)
     assert path == tmp_path / "checkpoints/step-00000500"
     assert store.verify(path) == []
@@ -49,11 +52,11 @@ def test_a_commit_reads_back(tmp_path: Path):
     read = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
     read_tensors(path, read, manifest.tensors)
     assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
-    assert state.read_state(path).step == 500
+    assert read_state(path).step == 500
     assert [name for name in os.listdir(path.parent) if name.startswith(".")] == []
 
 
-def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path):
+def test_damage_is_found(tmp_path: Path):
     path = save(tmp_path, 1)
     for file in sorted(path.iterdir()):
         content = file.read_bytes()
@@ -72,17 +75,17 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path: Path):
         assert store.verify(path) == []
 
 
-def test_a_stranger_among_the_files_is_refused(tmp_path: Path):
+def test_extra_file(tmp_path: Path):
     path = save(tmp_path, 1)
     shutil.copy(next(path.glob("*.safetensors")), path / "extra.safetensors")
     assert store.verify(path) == [f"{path}/extra.safetensors: is not in the manifest"]
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/passwd", "a/b", "..", ""])
-def test_a_manifest_that_leaves_its_directory_is_refused(tmp_path: Path, name: str):
+def test_manifest_names_a_file_outside(tmp_path: Path, name: str):
     path = save(tmp_path, 1)
-    files = store.read_manifest(path).files
-    lie(path, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
+    files = read_checkpoint_manifest(path).files
+    forge(path, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
     (problem,) = store.verify(path)
     assert "names a file outside it" in problem
 
@@ -90,14 +93,14 @@ def test_a_manifest_that_leaves_its_directory_is_refused(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1}', "[" * 100_000]
 )
-def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str):
+def test_malformed_manifest(tmp_path: Path, text: str):
     path = save(tmp_path, 1)
     (path / "manifest.json").write_text(text)
     with pytest.raises(Damaged):
         store.require_valid(path)
 
 
-def lie(path: Path, **changes: object) -> None:
+def forge(path: Path, **changes: object) -> None:
     """Change the manifest, and its checksum with it, as somebody would who means to deceive."""
     manifest = json.loads((path / "manifest.json").read_text()) | changes
     manifest.pop("checksum")
@@ -106,24 +109,24 @@ def lie(path: Path, **changes: object) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def test_a_manifest_that_lies_is_refused(tmp_path: Path):
+def test_forged_manifest(tmp_path: Path):
     path = save(tmp_path, 1)
-    true = store.read_manifest(path)
+    true = read_checkpoint_manifest(path)
     more = true.tensors | {"weights.b": {"dtype": "float32", "shape": [2]}}
     fewer = {name: entry for name, entry in true.tensors.items() if name != "weights.a"}
     cast = true.tensors | {"weights.a": {"dtype": "float64", "shape": [3, 4]}}
     longer = true.tensors | {"weights.a": {"dtype": "float32", "shape": [4, 4]}}
     for tensors, problem in (
         (more, "holds 0 of 2 elements of weights.b"),
-        (fewer, "weights.a is not as the manifest says"),
-        (cast, "weights.a is not as the manifest says"),
+        (fewer, "weights.a differs from the manifest"),
+        (cast, "weights.a differs from the manifest"),
         (longer, "holds 12 of 16 elements of weights.a"),
     ):
-        lie(path, tensors=tensors)
+        forge(path, tensors=tensors)
         assert any(problem in each for each in store.verify(path)), problem
-    lie(path, tensors=true.tensors, step=2)
+    forge(path, tensors=true.tensors, step=2)
     assert "its manifest is of step 2" in store.verify(path)[0]
-    lie(path, step=1)
+    forge(path, step=1)
     assert store.verify(path) == []
     for field, value in (
         ("step", "1"), ("val_loss", "low"), ("val_loss", math.nan), ("files", []), ("tensors", []),
@@ -131,15 +134,15 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path):
         ("tensors", {"weights.a": {"dtype": "float32", "shape": "34"}}),
         ("tensors", {"weights.a": {"dtype": "float32", "shape": [-3, -4]}}),
     ):  # fmt: skip
-        lie(path, **{field: value})
+        forge(path, **{field: value})
         (problem,) = store.verify(path)
         assert "manifest.json: is not a manifest" in problem
-        lie(path, **{field: true.__dict__[field]})
+        forge(path, **{field: true.__dict__[field]})
     assert store.verify(path) == []
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
-def test_a_manifest_is_a_file(tmp_path: Path, kind: str):
+def test_manifest_is_a_regular_file(tmp_path: Path, kind: str):
     """A pipe that nobody writes to would be waited for."""
     path = save(tmp_path, 1)
     manifest = (path / "manifest.json").rename(tmp_path / "elsewhere")
@@ -150,11 +153,11 @@ def test_a_manifest_is_a_file(tmp_path: Path, kind: str):
     else:
         (path / "manifest.json").mkdir()
     (problem,) = store.verify(path)
-    assert "manifest.json: is not a file of this directory" in problem
+    assert "manifest.json: is not a regular file" in problem
 
 
 @pytest.mark.parametrize("offset", [1, 10**6, -1, "x"])
-def test_a_shard_that_lies_about_its_place_is_refused(tmp_path: Path, offset: object):
+def test_forged_shard_offsets(tmp_path: Path, offset: object):
     path = save(tmp_path, 1)
     (name,) = (file.name for file in path.glob("*00001-of-00002.safetensors"))
     content = (path / name).read_bytes()
@@ -174,7 +177,7 @@ def vouch(path: Path, name: str) -> None:
     """Have the manifest say that this file is as it should be."""
     content = (path / name).read_bytes()
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    lie(path, files=store.read_manifest(path).files | {name: entry})
+    forge(path, files=read_checkpoint_manifest(path).files | {name: entry})
 
 
 @pytest.mark.parametrize(
@@ -182,9 +185,7 @@ def vouch(path: Path, name: str) -> None:
     ["", "{", "[]", b"\x80\x04", '{"step": 2}', '{"step": 1, "tokens": "1"}',
      '{"step": 1, "scaler": []}', '{"step": 1, "what": 1}', '{"step": true}', "[" * 100_000],
 )  # fmt: skip
-def test_a_state_that_makes_no_sense_is_refused_though_it_is_vouched_for(
-    tmp_path: Path, content: str | bytes
-):
+def test_invalid_state(tmp_path: Path, content: str | bytes):
     path = save(tmp_path, 1)
     (path / "state.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     vouch(path, "state.json")
@@ -192,23 +193,23 @@ def test_a_state_that_makes_no_sense_is_refused_though_it_is_vouched_for(
     assert "state.json: " in problem
 
 
-def test_a_pickle_is_refused_even_if_the_manifest_names_it(tmp_path: Path):
+def test_pickle_in_the_manifest(tmp_path: Path):
     path = save(tmp_path, 1)
-    files = store.read_manifest(path).files
+    files = read_checkpoint_manifest(path).files
     torch.save({"weights.a": torch.zeros(3, 4)}, path / "model.pt")
     assert "is not in the manifest" in store.verify(path)[0]
     entry = {"bytes": (path / "model.pt").stat().st_size,
-             "sha256": store.file_sha256(path / "model.pt")}  # fmt: skip
-    lie(path, files=files | {"model.pt": entry})
+             "sha256": sha256_of(path / "model.pt")}  # fmt: skip
+    forge(path, files=files | {"model.pt": entry})
     assert "names model.pt, which no checkpoint holds" in store.verify(path)[0]
     (path / "model.pt").rename(path / "model.safetensors")
-    lie(path, files=files | {"model.safetensors": entry})
+    forge(path, files=files | {"model.safetensors": entry})
     assert "is not a safetensors file" in store.verify(path)[0]
 
 
-def test_other_shapes_dtypes_and_names_are_refused(tmp_path: Path):
+def test_other_tensors(tmp_path: Path):
     path = save(tmp_path, 1)
-    recorded = store.read_manifest(path).tensors
+    recorded = read_checkpoint_manifest(path).tensors
     for wanted in (
         {"weights.a": torch.zeros(4, 3)},
         {"weights.a": torch.zeros(3, 4, dtype=torch.float64)},
@@ -223,10 +224,10 @@ def test_newest_valid_walks_back(tmp_path: Path):
         save(tmp_path, step)
     (tmp_path / "checkpoints/step-00000003/state.json").write_text("{}")
     (tmp_path / "checkpoints/.writing-step-00000004").mkdir()
-    path, manifest, passed_over = store.newest_valid(tmp_path)
+    path, manifest, skipped = store.newest_valid(tmp_path)
     assert (path.name, manifest.step) == ("step-00000002", 2)
-    assert len(passed_over) == 1
-    assert passed_over[0].startswith("step-00000003 passed over: ")
+    assert len(skipped) == 1
+    assert skipped[0].startswith("step-00000003 skipped: ")
     for step in (1, 2):
         (tmp_path / f"checkpoints/step-0000000{step}/manifest.json").unlink()
     with pytest.raises(Damaged, match="no valid checkpoint"):
@@ -242,7 +243,7 @@ def test_newest_valid_walks_back(tmp_path: Path):
     keep_best=st.booleans(),
     keep_every=st.one_of(st.none(), st.integers(1, 5)),
 )
-def test_retention(
+def test_prune(
     tmp_path_factory: pytest.TempPathFactory,
     losses: list[float | None],
     keep_last: int,
@@ -251,9 +252,9 @@ def test_retention(
 ):
     run = tmp_path_factory.mktemp("run")
     for step, loss in enumerate(losses, 1):
-        directory = store.begin(run, step, {"state.json": b"x"})
-        store.finish(run, step, store.flush_files(directory.iterdir()), {}, loss)
-    store.retain(run, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+        directory = begin(run, step, {"state.json": b"x"})
+        commit(run, step, flush_files(directory.iterdir()), {}, loss)
+    store.prune(run, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
     steps = range(1, len(losses) + 1)
     expected = set(list(steps)[-keep_last:])
     if keep_every:
@@ -264,16 +265,16 @@ def test_retention(
     assert set(kept(run)) == expected
 
 
-def test_sweep_removes_what_a_kill_left(tmp_path: Path):
+def test_remove_stale(tmp_path: Path):
     save(tmp_path, 1)
     for name in (".writing-step-00000002", ".deleting-step-00000000"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "x").write_text("x")
-    store.sweep(tmp_path)
+    store.remove_stale(tmp_path)
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
 
 
-def test_the_next_save_removes_what_could_not_be_removed(tmp_path: Path):
+def test_next_save_removes_stale(tmp_path: Path):
     """On a disk that was read-only for a while, in the middle of a save or a deletion."""
     save(tmp_path, 1)
     for name in (".writing-step-00000002", ".deleting-step-00000000"):
@@ -283,13 +284,13 @@ def test_the_next_save_removes_what_could_not_be_removed(tmp_path: Path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000001", "step-00000003"]
 
 
-def test_a_checkpoint_that_a_kill_left_out_of_the_way_is_one(tmp_path: Path):
+def test_replaced_checkpoint_is_restored(tmp_path: Path):
     assert not store.holds_a_checkpoint(tmp_path)
     path = save(tmp_path, 1)
     assert store.holds_a_checkpoint(tmp_path)
     path.rename(path.with_name(f".replaced-{path.name}"))
     assert store.holds_a_checkpoint(tmp_path)
-    store.sweep(tmp_path)
+    store.remove_stale(tmp_path)
     assert kept(tmp_path) == [1]
 
 
@@ -304,9 +305,7 @@ def test_locate(tmp_path: Path):
         store.locate(tmp_path)
 
 
-def test_a_step_saved_again_in_vain_keeps_its_first_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_failed_second_save_keeps_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The disk fails between moving the old checkpoint aside and putting the new one there."""
     path = save(tmp_path, 5)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
@@ -320,6 +319,6 @@ def test_a_step_saved_again_in_vain_keeps_its_first_save(
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="Input/output error"):
         save(tmp_path, 5, 1.5)
-    store.abandon(tmp_path, 5)
+    abandon(tmp_path, 5)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert os.listdir(path.parent) == [path.name]

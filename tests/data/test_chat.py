@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import (
     CHATML,
     check_template,
-    parts,
+    masked_parts,
     render,
     special_tokens,
     tokenizer_template,
 )
-from minigpt_cli.data.tokenizer import load_tokenizer, train_bpe
-from minigpt_cli.errors import UserError
-from tests.processes import ROOT
+from minigpt_cli.data.tokenizer import load_tokenizer
+from minigpt_cli.prepare.bpe import train_bpe
+from tests.helpers.processes import ROOT
 
 LLAMA3 = (
     "{{- bos_token }}\n"
@@ -134,7 +135,7 @@ def test_parts_are_the_text_cut_where_answers_begin_and_end(contents: list[str],
     last = len(contents) // 2 * 2 - 1  # of the assistant's
     template = TEMPLATES[name]
     try:
-        pieces = parts(template, messages, VARIABLES)
+        pieces = masked_parts(template, messages, VARIABLES)
     except UserError:
         # Only where a question after the last answer changes how that is shown
         assert name == "thinking"
@@ -166,7 +167,7 @@ def test_trained_tokens_are_those_of_transformers_assistant_mask(reference: Any)
     )
     ids: list[int] = []
     mask: list[int] = []
-    for text, trained in parts(GENERATION, messages, VARIABLES):
+    for text, trained in masked_parts(GENERATION, messages, VARIABLES):
         piece = reference(text, add_special_tokens=False)["input_ids"]
         ids += piece
         mask += [int(trained)] * len(piece)
@@ -176,13 +177,13 @@ def test_trained_tokens_are_those_of_transformers_assistant_mask(reference: Any)
 
 
 def test_an_answer_that_is_shown_in_another_way_later_is_not_trained() -> None:
-    pieces = parts(THINKING, THOUGHTS)
+    pieces = masked_parts(THINKING, THOUGHTS)
     assert [text for text, trained in pieces if trained] == [
         "<think>\nso\n</think>\n\nB.<|im_end|>\n"
     ]
     assert "hm" not in "".join(text for text, _ in pieces)
     without = talk("a?", "A.", "b?", "B.")
-    assert [text for text, trained in parts(THINKING, without) if trained] == [
+    assert [text for text, trained in masked_parts(THINKING, without) if trained] == [
         "A.<|im_end|>\n",
         "B.<|im_end|>\n",
     ]
@@ -190,23 +191,23 @@ def test_an_answer_that_is_shown_in_another_way_later_is_not_trained() -> None:
 
 def test_an_answer_before_any_question_is_not_trained_where_the_template_refuses_it() -> None:
     template = "{{ messages[0].role.upper() }}" + CHATML
-    pieces = parts(template, talk("Hello!", "Hi", "Bye", first="assistant"))
+    pieces = masked_parts(template, talk("Hello!", "Hi", "Bye", first="assistant"))
     assert [text for text, trained in pieces if trained] == ["Bye<|im_end|>\n"]
     with pytest.raises(UserError, match=r"refuses a conversation: .*has no element 0"):
-        parts(template, talk("Hello!", first="assistant"))
+        masked_parts(template, talk("Hello!", first="assistant"))
 
 
 def test_a_template_that_hides_the_last_answer_is_refused() -> None:
     upside_down = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
-    with pytest.raises(UserError, match="shows the last answer in another way"):
-        parts(upside_down, FOUR)
+    with pytest.raises(UserError, match="differently from its generation prompt"):
+        masked_parts(upside_down, FOUR)
     with pytest.raises(UserError, match="no message of the role 'assistant'"):
-        parts(CHATML, FOUR[:1])
+        masked_parts(CHATML, FOUR[:1])
 
 
 def test_time_stands_still_within_a_conversation() -> None:
     template = "{{ strftime_now('%f') }}" + CHATML
-    pieces = parts(template, FOUR)
+    pieces = masked_parts(template, FOUR)
     assert sum(trained for _, trained in pieces) == 2
     assert render("{{ strftime_now('%d %b') }}", [], now=datetime(2024, 7, 26)) == "26 Jul"
 
@@ -215,7 +216,7 @@ def test_time_stands_still_within_a_conversation() -> None:
     ("template", "message"),
     [
         ("{% for %}", "can't be parsed: .*line 1"),
-        ("a\n{% nonsense %}", "can't be parsed: .*nonsense.*line 2"),
+        ("a\n{% invalid_state %}", "can't be parsed: .*invalid_state.*line 2"),
         ("{{ messages[0].content.missing.again }}", "refuses a conversation"),
         ("{{ raise_exception('not\nthis') }}", "refuses a conversation: not$"),
         ("{{ messages.append(1) }}", "refuses a conversation"),
@@ -330,7 +331,7 @@ def test_a_folder_without_a_tokenizer_brings_nothing(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ("{", r"tokenizer_config\.json can't be read"),
-        ("[1]", "doesn't hold a JSON object but list"),
+        ("[1]", "not a JSON object but list"),
         ('{"chat_template": 5}', "chat_template is not text but int"),
         (b"\xff", r"tokenizer_config\.json can't be read"),
     ],

@@ -41,15 +41,15 @@ def test_permute_equals_plain_integers(size: int, key: str, data: st.DataObject)
 @settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**40),
-    windows=st.integers(1, 300),
+    sequences=st.integers(1, 300),
     batch=st.integers(1, 70),
 )
-def test_an_epoch_covers_each_window_once(seed: int, windows: int, batch: int):
-    steps = -(-3 * windows // batch)
-    order = np.concatenate([sample_ids(seed, step, batch, windows) for step in range(steps)])
+def test_an_epoch_covers_each_window_once(seed: int, sequences: int, batch: int):
+    steps = -(-3 * sequences // batch)
+    order = np.concatenate([sample_ids(seed, step, batch, sequences) for step in range(steps)])
     for epoch in range(3):
-        seen = order[epoch * windows : (epoch + 1) * windows]
-        assert sorted(seen) == list(range(windows))
+        seen = order[epoch * sequences : (epoch + 1) * sequences]
+        assert sorted(seen) == list(range(sequences))
 
 
 @given(step=st.integers(0, 10**6), batch=st.integers(1, 64), cut=st.integers(1, 64))
@@ -69,16 +69,16 @@ def test_epochs_and_seeds_differ():
 
 
 def test_a_trillion_tokens_need_no_array():
-    windows = 10**12 // 1024
-    sample_ids(0, 0, 512, windows)
+    sequences = 10**12 // 1024
+    sample_ids(0, 0, 512, sequences)
     tracemalloc.start()
-    ids = sample_ids(0, 10**6, 512, windows)
+    ids = sample_ids(0, 10**6, 512, sequences)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200_000
     assert len(set(ids.tolist())) == 512
     assert ids.min() >= 0
-    assert ids.max() < windows
+    assert ids.max() < sequences
 
 
 def test_the_order_is_frozen():

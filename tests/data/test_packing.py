@@ -1,6 +1,4 @@
-"""Packing: unpacked by brute force, every example is there once, as it was."""
-
-from pathlib import Path
+"""Packing: unpacked by brute force, every document is there once, as it was."""
 
 import numpy as np
 import pytest
@@ -8,40 +6,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from minigpt_cli.data.instructions import ExampleSplit
-from minigpt_cli.data.packing import PackedSplit, pack
-from minigpt_cli.errors import Damaged
+from minigpt_cli.core.errors import Damaged
+from minigpt_cli.data.dataset import TokenSplit, split_in_memory
+from minigpt_cli.data.packing import PackedSequences, pack
 
 EOS = 7
 VOCAB = 500
 
 
-def split_of(lengths: list[int] | NDArray[np.int64], seed: int = 0) -> ExampleSplit:
-    """Random examples of these lengths, of which each has something to train on."""
+def split_of(lengths: list[int] | NDArray[np.int64], seed: int = 0) -> TokenSplit:
+    """Random documents of these lengths, each with a token that the loss counts."""
     random = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    trained = random.random(offsets[-1]) < 0.5
-    trained[offsets[:-1]] = False
-    trained[offsets[1:] - 1] = True
+    loss_mask = random.random(offsets[-1]) < 0.5
+    loss_mask[offsets[:-1]] = False
+    loss_mask[offsets[1:] - 1] = True
     tokens = random.integers(0, VOCAB, offsets[-1]).astype(np.uint16)
-    return ExampleSplit(Path("data"), "train", VOCAB, EOS, tokens, trained, offsets)
+    return split_in_memory(
+        tokens, vocab_size=VOCAB, eos_id=EOS, loss_mask=loss_mask, offsets=offsets
+    )
 
 
-def unpacked(packed: PackedSplit, length: int) -> list[tuple[list[int], list[int]]]:
-    """(inputs, targets) of every segment in every row; checks the padding on the way."""
+def unpacked(packed: PackedSequences, length: int) -> list[tuple[list[int], list[int]]]:
+    """(inputs, targets) of every document in every sequence; checks the padding on the way."""
     found = []
-    for row in range(packed.windows):
-        inputs, targets, segments = (each[0] for each in packed.gather(np.array([row])))
-        assert inputs.dtype == targets.dtype == segments.dtype == np.int64
-        assert inputs.shape == targets.shape == segments.shape == (length,)
-        members = len(packed.texts(row))
-        padding = segments == members
+    for index in range(packed.num_sequences):
+        inputs, targets, segment_ids = (each[0] for each in packed.gather(np.array([index])))
+        assert inputs.dtype == targets.dtype == segment_ids.dtype == np.int64
+        assert inputs.shape == targets.shape == segment_ids.shape == (length,)
+        members = len(packed.documents(index))
+        padding = segment_ids == members
         assert (inputs[padding] == EOS).all()
         assert (targets[padding] == -100).all()
-        assert (np.diff(segments) >= 0).all()  # each in one piece, one after the other
-        assert set(segments[~padding]) == set(range(members))
+        assert (np.diff(segment_ids) >= 0).all()  # each in one piece, one after the other
+        assert set(segment_ids[~padding]) == set(range(members))
         for segment in range(members):
-            here = segments == segment
+            here = segment_ids == segment
             found.append((inputs[here].tolist(), targets[here].tolist()))
         assert (targets != -100).any()
     return found
@@ -52,49 +52,48 @@ def unpacked(packed: PackedSplit, length: int) -> list[tuple[list[int], list[int
     length=st.integers(1, 45),
     seed=st.integers(0, 3),
 )
-def test_every_example_that_fits_is_in_one_row_as_it_is(
+def test_every_document_that_fits_is_in_one_sequence(
     lengths: list[int], length: int, seed: int
 ) -> None:
     split = split_of(lengths)
     packed = pack(split, length, seed)
     expected = []
-    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
-        tokens = split.tokens[start:end].tolist()
+    for number in range(len(lengths)):
+        tokens, loss_mask = (each.tolist() for each in split.document(number))
         if len(tokens) - 1 <= length:
             targets = [
-                token if trained else -100
-                for token, trained in zip(tokens, split.trained[start:end], strict=True)
+                token if counts else -100 for token, counts in zip(tokens, loss_mask, strict=True)
             ]
             expected.append((tokens[:-1], targets[1:]))
     assert sorted(unpacked(packed, length)) == sorted(expected)
-    assert packed.examples == len(expected)
-    assert packed.left_out == len(lengths) - len(expected)
+    assert packed.num_documents == len(expected)
+    assert packed.num_too_long == len(lengths) - len(expected)
     positions = sum(len(inputs) for inputs, _ in expected)
-    assert packed.fill == (positions / (packed.windows * length) if expected else 0)
+    assert packed.fill == (positions / (packed.num_sequences * length) if expected else 0)
 
 
-def test_rows_are_gathered_in_the_order_that_is_asked_for() -> None:
+def test_sequences_are_gathered_in_the_order_of_the_ids() -> None:
     packed = pack(split_of([9, 8, 7, 6, 5, 9]), 10, 0)
-    assert packed.windows > 3
-    alone = [packed.gather(np.array([row])) for row in (2, 0, 2)]
+    assert packed.num_sequences > 3
+    alone = [packed.gather(np.array([index])) for index in (2, 0, 2)]
     together = packed.gather(np.array([2, 0, 2]))
     for i in range(3):
         assert np.array_equal(np.concatenate([each[i] for each in alone]), together[i])
     assert packed.gather(np.array([], dtype=np.int64))[0].shape == (0, 10)
     with pytest.raises(AssertionError):
-        packed.gather(np.array([packed.windows]))
+        packed.gather(np.array([packed.num_sequences]))
 
 
-def test_texts_name_the_examples_of_a_row() -> None:
+def test_documents_of_a_sequence() -> None:
     split = split_of([5, 30, 3, 6])
     packed = pack(split, 12, 0)
-    seen = [entry for row in range(packed.windows) for entry in packed.texts(row)]
+    seen = [entry for index in range(packed.num_sequences) for entry in packed.documents(index)]
     assert sorted(number for number, _ in seen) == [0, 2, 3]
     for number, tokens in seen:
-        assert tokens == split.tokens[split.offsets[number] : split.offsets[number + 1]].tolist()
-    inputs, _, segments = packed.gather(np.array([0]))
-    first = packed.texts(0)[0][1]
-    assert inputs[0][segments[0] == 0].tolist() == first[:-1]
+        assert tokens == split.document(number)[0].tolist()
+    inputs, _, segment_ids = packed.gather(np.array([0]))
+    first = packed.documents(0)[0][1]
+    assert inputs[0][segment_ids[0] == 0].tolist() == first[:-1]
 
 
 def test_packing_depends_on_lengths_and_seed_alone() -> None:
@@ -102,9 +101,12 @@ def test_packing_depends_on_lengths_and_seed_alone() -> None:
     packed = [
         pack(split_of(lengths, tokens), 64, seed) for tokens, seed in ((0, 5), (1, 5), (0, 6))
     ]
-    rows = [[[n for n, _ in each.texts(row)] for row in range(each.windows)] for each in packed]
-    assert rows[0] == rows[1]
-    assert rows[0] != rows[2]
+    sequences = [
+        [[n for n, _ in each.documents(index)] for index in range(each.num_sequences)]
+        for each in packed
+    ]
+    assert sequences[0] == sequences[1]
+    assert sequences[0] != sequences[2]
 
 
 @pytest.mark.parametrize(
@@ -120,18 +122,27 @@ def test_random_lengths_leave_little_padding(draw: object) -> None:
     assert pack(split_of(lengths), 1024, 0).fill > 0.98
 
 
-def test_nothing_that_fits_makes_no_row() -> None:
+def test_documents_that_are_all_too_long_make_no_sequence() -> None:
     packed = pack(split_of([12, 13]), 10, 0)
-    assert (packed.windows, packed.examples, packed.left_out, packed.fill) == (0, 0, 2, 0.0)
+    assert (packed.num_sequences, packed.num_documents, packed.num_too_long, packed.fill) == (
+        0,
+        0,
+        2,
+        0.0,
+    )
 
 
 def test_a_token_outside_of_the_vocabulary_is_located() -> None:
-    split = split_of([4, 5, 6])
-    split.tokens[6] = VOCAB
+    tokens = np.arange(15)
+    tokens[6] = VOCAB
+    offsets = np.array([0, 4, 9, 15])
+    split = split_in_memory(
+        tokens, vocab_size=VOCAB, eos_id=EOS, loss_mask=tokens > 0, offsets=offsets
+    )
     packed = pack(split, 5, 0)
-    bad = next(row for row in range(3) if packed._members(row) == [1])
-    message = r"data/train-tokens\.npy: token 500 at offset 6 is outside"
-    for read in (packed.texts, lambda row: packed.gather(np.array([row]))):
+    bad = next(index for index in range(3) if packed._members(index) == [1])
+    message = "token 500 at offset 6 is outside"
+    for read in (packed.documents, lambda index: packed.gather(np.array([index]))):
         with pytest.raises(Damaged, match=message):
             read(bad)
-    assert packed.texts((bad + 1) % 3)
+    assert packed.documents((bad + 1) % 3)

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from minigpt_cli.checkpoint.prove import TEXT
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.tokenizer import (
     EOS,
     eos_id,
-    fingerprint,
     load_tokenizer,
     token_byte_lengths,
-    train_bpe,
+    tokenizer_fingerprint,
     vocabulary_size,
 )
-from minigpt_cli.errors import UserError
+from minigpt_cli.huggingface.check_export import TEXT
+from minigpt_cli.prepare.bpe import train_bpe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GPT2 = REPOSITORY.parent / "shared" / "data" / "gpt2"
@@ -66,9 +66,10 @@ def test_a_larger_vocabulary_never_encodes_longer() -> None:
 
 def test_training_is_the_same_in_another_process(tmp_path: Path) -> None:
     code = (
-        "import sys; from minigpt_cli.data.tokenizer import *\n"
+        "import sys; from minigpt_cli.prepare.bpe import train_bpe\n"
+        "from minigpt_cli.data.tokenizer import tokenizer_fingerprint\n"
         "texts = open(sys.argv[1]).read().split('|')\n"
-        "print(fingerprint(train_bpe(iter(texts), 500)))"
+        "print(tokenizer_fingerprint(train_bpe(iter(texts), 500)))"
     )
     file = tmp_path / "texts"
     source = (REPOSITORY / "minigpt_cli/data/tokenizer.py").read_text().replace("|", " ")
@@ -83,12 +84,12 @@ def test_training_is_the_same_in_another_process(tmp_path: Path) -> None:
         ).stdout
         for seed in ("1", "2", "3")
     }
-    here = fingerprint(train_bpe(iter(file.read_text().split("|")), 500))
+    here = tokenizer_fingerprint(train_bpe(iter(file.read_text().split("|")), 500))
     assert runs == {here + "\n"}
 
 
 def test_training_uses_only_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minigpt_cli.data.tokenizer.TRAINING_BYTES", 1000)
+    monkeypatch.setattr("minigpt_cli.prepare.bpe.TRAINING_BYTES", 1000)
     taken = 0
 
     def texts():
@@ -190,12 +191,12 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     for content in ("", "{", '{"version": "1.0"}', "[]", '{"model": {"type": "Unknown"}}'):
         file = tmp_path / "tokenizer.json"
         file.write_text(content)
-        with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer"):
+        with pytest.raises(UserError, match=r"tokenizer\.json is not a valid tokenizer"):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").write_text("{")
     (tmp_path / "merges.txt").write_text("")
-    with pytest.raises(UserError, match=r"vocab\.json is not a tokenizer"):
+    with pytest.raises(UserError, match=r"vocab\.json is not a valid tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -211,7 +212,7 @@ def test_the_fingerprint_tells_tokenizers_apart_and_survives_rewriting(
 ) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(small.to_str(pretty=True))
-    assert fingerprint(load_tokenizer(file)) == fingerprint(small)
+    assert tokenizer_fingerprint(load_tokenizer(file)) == tokenizer_fingerprint(small)
     # An older file: merges as strings, padding set, keys in another order, options not written.
     record = json.loads(small.to_str())
     record["model"]["merges"] = [" ".join(pair) for pair in record["model"]["merges"]]
@@ -222,18 +223,18 @@ def test_the_fingerprint_tells_tokenizers_apart_and_survives_rewriting(
     }
     record["padding"] = None
     file.write_text(json.dumps(record))
-    assert fingerprint(load_tokenizer(file)) == fingerprint(small)
+    assert tokenizer_fingerprint(load_tokenizer(file)) == tokenizer_fingerprint(small)
     for section, key in (("model", "merges"), ("pre_tokenizer", "add_prefix_space")):
         changed = json.loads(small.to_str())
         value = changed[section][key]
         changed[section][key] = value[:-1] if isinstance(value, list) else not value
         file.write_text(json.dumps(changed))
-        assert fingerprint(load_tokenizer(file)) != fingerprint(small), section
+        assert tokenizer_fingerprint(load_tokenizer(file)) != tokenizer_fingerprint(small), section
     swapped = json.loads(small.to_str())
     vocab = swapped["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     file.write_text(json.dumps(swapped))
-    assert fingerprint(load_tokenizer(file)) != fingerprint(small)
+    assert tokenizer_fingerprint(load_tokenizer(file)) != tokenizer_fingerprint(small)
 
 
 def test_byte_lengths_add_up_to_the_text(small: Tokenizer) -> None:

@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
+from minigpt_cli.core.signals import SIGNALS
 from minigpt_cli.distributed.launch import Timeouts, launch, launch_command
-from minigpt_cli.stopping import SIGNALS
 
 settings = json.loads(sys.argv[1])
 timeouts = Timeouts(**settings.pop("timeouts", {}))

@@ -12,18 +12,19 @@ from typing import Any
 
 from minigpt_cli import cli
 from minigpt_cli.checkpoint.state import RunState
+from minigpt_cli.commands.launching import join_ranks
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed import failure
 from minigpt_cli.distributed.failure import announce_failure, record_status
 from minigpt_cli.distributed.join import own_rank, session
 from minigpt_cli.distributed.world import World, start_world
-from minigpt_cli.errors import UserError
 
 when = sys.argv.pop(1)
 
 
 @cli.app.command()
 def fail() -> None:
-    cli._join()
+    join_ranks()
     if when == "before":
         fail_on_rank_1()
     world = start_world(run=Path("runs/x"))

@@ -11,14 +11,14 @@ from minigpt_cli.checkpoint import state
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.distributed.join import leave_world
 from minigpt_cli.distributed.world import start_world
-from minigpt_cli.recipe import Checkpoint
+from minigpt_cli.recipe import CheckpointSettings
 
 ELEMENTS = 50_000_000  # of float32: 200 MB on each rank
 
 world = start_world()
 run = Path(sys.argv[1])
 tensors = {f"weights.{name}": torch.full((ELEMENTS,), float(world.rank)) for name in "ab"}
-with Saver(run, world, Checkpoint()) as saver:
+with Saver(run, world, CheckpointSettings()) as saver:
     for step in (1, 2):
         limits = resource.getrlimit(resource.RLIMIT_AS)
         if step == 1 and world.rank == 1:

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from minigpt_cli.report import metrics
-from tests.conftest import TINY
-from tests.helpers.checkpoints import whole_tensors
 from tests.helpers.ranks import train_many
-from tests.train.test_resume import curve, rewind
+from tests.helpers.recipes import TINY
+from tests.helpers.runs import curve, rewind, whole_tensors
 
 STEPS = 24
 COMMON = [f"train.steps={STEPS}", "checkpoint.every_steps=6", "eval.every_steps=12",

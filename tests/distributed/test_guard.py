@@ -9,10 +9,10 @@ import torch
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.report import metrics
-from tests.conftest import TINY
-from tests.helpers.checkpoints import whole_tensors
+from tests.helpers.poison import SPIKES, incidents, poisoned, unused_token
 from tests.helpers.ranks import train_many
-from tests.train.conftest import SPIKES, incidents, poisoned, unused_token
+from tests.helpers.recipes import TINY
+from tests.helpers.runs import whole_tensors
 
 STRATEGIES = ("ddp", "fsdp")
 UNTIED = ("model.family=gpt2", "model.num_key_value_heads=4", "model.tie_word_embeddings=false")

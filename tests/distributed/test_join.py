@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.join import RankInfo, find_rank_info
-from minigpt_cli.errors import UserError
+from tests.helpers.processes import command, environment, until
 from tests.helpers.ranks import free_port, gone, rank_environment
-from tests.processes import command, environment, until
 
 FOLLOW = "from minigpt_cli.distributed.join import follow_launcher; follow_launcher()\n"
 STAY = "import time\nwhile True: time.sleep(0.1)\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import Process, environment, family, fresh, ranks, until
 from tests.helpers.ranks import gone
-from tests.processes import Process, environment, family, fresh, ranks, until
 
 HERE = Path(__file__).parent
 RESUME = "go on from the last checkpoint with `minigpt resume runs/x`"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from minigpt_cli.report import metrics
-from tests.conftest import TINY
 from tests.helpers.ranks import train_many
+from tests.helpers.recipes import TINY
 
 COMMON = ["train.steps=50", "schedule.warmup_steps=5", "train.micro_batch_size=2",
           "eval.every_steps=25", "checkpoint.every_steps=1000",
@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> Pat
     return folder
 
 
-def spread() -> list[tuple[str, str, int]]:
+def cases() -> list[tuple[str, str, int]]:
     return [
         (setting, strategy, ranks)
         for setting, (_, on_two, on_four, _) in SETTINGS.items()
@@ -81,7 +81,7 @@ def ranks_of(run: Path) -> list[dict[str, Any]]:
     return facts
 
 
-@pytest.mark.parametrize(("setting", "strategy", "ranks"), spread())
+@pytest.mark.parametrize(("setting", "strategy", "ranks"), cases())
 def test_losses_agree_with_one_process(runs: Path, setting: str, strategy: str, ranks: int):
     one = metrics.read(runs / f"{setting}-single-1")
     many = metrics.read(runs / f"{setting}-{strategy}-{ranks}")
@@ -96,7 +96,7 @@ def test_losses_agree_with_one_process(runs: Path, setting: str, strategy: str, 
     assert sum(norm > 0.5 for norm in norms) > 25  # else clipping is not tested
 
 
-@pytest.mark.parametrize(("setting", "strategy", "ranks"), spread())
+@pytest.mark.parametrize(("setting", "strategy", "ranks"), cases())
 def test_data_and_initial_weights_are_the_same(runs: Path, setting: str, strategy: str, ranks: int):
     (one,) = ranks_of(runs / f"{setting}-single-1")
     many = ranks_of(runs / f"{setting}-{strategy}-{ranks}")

@@ -18,15 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt_cli import recipe as recipes
+from minigpt_cli.recipe import load_recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train import setup
 from minigpt_cli.train.loop import fit
-from tests.conftest import TINY
-from tests.helpers.checkpoints import whole_tensors
+from minigpt_cli.train.start import start_run
 from tests.helpers.nodes import ADDRESSES, NOBODY, Job, Nodes
-from tests.processes import until
-from tests.train.test_resume import curve
+from tests.helpers.processes import until
+from tests.helpers.recipes import TINY
+from tests.helpers.runs import curve, whole_tensors
 
 STEPS = 160
 SET = [
@@ -122,8 +121,8 @@ def assert_same(run: Path, straight: Path) -> None:
 
 
 def test_two_nodes_give_the_losses_of_one_process(straight: Path, folder: Path):
-    recipe = recipes.load(folder / "tiny.toml", SET)
-    fit(*setup.start_run(recipe, folder / "alone"))
+    recipe = load_recipe(folder / "tiny.toml", SET)
+    fit(*start_run(recipe, folder / "alone"))
     for line, expected in zip(curve(straight), curve(folder / "alone"), strict=True):
         assert line == pytest.approx(expected, rel=1e-10 if "grad_norm" in line else 1e-12)
 

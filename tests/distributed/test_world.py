@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from minigpt_cli.checkpoint import store
+from minigpt_cli.core.errors import Outcome
 from minigpt_cli.distributed import failure
 from minigpt_cli.distributed.join import RankInfo, session
-from minigpt_cli.errors import Outcome
+from tests.helpers.processes import ROOT, command, environment, fork, minigpt, until
 from tests.helpers.ranks import free_port, gone, rank_environment
-from tests.processes import ROOT, command, environment, fork, minigpt, until
-from tests.train.test_resume import curve
+from tests.helpers.runs import curve
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"
 WITHOUT_MEMORY = Path(__file__).parent / "rank_without_memory.py"

@@ -13,22 +13,23 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from minigpt_cli import recipe as recipes
-from minigpt_cli.cli import _join, _leave, _report
-from minigpt_cli.data.batches import Batch, Batches
+from minigpt_cli.cli import _leave, _report
+from minigpt_cli.commands.launching import join_ranks
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.data.loader import Batch, BatchLoader
 from minigpt_cli.distributed import parallel
-from minigpt_cli.errors import UserError
-from minigpt_cli.train import setup
+from minigpt_cli.recipe import load_recipe
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.run import Run
+from minigpt_cli.train.start import resume_run, start_run
 
 
 class Recorder:
     """Batches, and a digest of every row that was trained on."""
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: BatchLoader):
         self.batches = batches
-        self.rows = batches.rows
+        self.sequences = batches.sequences
         self.trained_on: dict[int, list[str]] = {}
 
     def __call__(self, step: int) -> Batch:
@@ -41,7 +42,7 @@ class Recorder:
 
 def weights_digest(run: Run) -> str:
     digest = hashlib.sha256()
-    for parameter in run.trainer.model.parameters():
+    for parameter in run.context.model.parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         digest.update(whole.detach().numpy().tobytes())
     return digest.hexdigest()
@@ -50,16 +51,16 @@ def weights_digest(run: Run) -> str:
 @torch.no_grad()
 def ruin(run: Run, token: int) -> None:
     """Near float32's limit, so that LayerNorm's mean overflows wherever this token is read."""
-    weight = run.trainer.model.embed_tokens.weight
+    weight = run.context.model.embed_tokens.weight
     whole = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
     whole[token] = 3e38
-    parallel.assign(weight, whole)
+    parallel.copy_full_tensor(weight, whole)
 
 
 def moments(run: Run) -> list[torch.Tensor]:
     return [
         value
-        for optimizer in run.trainer.optimizers
+        for optimizer in run.context.optimizers
         for values in optimizer.state.values()
         for value in values.values()
         if isinstance(value, torch.Tensor) and value.ndim
@@ -67,28 +68,28 @@ def moments(run: Run) -> list[torch.Tensor]:
 
 
 def held(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in parallel.local(tensors))
+    return sum(tensor.numel() * tensor.element_size() for tensor in parallel.to_local(tensors))
 
 
 def train(job: dict[str, Any]) -> None:
     out = Path(job["out"])
     if job.get("resume"):
-        run, state = setup.resume_run(out, job["overrides"], [])
+        run, state = resume_run(out, job["overrides"], [])
     else:
-        recipe = recipes.load(Path(job["recipe"]), job["overrides"], name="tiny")
-        run, state = setup.start_run(recipe, out)
+        recipe = load_recipe(Path(job["recipe"]), job["overrides"], name="tiny")
+        run, state = start_run(recipe, out)
     facts: dict[str, Any] = {"initial": weights_digest(run)}
     recorder = Recorder(run.batches)
     if "ruined_token" in job:
         ruin(run, job["ruined_token"])
     fit(replace(run, batches=recorder), state)
     facts["rows"] = recorder.trained_on
-    facts["parameters"] = sum(p.numel() for p in run.trainer.model.parameters())
+    facts["parameters"] = sum(p.numel() for p in run.context.model.parameters())
     facts["empty"] = sum(
-        not p.numel() for p in parallel.local(list(run.trainer.model.parameters()))
+        not p.numel() for p in parallel.to_local(list(run.context.model.parameters()))
     )
-    facts["loss_scale"] = run.trainer.scaler.get_scale()
-    facts["weight_bytes"] = held(list(run.trainer.model.parameters()))
+    facts["loss_scale"] = run.context.scaler.get_scale()
+    facts["weight_bytes"] = held(list(run.context.model.parameters()))
     facts["moment_bytes"] = held(moments(run))
     of_all = run.world.all_gather_json(facts)
     if run.world.rank == 0:
@@ -96,7 +97,7 @@ def train(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    _join()
+    join_ranks()
     try:
         for each in json.loads(Path(sys.argv[1]).read_text()):
             train(each)

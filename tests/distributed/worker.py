@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from minigpt_cli.core.signals import SIGNALS
 from minigpt_cli.distributed.join import follow_launcher
-from minigpt_cli.stopping import SIGNALS
 
 blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(SIGNALS)
 received: list[int] = []

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt_cli.evaluate.loss import evaluate, fixed_windows, stream_batches
+from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, stream_batches
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
 
 CONFIG = model_config(
     family="llama", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -20,7 +20,7 @@ LENGTHS = np.arange(50, dtype=np.int32) % 5
 @pytest.fixture(scope="module")
 def model() -> GPT:
     model = GPT(CONFIG).double()
-    initialize(model, 1)
+    initialize_weights(model, 1)
     return model.train()
 
 
@@ -30,15 +30,15 @@ def test_a_stream_gives_every_token_as_a_target_once(tokens: int, length: int, b
     batches = list(stream_batches(lambda a, b: stream[a:b], tokens, length, batch))
     all_targets = np.concatenate([each[1].ravel() for each in batches] or [np.array([])])
     assert all_targets.tolist() == list(range(1, tokens))
-    for inputs, targets, segments in batches:
+    for inputs, targets, segment_ids in batches:
         assert (targets == inputs + 1).all()
         assert inputs.shape[1] <= length
-        assert segments is None
+        assert segment_ids is None
 
 
 @given(available=st.integers(0, 1000), wanted=st.integers(1, 100))
 def test_fixed_windows_are_spread_over_all(available: int, wanted: int):
-    ids = fixed_windows(available, wanted)
+    ids = fixed_sequences(available, wanted)
     assert len(ids) == min(available, wanted)
     assert len(set(ids.tolist())) == len(ids)
     if len(ids) > 1:

@@ -45,8 +45,8 @@ def try_damage(scene: Scene, damage: Damage, resume: bool = True) -> None:
     if resume:
         code, said = scene.do(*scene.go(run))
         assert code == 0, f"{damage.name}: {said}"
-        (warning,) = (line for line in said.splitlines() if "passed over" in line)
-        assert warning.startswith(f"warning: {checkpoint.name} passed over: "), warning
+        (warning,) = (line for line in said.splitlines() if "skipped" in line)
+        assert warning.startswith(f"warning: {checkpoint.name} skipped: "), warning
         assert damage.says in warning, warning
         assert f"resuming {run} from step {STEPS - 1} of {STEPS}" in said
         assert checkpoint.with_name(f"{checkpoint.name}.aside-1").exists()
@@ -76,7 +76,7 @@ def damage_before_two_ranks(scene: Scene) -> None:
         run = copy_of(straight, scene.place("damaged"))
         _cut(file, 9)(newest(run))
         first, _ = scene.finish(run, *TWO_RANKS, ranks=2)
-        assert f"step-{STEPS:08d} passed over: " in first.said, first.tail
+        assert f"step-{STEPS:08d} skipped: " in first.said, first.tail
         assert f"{file}: 9 bytes, " in first.said, first.tail
 
 

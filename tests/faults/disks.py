@@ -18,7 +18,7 @@ from tests.faults.scene import (
     newest,
     steps_saved,
 )  # fmt: skip
-from tests.processes import NOBODY, until
+from tests.helpers.processes import NOBODY, until
 
 NOT_WRITTEN = "the checkpoint could not be written: "
 GOES_ON = "; training goes on and saves again at the next interval"
@@ -146,7 +146,7 @@ def full_at_the_end(scene: Scene, *settings: str) -> None:
         assert process.wait() == 2, process.tail
         told = process.said.splitlines()[-1]
         assert f"step-{STEPS:08d}: {NOT_WRITTEN}it takes 0.62 MB, and 0." in told
-        assert "older checkpoints are untouched: make room or mend the path, then minigpt" in told
+        assert "older checkpoints are untouched: free some space or repair the path, then" in told
         assert process.said.count(GOES_ON) > 3
         assert "Traceback" not in process.said
         assert is_whole(newest(run))

@@ -9,15 +9,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults.scene import (
-    STEPS,
-    TWO_RANKS,
-    Scene,
-    check_nothing_lost,
-    steps_logged,
-    steps_saved,
-)
-from tests.processes import Process, ranks, until
+from tests.faults.scene import STEPS, TWO_RANKS, Scene, check_nothing_lost
+from tests.helpers.processes import Process, ranks, until
+from tests.helpers.runs import steps_logged, steps_saved
 
 
 def kill_processes(

@@ -5,8 +5,9 @@ import signal
 import time
 from pathlib import Path
 
-from tests.faults.scene import TWO_RANKS, Scene, steps_logged, steps_saved
-from tests.processes import Process, until
+from tests.faults.scene import TWO_RANKS, Scene
+from tests.helpers.processes import Process, until
+from tests.helpers.runs import steps_logged, steps_saved
 
 BUSY = "another process is training in it"
 ENDLESS = ("train.steps=100000", "eval.every_steps=100000")

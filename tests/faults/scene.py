@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests import processes
-from tests.conftest import TINY
+from tests.helpers import processes
+from tests.helpers.processes import NOBODY, ROOT, Process
 from tests.helpers.ranks import free_port
-from tests.processes import NOBODY, ROOT, Process
-from tests.train.test_resume import curve
+from tests.helpers.recipes import TINY
+from tests.helpers.runs import curve, steps_saved
 
 STEPS = 18
 BASE = (
@@ -190,11 +190,6 @@ def newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-????????"))
 
 
-def steps_saved(run: Path) -> list[int]:
-    found = (run / "checkpoints").glob("step-????????")
-    return sorted(int(path.name.removeprefix("step-")) for path in found)
-
-
 def lines(run: Path) -> list[dict[str, object]]:
     """metrics.jsonl: whole lines, whatever happened.
 
@@ -207,14 +202,6 @@ def lines(run: Path) -> list[dict[str, object]]:
         return []
     assert not text or text.endswith("\n"), "the last line is torn"
     return [json.loads(line) for line in text.splitlines()]
-
-
-def steps_logged(run: Path) -> int:
-    """Also while it is written to."""
-    try:
-        return (run / "metrics.jsonl").read_bytes().count(b"grad_norm")
-    except FileNotFoundError:
-        return 0
 
 
 def is_whole(checkpoint: Path) -> bool:

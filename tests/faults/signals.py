@@ -13,15 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.scene import (
-    STEPS,
-    TWO_RANKS,
-    Scene,
-    check_nothing_lost,
-    steps_logged,
-    steps_saved,
-)
-from tests.processes import Process, family, handles, has_mapped, ranks, until
+from tests.faults.scene import STEPS, TWO_RANKS, Scene, check_nothing_lost
+from tests.helpers.processes import Process, family, handles, has_mapped, ranks, until
+from tests.helpers.runs import steps_logged, steps_saved
 
 SLOW_EVALUATION = ("eval.windows=200",)
 IN_TIME = 30.0

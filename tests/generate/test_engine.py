@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minigpt_cli.errors import Diverged, UserError
+from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.model.huggingface import huggingface_config
-from tests.model.layout import to_huggingface
+from minigpt_cli.model.gpt import GPT, initialize_weights
+from minigpt_cli.model.hf_names import huggingface_config
+from tests.helpers.hf_layout import to_huggingface
 
 FAMILIES = ["gpt2", "llama", "qwen3"]
 GREEDY = SamplingOptions(temperature=0)
@@ -33,7 +33,7 @@ def small_model(family, context=16, seed=0):
         tie_word_embeddings=False,
     )
     model = GPT(config)
-    initialize(model, seed)
+    initialize_weights(model, seed)
     return model.double()
 
 
@@ -194,7 +194,7 @@ def test_dropout_is_off():
         initializer_range=0.4,
     )
     model = GPT(config)
-    initialize(model, 0)
+    initialize_weights(model, 0)
     assert texts(model) == texts(model)
 
 

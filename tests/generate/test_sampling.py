@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.generate.sampling import (
     NOT_FINITE,
     SamplingOptions,

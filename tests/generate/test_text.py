@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from minigpt_cli.data.tokenizer import EOS, eos_id, train_bpe, vocabulary_size
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.data.tokenizer import EOS, eos_id, vocabulary_size
 from minigpt_cli.generate.engine import generate
 from minigpt_cli.generate.sampling import SamplingOptions
-from minigpt_cli.generate.text import complete, detokenizer, split_at_stop, stream_text
+from minigpt_cli.generate.text import detokenizer, join_chunks, split_at_stop, stream_text
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
+from minigpt_cli.model.gpt import GPT, initialize_weights
+from minigpt_cli.prepare.bpe import train_bpe
 
 # Merges for English and none for the rest: an emoji is four tokens, a family of them eighteen.
 TOKENIZER = train_bpe(iter(["the cat sat on the mat, the end. " * 20]), 280)
@@ -31,7 +32,7 @@ def model():
         max_position_embeddings=32,
     )
     model = GPT(config)
-    initialize(model, 0)
+    initialize_weights(model, 0)
     return model.double()
 
 
@@ -182,12 +183,12 @@ def test_a_learned_text_ends_with_eos_and_streams_as_it_comes():
     text = "the end 👩‍👩‍👧 of naïve cats"
     model, _ = teach(text)
     pieces = stream(model)
-    assert complete(pieces) == complete(stream(model, use_cache=False))
-    assert complete(pieces)[0].text == text
-    assert complete(pieces)[0].finish_reason == "eos"
+    assert join_chunks(pieces) == join_chunks(stream(model, use_cache=False))
+    assert join_chunks(pieces)[0].text == text
+    assert join_chunks(pieces)[0].finish_reason == "eos"
     assert [piece.text for piece in pieces[:5]] == ["the", " end", " ", "👩", "\u200d"]
     held = stream(model, stop=["cats and dogs"])
-    assert complete(held)[0].text == text  # what was held back comes out at the end
+    assert join_chunks(held)[0].text == text  # what was held back comes out at the end
 
 
 def test_invalid_bytes_at_the_end_are_shown_as_such():
@@ -202,7 +203,7 @@ def test_samples_equal_the_tokens_of_generate(model, stop):
     prompt = TOKENIZER.encode("the cat", add_special_tokens=False).ids
     pieces = list(stream_text(model, TOKENIZER, prompt, FREE, stop=stop, **settings))
     steps = list(generate(model, prompt, FREE, vocab_size=vocabulary_size(TOKENIZER), **settings))
-    for sample, completion in enumerate(complete(pieces)):
+    for sample, completion in enumerate(join_chunks(pieces)):
         text = TOKENIZER.decode([step[sample] for step in steps if step[sample] is not None])
         ended = any(step[sample] == EOS_ID for step in steps)
         if not any(s in text for s in stop):
@@ -212,7 +213,7 @@ def test_samples_equal_the_tokens_of_generate(model, stop):
             assert text.startswith(completion.text)
             assert any(text.startswith(completion.text + s) for s in stop)
             assert completion.finish_reason == "stop"
-    assert complete(pieces) != complete(
+    assert join_chunks(pieces) != join_chunks(
         stream_text(model, TOKENIZER, prompt, FREE, stop=stop, **settings | {"seed": 4})
     )
 

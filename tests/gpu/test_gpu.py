@@ -12,10 +12,10 @@ from minigpt_cli.checkpoint import store
 from minigpt_cli.model.cost import peak_flops
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train import setup
 from minigpt_cli.train.loop import fit
+from minigpt_cli.train.start import resume_run, start_run
 from minigpt_cli.train.step import train_step
-from tests.train.test_resume import assert_same_run, rewind
+from tests.helpers.runs import assert_same_run, rewind
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,8 +41,8 @@ def test_it_learns(tmp_path: Path, make_recipe: MakeRecipe, dtype: str, name: st
         "train.steps=60", f"precision.dtype={dtype}", f"optimizer.name={name}",
         "eval.every_steps=1000", "checkpoint.every_steps=1000",
     )  # fmt: skip
-    run, state = setup.start_run(recipe, tmp_path)
-    assert run.trainer.model.embed_tokens.weight.is_cuda
+    run, state = start_run(recipe, tmp_path)
+    assert run.context.model.embed_tokens.weight.is_cuda
     fit(run, state)
     curve = losses(tmp_path)
     assert curve[-1] < curve[0] - 1.5
@@ -55,14 +55,14 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, make_recipe: MakeRecipe,
     for dtype, sigma in (("bf16", 100), ("fp16", 100), ("bf16", None)):
         watching = [f"guard.spike_sigma={sigma}", "guard.spike_window=8"] if sigma else []
         recipe = make_recipe(f"precision.dtype={dtype}", f"optimizer.name={name}", *watching)
-        run, _ = setup.start_run(recipe, tmp_path / f"{dtype}-{sigma}")
+        run, _ = start_run(recipe, tmp_path / f"{dtype}-{sigma}")
         for step in range(2):
-            train_step(run.trainer, run.batches(step), step, 1.0)
+            train_step(run.context, run.batches(step), step, 1.0)
         batch = run.batches(2)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            train_step(run.trainer, batch, 2, 1.0)
+            train_step(run.context, batch, 2, 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
             run.resources.close()
@@ -71,9 +71,9 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, make_recipe: MakeRecipe,
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_forced_fp16_overflow_only_skips(tmp_path: Path, make_recipe: MakeRecipe, name: str):
     recipe = make_recipe("precision.dtype=fp16", f"optimizer.name={name}", "train.steps=60")
-    run, state = setup.start_run(recipe, tmp_path)
+    run, state = start_run(recipe, tmp_path)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-    run = replace(run, trainer=replace(run.trainer, scaler=scaler))
+    run = replace(run, context=replace(run.context, scaler=scaler))
     fit(run, state)
     lines = [line for line in metrics.read(tmp_path) if "loss" in line]
     skipped = [line for line in lines if line["grad_norm"] is None]
@@ -89,7 +89,7 @@ def test_compiled_and_eager_agree(
 ):
     for name, compiled in (("eager", "false"), ("compiled", "true")):
         recipe = make_recipe("precision.dtype=fp32", f"precision.compile={compiled}")
-        fit(*setup.start_run(recipe, tmp_path / name))
+        fit(*start_run(recipe, tmp_path / name))
     assert "torch.compile failed" not in capsys.readouterr().err
     eager, compiled_losses = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
     assert compiled_losses == pytest.approx(eager, rel=1e-3)
@@ -108,20 +108,20 @@ def test_compiled_and_eager_agree(
 def test_resume_is_bit_exact(tmp_path: Path, make_recipe: MakeRecipe, overrides: tuple[str, ...]):
     recipe = make_recipe(*overrides)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    fit(*setup.start_run(recipe, straight))
+    fit(*start_run(recipe, straight))
     shutil.copytree(straight, resumed)
     rewind(resumed, 4)
-    fit(*setup.resume_run(resumed, [], []))
+    fit(*resume_run(resumed, [], []))
     assert_same_run(straight, resumed, 12)
     assert [step for step, _ in store.list_steps(resumed)] == [4, 8, 12]
 
 
 def test_a_seed_gives_the_same_weights_on_gpu_and_cpu(tmp_path: Path, make_recipe: MakeRecipe):
-    from minigpt_cli.model.gpt import GPT, initialize
+    from minigpt_cli.model.gpt import GPT, initialize_weights
 
-    run, _ = setup.start_run(make_recipe(), tmp_path)
-    on_cpu = GPT(run.trainer.model.config)
-    initialize(on_cpu, run.recipe.train.seed)
-    for p, q in zip(run.trainer.model.parameters(), on_cpu.parameters(), strict=True):
+    run, _ = start_run(make_recipe(), tmp_path)
+    on_cpu = GPT(run.context.model.config)
+    initialize_weights(on_cpu, run.recipe.train.seed)
+    for p, q in zip(run.context.model.parameters(), on_cpu.parameters(), strict=True):
         assert torch.equal(p.cpu(), q)
     run.resources.close()

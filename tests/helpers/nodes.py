@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.processes import environment
+from tests.helpers.processes import environment
 
 ADDRESSES = ("10.87.0.1", "10.87.0.2")
 NOBODY = "10.87.0.9"  # packets to it are sent, and lost

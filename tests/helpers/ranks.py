@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 TRAIN_MANY = ROOT / "tests/distributed/train_many.py"
 

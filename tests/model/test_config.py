@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import model_config
 
 GOOD = {

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minigpt_cli.model.cross_entropy import IGNORE, projected_cross_entropy
+from minigpt_cli.core.constants import IGNORE_INDEX
+from minigpt_cli.model.cross_entropy import projected_cross_entropy
 
 N, H, V = 37, 8, 23
 
@@ -15,7 +16,7 @@ def data(dtype=torch.float64, n=N, h=H, v=V):
     hidden = torch.randn(n, h, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(v, h, generator=generator, dtype=torch.float64).to(dtype)
     targets = torch.randint(v, (n,), generator=generator)
-    targets[::5] = IGNORE
+    targets[::5] = IGNORE_INDEX
     return hidden.requires_grad_(), weight.requires_grad_(), targets
 
 
@@ -25,7 +26,7 @@ def value_and_gradients(hidden, weight, targets, chunk_tokens=None, scale=1.0):
 
 
 def expected(hidden, weight, targets, scale=1.0):
-    loss = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORE)
+    loss = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORE_INDEX)
     return loss.detach(), *torch.autograd.grad(loss * scale, (hidden, weight))
 
 
@@ -56,14 +57,14 @@ def test_extreme_logits_stay_finite():
 
 def test_ignored_targets_alone_give_zero():
     hidden, weight, targets = data()
-    for result in value_and_gradients(hidden, weight, torch.full_like(targets, IGNORE)):
+    for result in value_and_gradients(hidden, weight, torch.full_like(targets, IGNORE_INDEX)):
         assert (result == 0).all()
 
 
 def test_ignored_tokens_have_no_gradient():
     hidden, weight, targets = data()
     _, grad, _ = value_and_gradients(hidden, weight, targets)
-    assert torch.equal((grad == 0).all(-1), targets == IGNORE)
+    assert torch.equal((grad == 0).all(-1), targets == IGNORE_INDEX)
 
 
 def test_no_gradients_are_made_where_none_are_wanted():

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
-from minigpt_cli.model.gpt import GPT, initialize, new_cache
+from minigpt_cli.model.gpt import GPT, initialize_weights, new_cache
 
 FAMILIES = ["gpt2", "llama", "qwen3"]
 GPT2_124M = {
@@ -38,7 +38,7 @@ def small_config(family, **changes):
 
 def small_model(family, seed=0, **changes):
     model = GPT(small_config(family, **changes))
-    initialize(model, seed)
+    initialize_weights(model, seed)
     return model
 
 
@@ -134,7 +134,7 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone():
 def test_initializing_leaves_the_global_generator_alone():
     model = GPT(small_config("gpt2"))
     before = torch.get_rng_state()
-    initialize(model, 0)
+    initialize_weights(model, 0)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -177,7 +177,7 @@ def test_position_matters(family):
     """The same two tokens swapped, seen from the same third one."""
     model = small_model(family, initializer_range=0.3).double()
     with torch.no_grad():
-        one, two = model(torch.tensor([[5, 9, 3], [9, 5, 3]]), last_only=True)
+        one, two = model(torch.tensor([[5, 9, 3], [9, 5, 3]]), logits_to_keep=1)
     assert (one - two).abs().max() > 1e-3
 
 
@@ -194,11 +194,11 @@ def test_pieces_with_a_cache_give_what_the_whole_gives(family, pieces):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-11)
 
 
-def test_last_only_gives_the_last_logits():
+def test_logits_to_keep_gives_the_last_logits():
     model = small_model("llama")
     ids, _ = tokens()
     with torch.no_grad():
-        torch.testing.assert_close(model(ids, last_only=True), model(ids)[:, -1:])
+        torch.testing.assert_close(model(ids, logits_to_keep=1), model(ids)[:, -1:])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -306,23 +306,23 @@ def test_examples_in_one_row_are_as_if_alone(family: str, recompute: bool):
         num_key_value_heads=4 if family == "gpt2" else 2, max_position_embeddings=24,
     )  # fmt: skip
     packed, alone = GPT(config).double().train(), GPT(config).double().train()
-    initialize(packed, 1)
+    initialize_weights(packed, 1)
     alone.load_state_dict(packed.state_dict())
     packed.checkpoint_activations = recompute
     lengths = ((3, 11, 1, 5), (20,))  # and padding
     inputs = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
     targets = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(1))
-    segments = torch.zeros_like(inputs)
+    segment_ids = torch.zeros_like(inputs)
     expected = torch.zeros((), dtype=torch.float64)
     for row, each in enumerate(lengths):
         at = 0
         for number, length in enumerate(each):
             part = slice(at, at + length)
-            segments[row, part] = number
+            segment_ids[row, part] = number
             expected = expected + alone(inputs[None, row, part], targets[None, row, part])
             at += length
-        segments[row, at:], targets[row, at:] = len(each), -100
-    loss = packed(inputs, targets, segments)
+        segment_ids[row, at:], targets[row, at:] = len(each), -100
+    loss = packed(inputs, targets, segment_ids)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     loss.backward()
     expected.backward()

@@ -9,21 +9,21 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from minigpt_cli.checkpoint.adapter import LoadedAdapter, apply
-from minigpt_cli.errors import UserError
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.huggingface.adapter import LoadedAdapter, apply
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, copy
-from minigpt_cli.model.gpt import initialize as initialize_model
-from minigpt_cli.model.huggingface import config_from_huggingface
-from minigpt_cli.recipe import Adapter
-from tests.checkpoint.conftest import random_model
-from tests.model.layout import from_huggingface
+from minigpt_cli.model.gpt import GPT, copy_values, initialize_weights
+from minigpt_cli.model.hf_names import config_from_huggingface
+from minigpt_cli.recipe import AdapterSettings
+from tests.helpers.adapters import randomize
+from tests.helpers.hf_layout import from_huggingface
+from tests.helpers.models import random_model
 
 KINDS = {
-    "plain": Adapter(rank=4, alpha=8.0),
-    "rank-stabilised": Adapter(rank=4, alpha=8.0, use_rslora=True),
-    "dora": Adapter(rank=4, alpha=8.0, use_dora=True),
+    "plain": AdapterSettings(rank=4, alpha=8.0),
+    "rank-stabilised": AdapterSettings(rank=4, alpha=8.0, use_rslora=True),
+    "dora": AdapterSettings(rank=4, alpha=8.0, use_dora=True),
 }
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 shapes = pytest.mark.parametrize("shape", ["gpt2", "llama", "llama-biases-tied", "qwen3"])
@@ -36,7 +36,7 @@ def small(family: str = "llama") -> GPT:
         max_position_embeddings=32,
     )  # fmt: skip
     model = GPT(config)
-    initialize_model(model, 3)
+    initialize_weights(model, 3)
     return model.eval()
 
 
@@ -44,22 +44,9 @@ def weights_of(model: GPT) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def randomize(model: GPT, seed: int = 0) -> dict[str, Tensor]:
-    """Values for A, B and lengths; returns them."""
-    generator = torch.Generator().manual_seed(seed)
-    values = {}
-    for name, p in model.named_parameters():
-        if lora.MARK in name:
-            values[name] = torch.randn(p.shape, generator=generator) * 0.1
-            if name.endswith("magnitude_vector"):
-                values[name] = values[name].abs() + 1.0
-            copy(p, values[name])
-    return values
-
-
 @kinds
 @shapes
-def test_logits_and_gradients_are_pefts(shape: str, kind: Adapter):
+def test_logits_and_gradients_are_pefts(shape: str, kind: AdapterSettings):
     theirs = random_model(shape)
     config = config_from_huggingface(theirs.config.to_dict(), "config.json")
     ours = GPT(config)
@@ -81,7 +68,7 @@ def test_logits_and_gradients_are_pefts(shape: str, kind: Adapter):
         middle = f"{lora.module_name(config, module)}.{leaf}.default"
         full = f"base_model.model.{middle}.weight"
         of[name] = parameters[full]
-        copy(of[name], values[name])
+        copy_values(of[name], values[name])
     trained = [n for n, p in peft_model.named_parameters() if p.requires_grad]
     assert len(trained) == len(values)
     theirs_logits = peft_model(IDS[:, :-1]).logits
@@ -99,12 +86,12 @@ def test_logits_and_gradients_are_pefts(shape: str, kind: Adapter):
 
 @kinds
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-def test_at_first_the_model_is_the_base_bit_for_bit(family: str, kind: Adapter):
+def test_at_first_the_model_is_the_base_bit_for_bit(family: str, kind: AdapterSettings):
     model = small(family)
     ids, weights = torch.arange(32)[None], weights_of(model)
     before = model(ids)
     lora.attach(model, kind)
-    lora.initialize(model, 1, weights.__getitem__, copy)
+    lora.initialize_adapters(model, 1, weights.__getitem__, copy_values)
     assert torch.equal(model(ids), before)
     assert {p.shape[0] for n, p in model.named_parameters() if n.endswith("lora_A")} == {4}
     lora.detach(model)
@@ -117,8 +104,8 @@ def test_a_is_drawn_as_peft_draws_it_from_seed_and_name():
     weights = weights_of(model)
     drawn = []
     for seed in (1, 1, 2):
-        lora.attach(model, Adapter(rank=16))
-        lora.initialize(model, seed, weights.__getitem__, copy)
+        lora.attach(model, AdapterSettings(rank=16))
+        lora.initialize_adapters(model, seed, weights.__getitem__, copy_values)
         drawn.append(model.layers[0].mlp.up_proj.lora_A.detach().clone())
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -130,19 +117,19 @@ def test_a_is_drawn_as_peft_draws_it_from_seed_and_name():
 
 @kinds
 @shapes
-def test_merged_equals_unmerged(shape: str, kind: Adapter):
+def test_merged_equals_unmerged(shape: str, kind: AdapterSettings):
     config = config_from_huggingface(random_model(shape).config.to_dict(), "config.json")
     model = GPT(config).eval()
-    initialize_model(model, 3)
+    initialize_weights(model, 3)
     lora.attach(model, kind)
     randomize(model)
     with torch.no_grad():
         before = model(IDS)
         layers = lora.adapted(model)
         for layer in layers.values():
-            copy(
+            copy_values(
                 layer.weight,
-                lora.merged(
+                lora.merge_weight(
                     layer.weight, layer.lora_A, layer.lora_B, layer.scale,
                     layer.lora_magnitude_vector,
                 ),
@@ -155,8 +142,8 @@ def test_merged_equals_unmerged(shape: str, kind: Adapter):
 
 
 def test_the_scale_is_alpha_by_rank_or_by_its_root():
-    assert Adapter(rank=16, alpha=32).scale == 2
-    assert Adapter(rank=16, alpha=32, use_rslora=True).scale == 8
+    assert AdapterSettings(rank=16, alpha=32).scale == 2
+    assert AdapterSettings(rank=16, alpha=32, use_rslora=True).scale == 8
 
 
 @pytest.mark.parametrize(
@@ -172,7 +159,7 @@ def test_the_scale_is_alpha_by_rank_or_by_its_root():
 )  # fmt: skip
 def test_layers_are_named_as_peft_names_them(family: str, names: tuple, expected: set):
     model = small(family)
-    found = lora.targets(model, names)
+    found = lora.target_layers(model, names)
     assert {name.split(".", 2)[2] for name in found} == expected
     assert len(found) == 2 * len(expected)
 
@@ -180,7 +167,7 @@ def test_layers_are_named_as_peft_names_them(family: str, names: tuple, expected
 @pytest.mark.parametrize("name", ["proj", "lm_head", "k_norm", "layers.0", ""])
 def test_a_name_that_no_layer_has_is_refused(name: str):
     with pytest.raises(UserError, match=r"no layer is called .* o_proj, gate_proj"):
-        lora.targets(small(), ("q_proj", name))
+        lora.target_layers(small(), ("q_proj", name))
 
 
 def test_adapters_swap_on_one_base():
@@ -188,7 +175,9 @@ def test_adapters_swap_on_one_base():
     ids = torch.arange(32)[None]
     base = model(ids)
     loaded, logits = [], []
-    for number, kind in enumerate([*KINDS.values(), Adapter(rank=2, target_modules=("q_proj",))]):
+    for number, kind in enumerate(
+        [*KINDS.values(), AdapterSettings(rank=2, target_modules=("q_proj",))]
+    ):
         lora.attach(model, kind)
         values = randomize(model, number)
         loaded.append(LoadedAdapter(str(number), kind, values))
@@ -205,8 +194,8 @@ def test_a_length_that_grows_a_little_shows_in_bf16():
     """In bf16 itself 1.003 is 1."""
     model = small()
     weights = weights_of(model)
-    lora.attach(model, Adapter(rank=2, use_dora=True))
-    lora.initialize(model, 1, weights.__getitem__, copy)
+    lora.attach(model, AdapterSettings(rank=2, use_dora=True))
+    lora.initialize_adapters(model, 1, weights.__getitem__, copy_values)
     layer, x = model.layers[0].mlp.up_proj, torch.randn(500, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = layer(x).float()
@@ -217,7 +206,7 @@ def test_a_length_that_grows_a_little_shows_in_bf16():
 
 def test_only_adapters_get_gradients_and_dropout_only_in_training():
     model = small()
-    lora.attach(model, Adapter(rank=2, dropout=0.5))
+    lora.attach(model, AdapterSettings(rank=2, dropout=0.5))
     randomize(model)
     ids = torch.arange(32)[None]
     assert torch.equal(model(ids), model(ids))
@@ -229,10 +218,12 @@ def test_only_adapters_get_gradients_and_dropout_only_in_training():
 
 
 def test_the_recipe_s_section_is_an_adapter():
-    from minigpt_cli.recipe import Lora
+    from minigpt_cli.recipe import LoraSettings
 
-    settings = Lora(base="x", rank=3, alpha=5, target_modules=("q_proj",), use_dora=True)
-    assert settings.adapter == Adapter(rank=3, alpha=5, target_modules=("q_proj",), use_dora=True)
-    assert {f.name for f in dataclasses.fields(Lora)} - {"base"} == {
-        f.name for f in dataclasses.fields(Adapter)
+    settings = LoraSettings(base="x", rank=3, alpha=5, target_modules=("q_proj",), use_dora=True)
+    assert settings.adapter == AdapterSettings(
+        rank=3, alpha=5, target_modules=("q_proj",), use_dora=True
+    )
+    assert {f.name for f in dataclasses.fields(LoraSettings)} - {"base"} == {
+        f.name for f in dataclasses.fields(AdapterSettings)
     }

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
-from tests.reference import IGNORE, gpt2_loss_and_gradients
+from minigpt_cli.model.gpt import GPT, initialize_weights
+from tests.helpers.reference import IGNORE_INDEX, gpt2_loss_and_gradients
 
 HEADS = 3
 
@@ -23,7 +23,7 @@ def model():
         initializer_range=0.3,
     )
     model = GPT(config)
-    initialize(model, 0)
+    initialize_weights(model, 0)
     model.double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zeros and ones would hide what biases and gains do
@@ -39,7 +39,7 @@ def batch():
     """Ids with repeats, fewer than the model has positions, and some targets that don't count."""
     generator = np.random.default_rng(2)
     ids, targets = generator.integers(19, size=(2, 3, 7))
-    targets[0, 2] = targets[2, 5:] = IGNORE
+    targets[0, 2] = targets[2, 5:] = IGNORE_INDEX
     return ids, targets
 
 
@@ -55,7 +55,7 @@ def test_loss_and_every_gradient_agree_with_the_reference(model, batch, mean):
     )
     loss = model(torch.tensor(ids), torch.tensor(targets))
     if mean:
-        loss = loss / (targets != IGNORE).sum()
+        loss = loss / (targets != IGNORE_INDEX).sum()
     loss.backward()
     assert loss.dtype == torch.float64
     assert abs(loss.item() - expected) < 1e-9

@@ -3,10 +3,10 @@ import math
 from pathlib import Path
 
 from minigpt_cli.report import metrics
-from minigpt_cli.report.console import duration, step_line
+from minigpt_cli.report.live import duration, step_line
 
 
-def test_lines_are_whole_json_and_cut_back_to_one_curve(tmp_path: Path):
+def test_metrics_are_cut_back_to_one_curve(tmp_path: Path):
     file = metrics.MetricsFile(tmp_path)
     for step in (1, 2, 3):
         file.write({"step": step, "loss": 1 / step})
@@ -26,7 +26,7 @@ def test_lines_are_whole_json_and_cut_back_to_one_curve(tmp_path: Path):
     assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2, 3]
 
 
-def test_a_curve_that_is_cut_back_goes_on_in_the_file_that_is_left(tmp_path: Path):
+def test_metrics_go_on_in_the_file_that_was_cut_back(tmp_path: Path):
     file = metrics.MetricsFile(tmp_path)
     for step in (1, 2, 3):
         file.write({"step": step, "loss": 0.5})
@@ -38,7 +38,7 @@ def test_a_curve_that_is_cut_back_goes_on_in_the_file_that_is_left(tmp_path: Pat
     assert lines == [(1, 0.5), (2, 0.5), (3, 0.25)]
 
 
-def test_the_words_for_a_step():
+def test_a_steps_line():
     values = {
         "step": 10, "loss": 3.14159, "lr": 1e-3, "grad_norm": 0.5,
         "tokens_per_second": 12345.6, "mfu": None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 SBATCH = ROOT / "scripts/slurm/pretrain.sbatch"
 

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY
+from tests.helpers.processes import ROOT, command, environment
 from tests.helpers.ranks import free_port
-from tests.processes import ROOT, command, environment
-from tests.train.test_processes import steps_logged
-from tests.train.test_resume import assert_same_run
+from tests.helpers.recipes import TINY
+from tests.helpers.runs import assert_same_run, steps_logged
 
 SBATCH = ROOT / "scripts/slurm/pretrain.sbatch"
 STEPS = 400

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minigpt_cli.report import metrics
+from tests.helpers.processes import command, environment, fork, minigpt
 from tests.helpers.ranks import free_port, rank_environment
-from tests.processes import command, environment, fork, minigpt
 
 COMPILED = (
     "--set", "precision.compile=true", "--set", "precision.dtype=fp32", "--set", "train.steps=4",

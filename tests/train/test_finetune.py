@@ -14,18 +14,18 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from minigpt_cli import recipe as recipes
-from minigpt_cli.checkpoint.base import chat_template, ends, open_base
-from minigpt_cli.checkpoint.load import load_model
 from minigpt_cli.data import chat
 from minigpt_cli.data.tokenizer import load_tokenizer
+from minigpt_cli.huggingface.auxiliary_files import chat_template
+from minigpt_cli.huggingface.base_model import open_base, stop_token_ids
+from minigpt_cli.huggingface.load import load_model
+from minigpt_cli.recipe import load_recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train import setup
+from minigpt_cli.train.start import start_run
 from minigpt_cli.train.step import train_step
-from tests.checkpoint.conftest import saved_model
-from tests.faults.scene import steps_logged, steps_saved
-from tests.processes import fork, minigpt, until
-from tests.train.test_resume import curve
+from tests.helpers.models import saved_model
+from tests.helpers.processes import fork, minigpt, until
+from tests.helpers.runs import curve, steps_logged, steps_saved
 
 RECIPE = """
 [data]
@@ -143,9 +143,15 @@ def test_peft_loads_what_a_run_leaves(tmp_path: Path, base: Path, license_datase
         done = minigpt("eval", *model, "--data", license_dataset, "--json")
         losses.append(json.loads(done.stdout)["loss"])
     assert losses[0] == losses[1]
-    # Windows as long as the context, where no recipe says how long.
+    # TokenSequences as long as the context, where no recipe says how long.
     assert losses[2] == pytest.approx(losses[3], rel=1e-2)
     assert losses[2] < losses[4] - 0.1
+    both = (base, "--adapter", run, "--adapter", run / "final")
+    done = minigpt("eval", *both, "--data", license_dataset, "--json")
+    found = json.loads(done.stdout)["adapters"]
+    assert [each["loss"] for each in found] == [losses[0], losses[0]]
+    assert [each["adapter"] for each in found] == [str(run), str(run / "final")]
+    assert minigpt("export", *both[:1], tmp_path / "x", *both[1:]).returncode == 2
     prompt = ("--prompt", "The ", "--greedy", "--max-new-tokens", 8, "--json")
     half = ("--adapter", run, "--adapter", run / "final", *prompt, "--dtype", "bf16")
     assert minigpt("sample", base, *half).returncode == 0
@@ -175,13 +181,13 @@ def test_gradients_and_moments_are_of_adapters_only(
     license_dataset: Path,
 ):
     file = recipe(tmp_path, base, license_dataset)
-    run, _ = setup.start_run(recipes.load(file, ["precision.dtype=bf16"]), tmp_path / "run")
+    run, _ = start_run(load_recipe(file, ["precision.dtype=bf16"]), tmp_path / "run")
     try:
-        train_step(run.trainer, run.batches(0), 0, 1.0)
-        model = run.trainer.model
+        train_step(run.context, run.batches(0), 0, 1.0)
+        model = run.context.model
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert {name for name in trained if "lora_" in name} == trained
-        state = run.trainer.optimizers[0].state
+        state = run.context.optimizers[0].state
         moments = sum(m.numel() for s in state.values() for m in s.values() if m.ndim)
         assert moments == 2 * sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
         dtypes = {name: p.dtype for name, p in model.named_parameters()}
@@ -218,18 +224,20 @@ def test_a_base_kept_in_bf16_computes_what_autocast_would(
     tmp_path: Path,
     base: Path,
     license_dataset: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ):
-    from minigpt_cli.train import build
-
     file = recipe(tmp_path, base, license_dataset)
     losses = []
     for name in ("rounded", "whole"):
+        loaded = load_recipe(file, ["precision.dtype=bf16"])
+        run, _ = start_run(loaded, tmp_path / name)
         if name == "whole":
-            monkeypatch.setattr(build, "round_frozen", lambda *_: None)
-        loaded = recipes.load(file, ["precision.dtype=bf16"])
-        run, _ = setup.start_run(loaded, tmp_path / name)
-        losses.append([train_step(run.trainer, run.batches(s), s, 1.0)[0].item() for s in range(3)])
+            weights = open_base(base)
+            for layer, module in run.context.model.layers.named_modules():
+                if isinstance(module, torch.nn.Linear):
+                    assert module.weight.dtype == torch.bfloat16
+                    whole = weights.read(f"layers.{layer}.weight").float()
+                    module.weight = torch.nn.Parameter(whole, requires_grad=False)
+        losses.append([train_step(run.context, run.batches(s), s, 1.0)[0].item() for s in range(3)])
         run.resources.close()
     assert losses[0] == losses[1]
 
@@ -246,7 +254,7 @@ def test_another_base_is_refused_and_a_moved_one_is_not(
     assert refused.returncode == 2
     assert f"{base}: no such directory" in refused.stderr
     refused = minigpt("sample", run)
-    assert f"its base can't be had: {base}: no such directory" in refused.stderr
+    assert f"its base can't be opened: {base}: no such directory" in refused.stderr
     assert f"BASE --adapter {run}" in refused.stderr
     moved = f"lora.base={tmp_path}/moved"
     said = finished("resume", run, "--set", "train.steps=13", "--set", moved)
@@ -281,7 +289,9 @@ def test_a_base_that_went_on_training_is_not_merged_into(
                     ("sample", trained, "--adapter", run / "final")):  # fmt: skip
         refused = minigpt(*command)
         assert refused.returncode == 2
-        assert re.search(rf"was not trained on {trained}(/final)? as it is now", refused.stderr)
+        assert re.search(
+            rf"was not trained on the present weights of {trained}(/final)?;", refused.stderr
+        )
     assert "is not the model that this run's adapters" in minigpt("resume", run).stderr
     finished("resume", run, "--set", f"lora.base={tmp_path}/kept")
     finished("export", tmp_path / "kept", tmp_path / "again", "--adapter", run)
@@ -343,7 +353,7 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path, base: Path, chats
     run = tmp_path / "run"
     length = ("--set", "train.sequence_length=96")
     said = finished("finetune-lora", file, "--out", run, *length)
-    assert "train: 1 of 25 examples are longer than train.sequence_length 96" in said
+    assert "train: 1 of 25 examples are longer than 96 tokens" in said
     assert "24 examples in" in said
     shutil.copytree(base, tmp_path / "with-template")
     shutil.copy(run / "final/chat_template.jinja", tmp_path / "with-template")
@@ -418,8 +428,11 @@ def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
     said = finished("finetune-lora", file, "--out", run, *given, "--set", "train.steps=2",
                     "--set", "train.sequence_length=96",
                     "--set", "data.source.val_fraction=0")  # fmt: skip
-    assert "no validation example of at most 96 tokens; nothing is evaluated" in said
-    assert f"{base}: brings no tokenizer; was it trained with {mine}/tokenizer.json?" in said
+    assert (
+        "no sequence of train.sequence_length 96, it holds no examples: nothing is evaluated"
+        in said
+    )
+    assert f"{base}: has no tokenizer; was it trained with {mine}/tokenizer.json?" in said
     finished("resume", run, "--set", "train.steps=4")
     assert AutoTokenizer.from_pretrained(run / "final").chat_template == OWN_TEMPLATE
     finished("export", run, tmp_path / "merged")
@@ -459,7 +472,7 @@ def test_special_tokens_stand_before_a_prompt_as_they_did_in_training(
     for model in ((run,), (run / "final",), (base, "--adapter", run), (tmp_path / "merged",)):
         assert written(*model) == expected[1], model
     told = json.loads((tmp_path / "merged/minigpt.json").read_text())
-    assert told == {"checkpoint": "step-00000012"}
+    assert told == {"format": 1, "checkpoint": "step-00000012"}
     (run / "checkpoints/step-00000012/recipe.toml").unlink()  # which says what the base is
     assert written(run) == expected[1]
 
@@ -511,11 +524,11 @@ def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_render
     shown = theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert shown == expected
     for trained in (open_base(run), open_base(run / "final")):
-        template, variables = chat_template(trained.tokenizer, trained.companions)
+        template, variables = chat_template(trained.tokenizer, trained.auxiliary_files)
         assert template is not None
         rendered = chat.render(template, asked, add_generation_prompt=True, variables=variables)
         assert rendered == expected
-        assert theirs.eos_token_id in ends(trained, load_tokenizer(trained.tokenizer))
+        assert theirs.eos_token_id in stop_token_ids(trained, load_tokenizer(trained.tokenizer))
     assert AutoConfig.from_pretrained(run / "final").eos_token_id == [0, theirs.eos_token_id]
 
 
@@ -523,7 +536,7 @@ def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_render
     ("changes", "message"),
     [
         (("data.source.chat_template=nowhere.jinja",), "chat_template nowhere.jinja can't be read"),
-        (("train.sequence_length=4",), "examples fits train.sequence_length 4"),
+        (("train.sequence_length=4",), "all its 25 examples are longer"),
         (("train.sequence_length=97",), "sequence_length 97 is longer than the 96 positions"),
         (("data.source.kind=files",), "format instructions needs records"),
     ],

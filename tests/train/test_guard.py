@@ -11,16 +11,24 @@ import pytest
 import torch
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.errors import Diverged
-from minigpt_cli.recipe import Guard as Settings
-from minigpt_cli.recipe import Recipe
+from minigpt_cli.core.errors import Diverged
+from minigpt_cli.recipe import GuardSettings, Recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.train import guard, setup
+from minigpt_cli.train.checkpointing import all_finite
+from minigpt_cli.train.guard import MAX_RECORDS, new_guard, watch_step
+from minigpt_cli.train.guard_report import (
+    guard_to_json,
+    overflow_rate,
+    overflow_warning,
+    read_guard,
+    restore_guard,
+)
 from minigpt_cli.train.loop import fit
+from minigpt_cli.train.start import start_run
 from minigpt_cli.train.step import train_step
-from tests.train.conftest import SPIKES, incidents, poisoned
-from tests.train.test_resume import tensors
-from tests.train.test_step import CPU, batch, everything, trainer
+from tests.helpers.poison import SPIKES, incidents, poisoned
+from tests.helpers.runs import tensors
+from tests.helpers.steps import CPU, batch, everything, tiny_context
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -54,7 +62,7 @@ def test_spikes_are_those_of_the_rule(
 ):
     data = poisoned(regular, tmp_path / "data", [24, 25, 31])
     recipe = make_recipe(*SPIKES, f"optimizer.name={name}", "guard.rollback_after=100", data=data)
-    fit(*setup.start_run(recipe, tmp_path / "run"))
+    fit(*start_run(recipe, tmp_path / "run"))
     losses, norms = (curve_of(tmp_path / "run", key) for key in ("loss", "grad_norm"))
     assert len(losses) == 40
     expected = spikes_by_the_rule(losses, norms, sigma=6, window=16)
@@ -63,31 +71,31 @@ def test_spikes_are_those_of_the_rule(
     assert [incident["step"] for incident in incidents(tmp_path / "run")] == expected
 
 
-def test_the_rule_over_many_more_steps_than_the_window():
+def test_the_rule_over_many_steps():
     """The device's verdicts on random numbers with outliers and trends equal NumPy's."""
     random = np.random.default_rng(3)
-    g = guard.new_guard(CPU, Settings(spike_sigma=2.5, spike_window=9, rollback_after=1000))
+    g = new_guard(CPU, GuardSettings(spike_sigma=2.5, spike_window=9, rollback_after=1000))
     losses = 3 + random.normal(size=400) + 9 * (random.random(400) < 0.05)
     norms = random.gamma(2.0, size=400)
     called_off = []
     for step, pair in enumerate(zip(losses, norms, strict=True), 1):
         loss, norm = (torch.tensor(value, dtype=torch.float64) for value in pair)
-        if guard.watch(g, step, loss, norm, local_loss=loss, scale=None):
+        if watch_step(g, step, loss, norm, local_loss=loss, scale=None):
             called_off.append(step)
     expected = spikes_by_the_rule(losses.tolist(), norms.tolist(), sigma=2.5, window=9)
     assert 30 < len(expected) < 150
     assert called_off == expected
-    seen = guard.look(g)
+    seen = read_guard(g)
     assert seen.rollback_at == 0
     assert seen.bad == len(expected)
-    assert [bad.step for bad in seen.steps] == expected[: guard.RECORDS]
+    assert [bad.step for bad in seen.steps] == expected[:MAX_RECORDS]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_spike_changes_nothing(name: str):
-    settings = Settings(spike_sigma=4, spike_window=8)
+    settings = GuardSettings(spike_sigma=4, spike_window=8)
     one, other = (
-        replace(trainer(torch.float32, name=name), guard=guard.new_guard(CPU, settings))
+        replace(tiny_context(torch.float32, name=name), guard=new_guard(CPU, settings))
         for _ in range(2)
     )
     for step in range(7):
@@ -98,50 +106,50 @@ def test_a_spike_changes_nothing(name: str):
     hook = weight.register_hook(lambda grad: grad * 1e6)  # finite, and far too high
     train_step(one, batch(7), 7, 0.02)
     hook.remove()
-    (spike,) = guard.look(one.guard).steps
+    (spike,) = read_guard(one.guard).steps
     assert spike.is_finite
     assert (spike.step, spike.grad_norm > 1e3) == (8, True)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(one), strict=True))
     for t in (one, other):  # and the next step is as if nothing had been
         train_step(t, batch(8), 8, 0.02)
-    assert guard.look(one.guard).bad == 1
-    assert guard.look(other.guard).bad == 0
+    assert read_guard(one.guard).bad == 1
+    assert read_guard(other.guard).bad == 0
     after = everything(one)
     assert all(torch.equal(a, b) for a, b in zip(after, everything(other), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_an_overflow_of_fp16_is_neither_a_spike_nor_ordinary():
-    settings = Settings(spike_sigma=3, spike_window=8, rollback_after=5)
-    g = guard.new_guard(CPU, settings)
+def test_an_fp16_overflow_is_no_spike():
+    settings = GuardSettings(spike_sigma=3, spike_window=8, rollback_after=5)
+    g = new_guard(CPU, settings)
     one, scale = torch.ones(()), torch.tensor(2.0**16)
 
     def step(number: int, loss: float, norm: float) -> bool:
         return bool(
-            guard.watch(g, number, one * loss, one * norm, local_loss=one * loss, scale=scale)
+            watch_step(g, number, one * loss, one * norm, local_loss=one * loss, scale=scale)
         )
 
     assert not any(step(n, 4 + 0.1 * (n % 2), 1 + n % 2) for n in range(1, 9))
     assert step(9, 9, 1)  # a spike
     assert step(10, 4, math.inf)  # an overflow
     assert step(11, 9, 1)
-    kept = guard.saved(g, 11)
+    kept = guard_to_json(g, 11)
     assert kept["spikes_in_a_row"] == 2
     assert kept["skips"] == [10]
     assert kept["losses"] == pytest.approx([4.1, 4.0] * 4)
     assert step(12, math.nan, math.inf)  # a loss that is not finite is no overflow
-    assert guard.saved(g, 12)["spikes_in_a_row"] == 3
+    assert guard_to_json(g, 12)["spikes_in_a_row"] == 3
     assert not step(13, 4, 0.5)
-    assert guard.saved(g, 13)["spikes_in_a_row"] == 0
-    assert not guard.look(g).rollback_at
+    assert guard_to_json(g, 13)["spikes_in_a_row"] == 0
+    assert not read_guard(g).rollback_at
 
 
-def test_once_a_rollback_is_due_everything_is_called_off():
-    g = guard.new_guard(CPU, Settings(spike_sigma=3, spike_window=8, rollback_after=2))
+def test_once_a_rollback_is_due_all_updates_are_skipped():
+    g = new_guard(CPU, GuardSettings(spike_sigma=3, spike_window=8, rollback_after=2))
 
     def step(number: int, norm: float) -> bool:
         loss = torch.tensor(4 + 0.1 * (number % 3))
-        verdict = guard.watch(g, number, loss, torch.tensor(norm), local_loss=loss, scale=None)
+        verdict = watch_step(g, number, loss, torch.tensor(norm), local_loss=loss, scale=None)
         return bool(verdict)
 
     assert not any(step(number, 1 + number % 2) for number in range(1, 9))
@@ -149,49 +157,49 @@ def test_once_a_rollback_is_due_everything_is_called_off():
         True, False, True, True,
     ]  # fmt: skip
     assert all(step(number, 1) for number in range(13, 30))
-    seen = guard.look(g)
+    seen = read_guard(g)
     assert (seen.rollback_at, seen.bad, [bad.step for bad in seen.steps]) == (12, 3, [9, 11, 12])
 
 
-def test_what_is_saved_restores_the_same_decisions():
-    settings = Settings(spike_sigma=2, spike_window=16, rollback_after=4)
+def test_a_restored_guard_decides_the_same():
+    settings = GuardSettings(spike_sigma=2, spike_window=16, rollback_after=4)
     random = np.random.default_rng(1)
     numbers = random.gamma(1.5, size=(3000, 2))
     overflows = random.random(3000) < 0.1
-    straight, resumed = guard.new_guard(CPU, settings), guard.new_guard(CPU, settings)
+    straight, resumed = new_guard(CPU, settings), new_guard(CPU, settings)
     scale = torch.tensor(2.0)
     for step in range(1, 3001):
         loss, norm = torch.tensor(numbers[step - 1])
         if overflows[step - 1]:
             norm = norm * math.inf
         verdicts = [
-            guard.watch(g, step, loss, norm, local_loss=loss, scale=scale)
+            watch_step(g, step, loss, norm, local_loss=loss, scale=scale)
             for g in (straight, resumed)
         ]
         assert verdicts[0] == verdicts[1], step
-        assert guard.look(straight).rollback_at == guard.look(resumed).rollback_at
-        if guard.look(straight).rollback_at:
-            kept = guard.saved(straight, step) | {"spikes_in_a_row": 0}
-            guard.restore(straight, kept, step, 0)
-            guard.restore(resumed, kept, step, 0)
+        assert read_guard(straight).rollback_at == read_guard(resumed).rollback_at
+        if read_guard(straight).rollback_at:
+            kept = guard_to_json(straight, step) | {"spikes_in_a_row": 0}
+            restore_guard(straight, kept, step, 0)
+            restore_guard(resumed, kept, step, 0)
         if step % 7 == 0:
-            kept = json.loads(json.dumps(guard.saved(resumed, step)))
-            resumed = guard.new_guard(CPU, settings)
-            guard.restore(resumed, kept, step, 0)
-            assert guard.saved(resumed, step) == guard.saved(straight, step)
-            assert resumed.skipped_in_a_row == straight.skipped_in_a_row
+            kept = json.loads(json.dumps(guard_to_json(resumed, step)))
+            resumed = new_guard(CPU, settings)
+            restore_guard(resumed, kept, step, 0)
+            assert guard_to_json(resumed, step) == guard_to_json(straight, step)
+            assert resumed.overflows_in_a_row == straight.overflows_in_a_row
         expected = overflows[max(0, step - 1000) : step].mean()
         if step % 50 == 0:
-            assert guard.skip_rate(resumed, step) == pytest.approx(expected)
+            assert overflow_rate(resumed, step) == pytest.approx(expected)
 
 
-def test_fp16s_skip_rate_is_logged_and_warned_about_once(
+def test_fp16s_skip_rate(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     recipe = make_recipe("precision.dtype=fp16", "train.steps=60", "eval.every_steps=100")
-    run, state = setup.start_run(recipe, tmp_path)
+    run, state = start_run(recipe, tmp_path)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    fit(replace(run, trainer=replace(run.trainer, scaler=scaler)), state)
+    fit(replace(run, context=replace(run.context, scaler=scaler)), state)
     lines = [line for line in metrics.read(tmp_path) if "loss" in line]
     skipped = np.cumsum([line["grad_norm"] is None for line in lines])
     assert skipped[-1] > 12
@@ -204,18 +212,12 @@ def test_fp16s_skip_rate_is_logged_and_warned_about_once(
     assert not (tmp_path / "incidents").exists()  # overflows are ordinary
 
 
-def test_no_skip_rate_without_a_scaler_and_no_warning_below_five_percent(
-    tmp_path: Path, make_recipe: MakeRecipe
-):
-    fit(*setup.start_run(make_recipe("precision.dtype=fp32", "train.steps=4"), tmp_path))
+def test_no_skip_rate_without_a_scaler(tmp_path: Path, make_recipe: MakeRecipe):
+    fit(*start_run(make_recipe("precision.dtype=fp32", "train.steps=4"), tmp_path))
     assert not any("skip_rate" in line for line in metrics.read(tmp_path))
-    g = guard.new_guard(CPU)
-    assert guard.warn_about_skips(g, 0.049, 1000) is None
-    assert "51 of the last 1,000 steps (5.1%)" in (guard.warn_about_skips(g, 0.051, 1000) or "")
-    assert guard.warn_about_skips(g, 0.06, 5000) is None  # told already
-    assert guard.warn_about_skips(g, 0.02, 6000) is None
-    assert guard.warn_about_skips(g, 0.06, 7000) is not None
-    assert guard.warn_about_skips(guard.new_guard(CPU), 0.5, 20) is None  # finding its scale
+    assert overflow_warning(0.049, 1000) is None
+    assert "51 of the last 1,000 steps (5.1%)" in (overflow_warning(0.051, 1000) or "")
+    assert overflow_warning(0.5, 20) is None  # a new run that finds its scale
 
 
 def test_an_update_that_overflows_is_never_saved(tmp_path: Path, make_recipe: MakeRecipe):
@@ -225,7 +227,7 @@ def test_an_update_that_overflows_is_never_saved(tmp_path: Path, make_recipe: Ma
         "schedule.name=step", "schedule.milestones=[1]", "schedule.warmup_steps=0",
         "schedule.gamma=1e42",
     )  # fmt: skip
-    run, state = setup.start_run(recipe, tmp_path)
+    run, state = start_run(recipe, tmp_path)
     with pytest.raises(Diverged, match=r"weights or .* not finite at step 2;.*step-00000001"):
         fit(run, state)
     ((step, checkpoint),) = store.list_steps(tmp_path)
@@ -240,9 +242,9 @@ def test_whether_tensors_are_finite(bad: float):
         torch.zeros(0, 5),
         torch.tensor([1e300, 1.0], dtype=torch.float64),
     ]
-    assert guard.are_finite(tensors)
-    assert guard.are_finite([torch.zeros(0)])
+    assert all_finite(tensors)
+    assert all_finite([torch.zeros(0)])
     for number, index in ((0, (1, 2)), (2, (1,))):
         poisoned = [tensor.clone() for tensor in tensors]
         poisoned[number][index] = bad
-        assert not guard.are_finite(poisoned)
+        assert not all_finite(poisoned)

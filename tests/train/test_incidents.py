@@ -12,14 +12,14 @@ import torch
 from tokenizers import Tokenizer
 
 from minigpt_cli.checkpoint import store
+from minigpt_cli.core.errors import Diverged
 from minigpt_cli.data.order import sample_ids
-from minigpt_cli.data.sources import Source
-from minigpt_cli.data.tokenize import tokenize
-from minigpt_cli.errors import Diverged
+from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.tokenize import tokenize
 from minigpt_cli.recipe import Recipe
-from minigpt_cli.train import setup
 from minigpt_cli.train.loop import fit
-from tests.processes import ROOT, minigpt
+from minigpt_cli.train.start import start_run
+from tests.helpers.processes import ROOT, minigpt
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -43,19 +43,19 @@ def standard_json(file: Path) -> Any:
 def poison_from(run: Any, micro_batch: int) -> None:
     """Every gradient from this micro-batch on is not a number."""
     calls = iter(range(100_000))
-    run.trainer.model.layers[0].mlp.up_proj.weight.register_hook(
+    run.context.model.layers[0].mlp.up_proj.weight.register_hook(
         lambda grad: grad * math.nan if next(calls) >= micro_batch else grad
     )
 
 
-def test_an_incident_tells_the_step_and_the_text_of_its_batch(
+def test_an_incident_has_the_step_and_the_text_of_its_batch(
     tmp_path: Path, make_recipe: MakeRecipe, sharded: Path
 ):
     recipe = make_recipe(
         "precision.dtype=fp32", "train.sequence_length=250", "train.global_batch_size=24",
         "train.micro_batch_size=24", "log.every_steps=5", data=sharded,
     )  # fmt: skip
-    run, state = setup.start_run(recipe, tmp_path / "run")
+    run, state = start_run(recipe, tmp_path / "run")
     poison_from(run, 6)
     with pytest.raises(Diverged, match=r"step-00000007-nonfinite\.json"):
         fit(run, state)
@@ -91,10 +91,10 @@ def test_an_incident_tells_the_step_and_the_text_of_its_batch(
         assert crossing
 
 
-def test_under_fp16_the_loss_scale_is_told(tmp_path: Path, make_recipe: MakeRecipe):
-    run, state = setup.start_run(make_recipe("precision.dtype=fp16"), tmp_path)
+def test_under_fp16_an_incident_has_the_loss_scale(tmp_path: Path, make_recipe: MakeRecipe):
+    run, state = start_run(make_recipe("precision.dtype=fp16"), tmp_path)
     with torch.no_grad():
-        run.trainer.model.norm.weight.fill_(math.nan)
+        run.context.model.norm.weight.fill_(math.nan)
     with pytest.raises(Diverged):
         fit(run, state)
     incident = standard_json(tmp_path / "incidents/step-00000001-nonfinite.json")
@@ -127,7 +127,7 @@ def test_diverging_for_real_as_a_process(tmp_path: Path, recipe_file: Path):
     (kept,) = store.list_steps(run)
     assert kept[0] < incident["step"]
     assert store.verify(kept[1]) == []
-    from tests.train.test_resume import tensors
+    from tests.helpers.runs import tensors
 
     assert all(value.isfinite().all() for value in tensors(kept[1]).values())
     assert minigpt("verify", run).returncode == 0
@@ -136,7 +136,7 @@ def test_diverging_for_real_as_a_process(tmp_path: Path, recipe_file: Path):
 def test_an_incident_that_cannot_be_written_hides_nothing(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
-    run, state = setup.start_run(make_recipe("precision.dtype=fp32"), tmp_path)
+    run, state = start_run(make_recipe("precision.dtype=fp32"), tmp_path)
     (tmp_path / "incidents").write_text("in the way")
     poison_from(run, 0)
     with pytest.raises(Diverged, match="not finite at step 1;"):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import TINY
-from tests.processes import command, environment, minigpt
-from tests.train.test_resume import curve
+from tests.helpers.processes import command, environment, minigpt
+from tests.helpers.recipes import TINY
+from tests.helpers.runs import curve, steps_logged
 
 Start = Callable[..., subprocess.Popen[str]]
 STEPS = 60
@@ -34,13 +34,6 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-
-
-def steps_logged(run: Path) -> int:
-    try:
-        return (run / "metrics.jsonl").read_text().count("grad_norm")
-    except FileNotFoundError:
-        return 0
 
 
 def test_a_terminal_that_is_closed_makes_it_save_and_stop(

@@ -1,60 +1,24 @@
 """N steps straight equal k steps, a resume, and N - k more: bit for bit."""
 
-import errno
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from minigpt_cli import recipe as recipes
 from minigpt_cli.checkpoint import store
-from minigpt_cli.errors import Stopped, UserError
-from minigpt_cli.recipe import Recipe
-from minigpt_cli.train import loop, setup
+from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest
+from minigpt_cli.core.errors import Stopped, UserError
+from minigpt_cli.model.gpt import GPT
+from minigpt_cli.recipe import Recipe, dump_recipe, parse_recipe
 from minigpt_cli.train.loop import fit
-from tests.conftest import TINY
+from minigpt_cli.train.start import resume_run, start_run
+from tests.helpers.events import in_micro_batches, limit_files, stop
+from tests.helpers.recipes import TINY
+from tests.helpers.runs import assert_same_run, curve, rewind
 
 MakeRecipe = Callable[..., Recipe]
-
-
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        found |= load_file(path)
-    return found
-
-
-def curve(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")}
-        for line in lines
-    ]
-
-
-def assert_same_run(a: Path, b: Path, step: int) -> None:
-    one, other = (run / f"checkpoints/step-{step:08d}" for run in (a, b))
-    first, second = tensors(one), tensors(other)
-    assert first.keys() == second.keys()
-    different = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not different
-    assert (one / "state.json").read_text() == (other / "state.json").read_text()
-    assert curve(a) == curve(b)
-
-
-def rewind(run: Path, to: int) -> None:
-    """As if the run had been killed after this checkpoint."""
-    for step, path in store.list_steps(run):
-        if step > to:
-            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize(
@@ -71,34 +35,32 @@ def rewind(run: Path, to: int) -> None:
     ],
     ids=["fp32", "bf16-muon", "fp16", "dropout", "gpt2-recompute", "spikes"],
 )  # fmt: skip
-def test_resume_is_bit_exact_twice_in_a_row_and_across_epochs(
+def test_resume_is_bit_exact(
     tmp_path: Path, make_recipe: MakeRecipe, small_dataset: Path, overrides: tuple[str, ...]
 ):
     recipe = make_recipe(*overrides, data=small_dataset)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    run, state = setup.start_run(recipe, straight)
-    windows = run.batches.rows.windows
+    run, state = start_run(recipe, straight)
+    windows = run.batches.sequences.num_sequences
     assert 4 * 8 < windows * 1.5 < 12 * 8  # an epoch ends between the first resume and the end
     fit(run, state)
     shutil.copytree(straight, resumed)
     rewind(resumed, 4)
-    run, state = setup.resume_run(resumed, [], [])
+    run, state = resume_run(resumed, [], [])
     assert state.step == 4
     fit(run, state)
     assert_same_run(straight, resumed, 12)
     rewind(resumed, 8)
-    fit(*setup.resume_run(resumed, [], []))
+    fit(*resume_run(resumed, [], []))
     assert_same_run(straight, resumed, 12)
-    fit(*setup.resume_run(resumed, [], []))  # finished: nothing happens
+    fit(*resume_run(resumed, [], []))  # finished: nothing happens
     assert_same_run(straight, resumed, 12)
 
 
-def test_an_old_checkpoint_starts_a_new_branch_and_loses_nothing(
-    tmp_path: Path, make_recipe: MakeRecipe
-):
+def test_an_old_checkpoint_starts_a_new_branch(tmp_path: Path, make_recipe: MakeRecipe):
     run_dir = tmp_path / "run"
-    fit(*setup.start_run(make_recipe(), run_dir))
-    fit(*setup.resume_run(run_dir / "checkpoints/step-00000004", ["optimizer.lr=1e-3"], []))
+    fit(*start_run(make_recipe(), run_dir))
+    fit(*resume_run(run_dir / "checkpoints/step-00000004", ["optimizer.lr=1e-3"], []))
     steps = [step for step, _ in store.list_steps(run_dir)]
     assert steps == [4, 8, 12]
     aside = sorted(path.name for path in (run_dir / "checkpoints").glob("*.aside-*"))
@@ -108,36 +70,36 @@ def test_an_old_checkpoint_starts_a_new_branch_and_loses_nothing(
     assert "lr = 0.001  # command line" in (run_dir / "recipe.toml").read_text()
 
 
-def test_changes_that_would_alter_what_was_trained_are_refused_unless_named(
+def test_changes_are_refused_unless_named(
     tmp_path: Path, make_recipe: MakeRecipe, small_dataset: Path, capsys: pytest.CaptureFixture[str]
 ):
     run_dir = tmp_path / "run"
-    fit(*setup.start_run(make_recipe("train.steps=4"), run_dir))
+    fit(*start_run(make_recipe("train.steps=4"), run_dir))
     for change in ("train.seed=2", "model.dropout=0.2", "train.global_batch_size=4"):
         key = change.partition("=")[0]
         with pytest.raises(UserError, match=f"--allow-change {key}"):
-            setup.resume_run(run_dir, [change], [])
+            resume_run(run_dir, [change], [])
     with pytest.raises(UserError, match="--allow-change data"):
-        setup.resume_run(run_dir, [f"data.path={small_dataset}"], [])
+        resume_run(run_dir, [f"data.path={small_dataset}"], [])
     capsys.readouterr()
-    run, state = setup.resume_run(run_dir, ["train.seed=2", "train.steps=6"], ["train.seed"])
+    run, state = resume_run(run_dir, ["train.seed=2", "train.steps=6"], ["train.seed"])
     assert "changed: train.seed = 2 (was 1337)" in capsys.readouterr().err
     fit(run, state)
     assert state.step == 6
     for change in ("model.hidden_size=64", "optimizer.name=muon"):
         with pytest.raises(UserError, match="can't change within a run"):
-            setup.resume_run(run_dir, [change], [change.partition("=")[0]])
+            resume_run(run_dir, [change], [change.partition("=")[0]])
     with pytest.raises(UserError, match="another model, optimizer or precision"):
-        setup.resume_run(run_dir, ["precision.dtype=fp64"], [])
+        resume_run(run_dir, ["precision.dtype=fp64"], [])
     with pytest.raises(UserError, match="no such setting"):
-        setup.resume_run(run_dir, [], ["train.sead"])
+        resume_run(run_dir, [], ["train.sead"])
 
 
 def test_resume_walks_back_past_damaged_checkpoints(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     straight, run_dir = tmp_path / "straight", tmp_path / "run"
-    fit(*setup.start_run(make_recipe(), straight))
+    fit(*start_run(make_recipe(), straight))
     shutil.copytree(straight, run_dir)
     newest = run_dir / "checkpoints/step-00000012"
     weights = next(newest.glob("*00001-of-00002.safetensors"))
@@ -145,26 +107,26 @@ def test_resume_walks_back_past_damaged_checkpoints(
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
     (run_dir / "checkpoints/step-00000008/state.json").unlink()
-    fit(*setup.resume_run(run_dir, [], []))
+    fit(*resume_run(run_dir, [], []))
     errors = capsys.readouterr().err
-    assert "step-00000012 passed over" in errors
+    assert "step-00000012 skipped" in errors
     assert "sha256 differs" in errors
-    assert "step-00000008 passed over" in errors
+    assert "step-00000008 skipped" in errors
     assert "from step 4 of 12" in errors
     assert_same_run(straight, run_dir, 12)
 
 
-def test_a_run_that_is_there_is_not_started_over(tmp_path: Path, make_recipe: MakeRecipe):
-    fit(*setup.start_run(make_recipe("train.steps=4"), tmp_path))
+def test_an_existing_run_is_not_started_over(tmp_path: Path, make_recipe: MakeRecipe):
+    fit(*start_run(make_recipe("train.steps=4"), tmp_path))
     with pytest.raises(UserError, match="already holds a run at step 4"):
-        setup.start_run(make_recipe(), tmp_path)
-    fit(*setup.resume_run(tmp_path, ["train.steps=5"], []))  # the refusal left no lock behind
+        start_run(make_recipe(), tmp_path)
+    fit(*resume_run(tmp_path, ["train.steps=5"], []))  # the refusal left no lock behind
 
 
 def test_two_runs_in_one_directory_are_refused(tmp_path: Path, make_recipe: MakeRecipe):
-    run, _ = setup.start_run(make_recipe(), tmp_path)
+    run, _ = start_run(make_recipe(), tmp_path)
     with pytest.raises(UserError, match="another process is training in it"):
-        setup.start_run(make_recipe(), tmp_path)
+        start_run(make_recipe(), tmp_path)
     run.resources.close()
 
 
@@ -172,99 +134,85 @@ def test_a_run_goes_on_wherever_it_lies(tmp_path: Path, dataset: Path):
     """[data] path left out means data/<recipe's name>, also when the run has another name."""
     text = TINY.format(data=dataset).replace(f'path = "{dataset}"', "")
     source = ["data.source.kind=python-stdlib", "data.tokenizer.train_vocab=300"]
-    recipe = recipes.parse(text, source, name="mine")
+    recipe = parse_recipe(text, source, name="mine")
     assert recipe.data.path == "data/mine"
-    again = recipes.parse(recipes.dump(recipe), [], name="another")
+    again = parse_recipe(dump_recipe(recipe), [], name="another")
     assert again.data.path == "data/mine"
 
 
-def test_what_a_resume_changed_stays_changed_before_its_first_save(
-    tmp_path: Path, make_recipe: MakeRecipe
-):
-    fit(*setup.start_run(make_recipe("train.steps=4"), tmp_path))
-    run, _ = setup.resume_run(tmp_path, ["train.steps=8"], [])
+def test_a_resumes_changes_stay_before_its_first_save(tmp_path: Path, make_recipe: MakeRecipe):
+    fit(*start_run(make_recipe("train.steps=4"), tmp_path))
+    run, _ = resume_run(tmp_path, ["train.steps=8"], [])
     run.resources.close()  # as if killed before it saved
-    run, state = setup.resume_run(tmp_path, [], [])
+    run, state = resume_run(tmp_path, [], [])
     assert run.recipe.train.steps == 8
     fit(run, state)
     assert state.step == 8
 
 
 def test_a_refused_resume_touches_nothing(tmp_path: Path, make_recipe: MakeRecipe):
-    fit(*setup.start_run(make_recipe(), tmp_path))
+    fit(*start_run(make_recipe(), tmp_path))
     files = ("metrics.jsonl", "recipe.toml")
     before = [(tmp_path / name).read_bytes() for name in files if (tmp_path / name).exists()]
     with pytest.raises(UserError):
-        setup.resume_run(tmp_path / "checkpoints/step-00000004", ["data.path=nowhere"], [])
+        resume_run(tmp_path / "checkpoints/step-00000004", ["data.path=nowhere"], [])
     after = [(tmp_path / name).read_bytes() for name in files if (tmp_path / name).exists()]
     assert after == before
     assert [step for step, _ in store.list_steps(tmp_path)] == [4, 8, 12]
 
 
-def test_an_evaluation_cut_short_is_made_up_for_once(
-    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stopped_evaluation_is_done_once_on_resume(tmp_path: Path, make_recipe: MakeRecipe):
     """SIGTERM in the evaluation of step 4: the resume evaluates it, and saves that it did."""
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    fit(*setup.start_run(make_recipe(), straight))
-    run, state = setup.start_run(make_recipe(), stopped)
-    batches = loop.window_batches
+    fit(*start_run(make_recipe(), straight))
+    run, state = start_run(make_recipe(), stopped)
 
-    def signalled(*arguments: Any) -> Any:
-        for batch in batches(*arguments):
-            os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+    def stop_evaluation(model: GPT, _: object) -> None:
+        if not model.training:
+            stop()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "window_batches", signalled)
-        with pytest.raises(Stopped, match="at step 4 of 12, everything is saved"):
-            fit(run, state)
-    assert store.read_manifest(stopped / "checkpoints/step-00000004").val_loss is None
-    fit(*setup.resume_run(stopped, [], []))
+    run.context.model.register_forward_pre_hook(stop_evaluation)
+    with pytest.raises(Stopped, match="at step 4 of 12, everything is saved"):
+        fit(run, state)
+    assert read_checkpoint_manifest(stopped / "checkpoints/step-00000004").val_loss is None
+    fit(*resume_run(stopped, [], []))
     assert_same_run(straight, stopped, 12)
     lines = [line for line in curve(stopped) if line["step"] == 4 and "val_loss" in line]
     assert len(lines) == 1
     first = lines[0]["val_loss"]
-    assert store.read_manifest(stopped / "checkpoints/step-00000004").val_loss == first
+    assert read_checkpoint_manifest(stopped / "checkpoints/step-00000004").val_loss == first
 
 
-def test_a_signal_after_a_failed_save_saves_again(
-    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-):
-    """The disk is full at step 4, SIGTERM comes at the same time, and then there is room."""
+def test_a_signal_after_a_failed_save_saves_again(tmp_path: Path, make_recipe: MakeRecipe):
+    """The save of step 4 fails; in step 5 there is room again, and SIGTERM comes."""
     settings = ("eval.every_steps=100", "checkpoint.asynchronous=false")
-    run, state = setup.start_run(make_recipe(*settings), tmp_path)
-    finish, failures = store.finish, iter([True])
+    run, state = start_run(make_recipe(*settings), tmp_path)
 
-    def full_once(*arguments: Any) -> Path:
-        if next(failures, False):
-            os.kill(os.getpid(), signal.SIGTERM)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return finish(*arguments)
+    def make_room_and_stop() -> None:
+        limit_files(None)
+        stop()
 
-    monkeypatch.setattr(store, "finish", full_once)
+    in_micro_batches(run, {2 * 3: lambda: limit_files(50_000), 2 * 4: make_room_and_stop})
     with pytest.raises(Stopped, match="at step 5 of 12, everything is saved"):
         fit(run, state)
     assert [step for step, _ in store.list_steps(tmp_path)] == [5]
 
 
-def test_another_machine_is_told(
+def test_another_machine_is_warned_about(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
-    fit(*setup.start_run(make_recipe("train.steps=4"), tmp_path))
+    fit(*start_run(make_recipe("train.steps=4"), tmp_path))
     file = tmp_path / "environment.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"threads": 99}))
-    run, _ = setup.resume_run(tmp_path, [], [])
+    run, _ = resume_run(tmp_path, [], [])
     run.resources.close()
-    assert "goes on with another threads 99 -> " in capsys.readouterr().err
+    assert "threads changed from 99 to " in capsys.readouterr().err
 
 
-def test_a_checkpoint_elsewhere_makes_no_run_of_its_grandparent(
-    tmp_path: Path, make_recipe: MakeRecipe
-):
-    fit(*setup.start_run(make_recipe("train.steps=4"), tmp_path / "run"))
+def test_a_checkpoint_elsewhere_is_refused(tmp_path: Path, make_recipe: MakeRecipe):
+    fit(*start_run(make_recipe("train.steps=4"), tmp_path / "run"))
     copy = tmp_path / "a/b/step-00000004"
     shutil.copytree(tmp_path / "run/checkpoints/step-00000004", copy)
     with pytest.raises(UserError, match="put it under RUN/checkpoints/"):
-        setup.resume_run(copy, [], [])
+        resume_run(copy, [], [])
     assert not (tmp_path / "a/.lock").exists()

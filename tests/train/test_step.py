@@ -9,64 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from minigpt_cli.data.batches import Batch
-from minigpt_cli.distributed.parallel import Layout
-from minigpt_cli.distributed.world import World
-from minigpt_cli.errors import Diverged
-from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize
-from minigpt_cli.recipe import Guard as GuardSettings
-from minigpt_cli.recipe import Optimizer
-from minigpt_cli.train import guard, optimizer, precision
+from minigpt_cli.data.loader import Batch
+from minigpt_cli.recipe import GuardSettings
+from minigpt_cli.train.guard import MAX_OVERFLOWS_IN_A_ROW, new_guard
+from minigpt_cli.train.guard_report import divergence, first_loss_warning, read_guard
 from minigpt_cli.train.muon import Muon
-from minigpt_cli.train.step import Trainer, dropout_seed, train_step
-
-CPU = torch.device("cpu")
-VOCAB = 67
-
-
-def trainer(
-    dtype: torch.dtype = torch.float64,
-    *,
-    name: str = "adamw",
-    clip: float = 1.0,
-    micro: int = 8,
-    dropout: float = 0.0,
-    device: torch.device = CPU,
-) -> Trainer:
-    config = model_config(
-        family="llama", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=16, dropout=dropout,
-    )  # fmt: skip
-    model = GPT(config).to(device, precision.weights_dtype(dtype))
-    initialize(model, 3)
-    return Trainer(
-        model=model,
-        forward=model,
-        layout=Layout("single", World(rank=0, size=1, device=device)),
-        optimizers=optimizer.build(model, Optimizer(lr=1e-2, name=name, clip_norm=clip)),
-        scaler=precision.grad_scaler(dtype, device),
-        guard=guard.new_guard(device),
-        dtype=dtype,
-        seed=5,
-        micro_batch_size=micro,
-        clip_norm=clip,
-        dropout=bool(model.config.dropout),
-    )
-
-
-def batch(seed: int = 0, device: torch.device = CPU) -> Batch:
-    tokens = torch.randint(VOCAB, (8, 17), generator=torch.Generator().manual_seed(seed))
-    return Batch(tokens[:, :-1].to(device), tokens[:, 1:].to(device), None)
-
-
-def everything(t: Trainer) -> list[Tensor]:
-    """Weights, moments and step counts."""
-    found = [p.detach() for p in t.model.parameters()]
-    for each in t.optimizers:
-        for p in each.state:
-            found += [value for value in each.state[p].values() if isinstance(value, Tensor)]
-    return [value.clone() for value in found]
+from minigpt_cli.train.step import dropout_seed, train_step
+from tests.helpers.steps import CPU, VOCAB, batch, everything, tiny_context
 
 
 def adamw_by_hand(before: Tensor, grad: Tensor, lr: float, decay: float) -> Tensor:
@@ -77,7 +26,7 @@ def adamw_by_hand(before: Tensor, grad: Tensor, lr: float, decay: float) -> Tens
 
 
 def test_a_step_is_clipped_adamw():
-    t = trainer(clip=0.3)
+    t = tiny_context(clip=0.3)
     reference = copy.deepcopy(t.model)
     inputs, targets, _ = batch()
     logits = reference(inputs)
@@ -86,7 +35,7 @@ def test_a_step_is_clipped_adamw():
     norm = math.sqrt(sum((p.grad**2).sum().item() for p in reference.parameters()))
     assert norm > 0.3  # else clipping is not tested
 
-    loss, grad_norm = train_step(t, Batch(inputs, targets, None), step=0, lr_share=0.5)
+    loss, grad_norm = train_step(t, Batch(inputs, targets, None), step=0, lr_factor=0.5)
     assert loss.item() == pytest.approx(mean.item(), rel=1e-12)
     assert grad_norm.item() == pytest.approx(norm, rel=1e-12)
     for (name, p), q in zip(t.model.named_parameters(), reference.parameters(), strict=True):
@@ -98,7 +47,7 @@ def test_a_step_is_clipped_adamw():
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_accumulation_equals_the_whole_batch(micro: int):
-    whole, parts = trainer(), trainer(micro=micro)
+    whole, parts = tiny_context(), tiny_context(micro=micro)
     inputs, targets, _ = batch()
     targets = targets.clone()
     targets[:3, 4:] = -100  # micro-batches with unequal numbers of valid targets
@@ -110,8 +59,8 @@ def test_accumulation_equals_the_whole_batch(micro: int):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_decay_is_for_matrices_only_and_muon_takes_the_hidden_ones():
-    t = trainer(name="muon")
+def test_parameter_groups():
+    t = tiny_context(name="muon")
     muon, adamw = t.optimizers
     names = {id(p): name for name, p in t.model.named_parameters()}
     hidden = {names[id(p)] for p in muon.param_groups[0]["params"]}
@@ -122,7 +71,7 @@ def test_decay_is_for_matrices_only_and_muon_takes_the_hidden_ones():
     assert {names[id(p)] for p in decayed["params"]} == {"embed_tokens.weight", "lm_head.weight"}
     assert muon.param_groups[0]["weight_decay"] == 0.1
     assert decayed["weight_decay"] == kept["weight_decay"] == 0.0
-    with_adamw = trainer().optimizers[0].param_groups
+    with_adamw = tiny_context().optimizers[0].param_groups
     assert [group["weight_decay"] for group in with_adamw] == [0.1, 0.0]
     assert all(p.ndim == 2 for p in with_adamw[0]["params"])
     assert all("norm" in names[id(p)] for p in kept["params"])
@@ -134,7 +83,7 @@ def test_decay_is_for_matrices_only_and_muon_takes_the_hidden_ones():
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_bad_step_changes_nothing_and_ends_the_run(name: str, after: int, poison: float):
-    t = trainer(torch.float32, name=name)
+    t = tiny_context(torch.float32, name=name)
     for step in range(after):
         train_step(t, batch(step), step, 1.0)
     before = everything(t)
@@ -147,11 +96,12 @@ def test_a_bad_step_changes_nothing_and_ends_the_run(name: str, after: int, pois
     assert all(torch.equal(a, b) for a, b in zip(before, everything(t), strict=False))
     fresh = everything(t)[len(before) :]  # moments made by this very step
     assert not any(value.any() for value in fresh)
-    with pytest.raises(Diverged, match=f"not finite at step {after + 1};.*keep this"):
-        guard.check(t.guard, "keep this")
+    message = str(divergence(read_guard(t.guard), "The last good one is X."))
+    assert f"not finite at step {after + 1};" in message
+    assert "The last good one is X." in message
 
     train_step(t, batch(after), after, 1.0)  # and the next good one is as if nothing had been
-    other = trainer(torch.float32, name=name)
+    other = tiny_context(torch.float32, name=name)
     for step in range(after + 1):
         train_step(other, batch(step), step, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(everything(t), everything(other), strict=True))
@@ -160,7 +110,7 @@ def test_a_bad_step_changes_nothing_and_ends_the_run(name: str, after: int, pois
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_fp16_overflow_only_skips_and_halves_the_scale(name: str):
     overflowing = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    t = replace(trainer(torch.float16, name=name), scaler=overflowing)
+    t = replace(tiny_context(torch.float16, name=name), scaler=overflowing)
     before = everything(t)
     scales = []
     while not train_step(t, batch(), 0, 1.0)[1].isfinite():
@@ -168,33 +118,32 @@ def test_an_fp16_overflow_only_skips_and_halves_the_scale(name: str):
         scales.append(t.scaler.get_scale())
     assert scales[:3] == [2.0**39, 2.0**38, 2.0**37]
     assert not all(torch.equal(a, b) for a, b in zip(before, everything(t), strict=False))
-    assert t.guard.skipped.item() == len(scales)
-    guard.check(t.guard, "")  # skipping is no divergence
+    assert t.guard.overflows.item() == len(scales)
+    assert not read_guard(t.guard).bad  # skipping is no divergence
 
 
 def test_fp16_gradients_are_unscaled_before_clipping():
-    half, full = trainer(torch.float16), trainer(torch.float32)
+    half, full = tiny_context(torch.float16), tiny_context(torch.float32)
     (loss, norm), (loss32, norm32) = (train_step(t, batch(), 0, 1.0) for t in (half, full))
     assert loss.item() == pytest.approx(loss32.item(), rel=1e-3)
     assert norm.item() == pytest.approx(norm32.item(), rel=1e-2)
 
 
 def test_a_loss_that_is_not_finite_ends_an_fp16_run_too():
-    t = trainer(torch.float16)
+    t = tiny_context(torch.float16)
     with torch.no_grad():
         t.model.norm.weight.fill_(math.nan)
     train_step(t, batch(), 0, 1.0)
-    with pytest.raises(Diverged):
-        guard.check(t.guard, "")
+    assert read_guard(t.guard).bad
 
 
 def test_dropout_depends_on_step_and_place_only():
-    one, other = trainer(dropout=0.5, micro=4), trainer(dropout=0.5, micro=4)
+    one, other = tiny_context(dropout=0.5, micro=4), tiny_context(dropout=0.5, micro=4)
     torch.manual_seed(1)
     a, _ = train_step(one, batch(), 7, 1.0)
     torch.manual_seed(2)
     b, _ = train_step(other, batch(), 7, 1.0)
-    c, _ = train_step(trainer(dropout=0.5, micro=4), batch(), 8, 1.0)
+    c, _ = train_step(tiny_context(dropout=0.5, micro=4), batch(), 8, 1.0)
     assert a == b
     assert a != c
     assert len({dropout_seed(1, step, index) for step in range(9) for index in range(9)}) == 81
@@ -212,30 +161,32 @@ def test_no_step_waits_for_the_device():
             return func(*args, **(kwargs or {}))
 
     for name, dtype in itertools.product(("adamw", "muon"), (torch.bfloat16, torch.float16)):
-        watching = guard.new_guard(CPU, GuardSettings(spike_sigma=1e-3, spike_window=8))
-        for t in (trainer(dtype, name=name), replace(trainer(dtype, name=name), guard=watching)):
+        watching = new_guard(CPU, GuardSettings(spike_sigma=1e-3, spike_window=8))
+        for t in (
+            tiny_context(dtype, name=name),
+            replace(tiny_context(dtype, name=name), guard=watching),
+        ):
             train_step(t, batch(), 0, 1.0)
             with NoReading():
                 for step in range(1, 12):  # and none that is called off, or after a rollback is due
                     train_step(t, batch(), step, 1.0)
-        assert guard.look(watching).rollback_at
+        assert read_guard(watching).rollback_at
 
 
 @pytest.mark.parametrize(("loss", "warns"), [(4.2, False), (4.9, False), (9.0, True), (0.5, True)])
 def test_the_first_loss_is_compared_with_a_uniform_guess(loss: float, warns: bool):
-    warning = guard.warn_about_first_loss(loss, VOCAB)  # ln(67) = 4.205
+    warning = first_loss_warning(loss, VOCAB)  # ln(67) = 4.205
     assert (warning is not None) == warns
     assert warning is None or "initializer_range" in warning
 
 
 def test_fp16_overflows_without_an_end_are_a_divergence():
-    t = trainer(torch.float16)
+    t = tiny_context(torch.float16)
     t.model.norm.weight.register_hook(lambda grad: grad * math.nan)
-    for step in range(guard.SKIPS_IN_A_ROW):
-        guard.check(t.guard, "")
+    for step in range(MAX_OVERFLOWS_IN_A_ROW):
+        assert not read_guard(t.guard).bad
         train_step(t, batch(), step, 1.0)
-    with pytest.raises(Diverged):
-        guard.check(t.guard, "")
+    assert read_guard(t.guard).bad
 
 
 def test_muon_is_torchs_muon():

@@ -1,0 +1,29 @@
+"""``minigpt finetune-lora``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minigpt_cli.commands.options import Debug, Json, Nproc, Overrides, RunDir, Version
+from minigpt_cli.commands.training import train_recipe
+
+EXAMPLE = "minigpt finetune-lora recipes/shakespeare-lora.toml --set lora.base=runs/shakespeare"
+
+
+def finetune_lora_command(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="A TOML file with a section \\[lora].")
+    ],
+    out: RunDir = None,
+    overrides: Overrides = None,
+    nproc: Nproc = None,
+    as_json: Json = False,
+    version: Version = False,
+    debug: Debug = False,
+) -> int:
+    """Train LoRA adapters on a frozen base model.
+
+    Checkpoints, stopping and resuming work as with pretrain.
+    """
+    return train_recipe(recipe, overrides, out, nproc, as_json, lora=True)

@@ -1,0 +1,218 @@
+"""``minigpt sample``."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from minigpt_cli.commands.options import Adapters, Debug, Device, Json, Version, option
+from minigpt_cli.core.console import print_json
+from minigpt_cli.core.errors import UserError
+
+if TYPE_CHECKING:
+    from minigpt_cli.generate.text import Completion, TextChunk
+    from minigpt_cli.huggingface.adapter import LoadedAdapter
+    from minigpt_cli.huggingface.load import TrainedModel
+    from minigpt_cli.model.gpt import GPT
+
+EXAMPLE = "minigpt sample runs/tiny --prompt 'def main' --temperature 0.7 --num-samples 3"
+
+PROMPT, COMPLETIONS, SAMPLING = "Prompt", "Completions", "Sampling"
+
+OptionalModel = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run, a checkpoint, a Hugging Face directory or Hub id, or an adapter; default: the "
+        "newest run under runs/.",
+    ),
+]
+Prompt = Annotated[str, option("--prompt", "TEXT", "The text to continue.", PROMPT)]
+Chat = Annotated[
+    bool,
+    option(
+        "--chat", "", "Send the prompt as a user's message, with the model's chat template.", PROMPT
+    ),
+]
+NumSamples = Annotated[
+    int,
+    option(
+        "--num-samples", "N", "Number of completions, computed as one batch.", COMPLETIONS, min=1
+    ),
+]
+MaxNewTokens = Annotated[
+    int, option("--max-new-tokens", "N", "Tokens per completion, at most.", COMPLETIONS, min=1)
+]
+Stop = Annotated[
+    list[str] | None,
+    option("--stop", "TEXT", "End a completion before this text; may be repeated.", COMPLETIONS),
+]
+Temperature = Annotated[
+    float, option("--temperature", "X", "Higher is more random; 0 is greedy.", SAMPLING)
+]
+TopK = Annotated[
+    int | None, option("--top-k", "K", "Sample from the K most likely tokens.", SAMPLING)
+]
+TopP = Annotated[
+    float | None,
+    option("--top-p", "P", "Sample from the fewest tokens whose probabilities sum to P.", SAMPLING),
+]
+MinP = Annotated[
+    float | None,
+    option(
+        "--min-p",
+        "P",
+        "Sample from tokens at least P times as likely as the most likely one.",
+        SAMPLING,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float, option("--repetition-penalty", "X", "Above 1: repeat less.", SAMPLING)
+]
+Greedy = Annotated[bool, option("--greedy", "", "Always take the most likely token.", SAMPLING)]
+Seed = Annotated[int, option("--seed", "N", "The same seed gives the same text.", SAMPLING)]
+WeightsDtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    option(
+        "--dtype", None, "Number format of the weights; auto: bf16 on a GPU, else fp32.", "Model"
+    ),
+]
+
+
+def sample_command(
+    model: OptionalModel = None,
+    adapter: Adapters = None,
+    prompt: Prompt = "",
+    chat: Chat = False,
+    max_new_tokens: MaxNewTokens = 200,
+    num_samples: NumSamples = 1,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    greedy: Greedy = False,
+    stop: Stop = None,
+    seed: Seed = 0,
+    device: Device = None,
+    dtype: WeightsDtype = "auto",
+    as_json: Json = False,
+    version: Version = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a prompt, printed as it is generated.
+
+    With several --adapter each one continues the prompt in turn.
+    """
+    _check_utf8(prompt)
+    from minigpt_cli.commands.loading import each_adapter, load_and_report
+    from minigpt_cli.data.tokenizer import eos_id
+    from minigpt_cli.generate.sampling import SamplingOptions
+    from minigpt_cli.generate.text import join_chunks, stream_text
+    from minigpt_cli.huggingface.base_model import stop_token_ids
+    from minigpt_cli.huggingface.load import newest_run
+
+    temperature = 0.0 if greedy else temperature
+    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
+    trained = load_and_report(model or newest_run(), adapter, device)
+    _set_dtype(trained.model, dtype)
+    prompt_ids = _chat_ids(trained, prompt) if chat else _text_ids(trained, prompt)
+    results = []
+    for each in each_adapter(trained):
+        chunks = stream_text(
+            trained.model,
+            trained.tokenizer,
+            prompt_ids,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            num_samples=num_samples,
+            seed=seed,
+            eos_id=eos_id(trained.tokenizer),
+            stop_token_ids=stop_token_ids(trained.base, trained.tokenizer),
+            stop=stop or [],
+        )
+        if not as_json:
+            chunks = _print_live(chunks, num_samples, "" if chat else prompt)
+        results.append({"prompt": prompt} | _result(join_chunks(chunks), trained, each))
+    if as_json:
+        print_json(results[0] if len(results) == 1 else {"prompt": prompt, "adapters": results})
+
+
+def _check_utf8(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # the shell passed bytes that are no UTF-8
+        raise UserError("--prompt: is not UTF-8 text") from None
+
+
+def _result(
+    completions: list["Completion"], trained: "TrainedModel", adapter: "LoadedAdapter | None"
+) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "completions": [completion.text for completion in completions],
+        "finish_reasons": [completion.finish_reason for completion in completions],
+        "checkpoint": str((adapter and adapter.checkpoint) or trained.base.directory),
+    }
+    return result if adapter is None else result | {"adapter": adapter.name}
+
+
+def _set_dtype(model: "GPT", dtype: str) -> None:
+    import torch
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype == "auto" and next(model.parameters()).device.type == "cuda":
+        dtype = "bf16"
+    if dtype != "auto":
+        model.to(dtypes[dtype])
+
+
+def _text_ids(trained: "TrainedModel", prompt: str) -> list[int]:
+    """Encode a prompt. Only models from elsewhere expect the special tokens that their tokenizer
+    adds, such as Llama's begin-of-text: minigpt trains without them."""
+    from minigpt_cli.huggingface.adapter import trained_by_minigpt
+
+    special = not trained_by_minigpt(
+        trained.base, trained.adapters[0] if trained.adapters else None
+    )
+    return list(trained.tokenizer.encode(prompt, add_special_tokens=special).ids)
+
+
+def _chat_ids(trained: "TrainedModel", prompt: str) -> list[int]:
+    """Encode the prompt as a user's message, up to where the assistant's answer begins."""
+    from minigpt_cli.data.chat import render
+    from minigpt_cli.huggingface.auxiliary_files import chat_template
+
+    base = trained.base
+    template, variables = chat_template(base.tokenizer, base.auxiliary_files)
+    if template is None:
+        raise UserError(f"{base.name}: has no chat template; leave out --chat")
+    messages = [{"role": "user", "content": prompt}]
+    text = render(template, messages, add_generation_prompt=True, variables=variables)
+    trained.tokenizer.encode_special_tokens = False  # the template's own are recognised
+    return list(trained.tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _print_live(
+    chunks: Iterator["TextChunk"], num_samples: int, prompt: str
+) -> Iterator["TextChunk"]:
+    """Pass chunks on and print them: the first sample as it comes, each further sample once all
+    before it are complete."""
+    waiting: list[list[str]] = [[] for _ in range(num_samples)]
+    ended: set[int] = set()
+    current = 0
+    print(prompt, end="", flush=True)
+    for chunk in chunks:
+        yield chunk
+        waiting[chunk.sample].append(chunk.text)
+        if chunk.finish_reason is not None:
+            ended.add(chunk.sample)
+        while current < num_samples:
+            print("".join(waiting[current]), end="", flush=True)
+            waiting[current] = []
+            if current not in ended:
+                break
+            current += 1
+            print(flush=True)
+            if current < num_samples:
+                print(f"\n--- {current + 1} ---\n{prompt}", end="", flush=True)

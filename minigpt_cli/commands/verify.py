@@ -1,0 +1,48 @@
+"""``minigpt verify``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from minigpt_cli.commands.options import Debug, Json, Version
+from minigpt_cli.core.console import print_json
+from minigpt_cli.core.errors import Damaged, UserError
+
+EXAMPLE = "minigpt verify runs/tiny"
+
+
+def verify_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A run, a checkpoint or a token dataset.")
+    ],
+    as_json: Json = False,
+    version: Version = False,
+    debug: Debug = False,
+) -> None:
+    """Compare files with their recorded checksums.
+
+    Every file must have the size and the sha256 that were recorded when it was written.
+    """
+    checked, damaged = _check(path)
+    if as_json:
+        print_json({"valid": not damaged, "checked": checked, "damaged": damaged})
+    elif not damaged:
+        print(f"{path}: valid ({checked} checked)")
+    if damaged:
+        raise Damaged(f"{path}: " + "; ".join(damaged))
+
+
+def _check(path: Path) -> tuple[int, list[str]]:
+    """Return how many datasets or checkpoints were compared, and a line per damaged file."""
+    from minigpt_cli.checkpoint import store
+    from minigpt_cli.data.dataset import verify_dataset
+    from minigpt_cli.data.dataset_manifest import is_dataset
+
+    if is_dataset(path):
+        return 1, verify_dataset(path)
+    run, checkpoint = store.locate(path)
+    checkpoints = [checkpoint] if checkpoint else [each for _, each in store.list_steps(run)]
+    if not checkpoints:
+        raise UserError(f"{path}: holds no checkpoint; name a run, a checkpoint or a token dataset")
+    return len(checkpoints), [problem for each in checkpoints for problem in store.verify(each)]

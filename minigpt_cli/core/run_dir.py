@@ -1,0 +1,38 @@
+"""The names of all files and directories in a run directory."""
+
+import re
+from pathlib import Path
+
+# Beside the checkpoints.
+RECIPE = "recipe.toml"  # the resolved recipe; also in each checkpoint
+METRICS = "metrics.jsonl"
+TOKENIZER = "tokenizer.json"  # also in each checkpoint, and in a token dataset
+ENVIRONMENT = "environment.json"
+STATUS = "status.json"
+LOCK = ".lock"
+INCIDENTS = "incidents"
+FINAL = "final"  # the export of the last checkpoint
+
+# In a checkpoint.
+CHECKPOINTS = "checkpoints"
+STATE = "state.json"
+AUXILIARY_FILES = "huggingface.json"  # of the model that the run started from
+CHECKPOINT_MANIFEST = "manifest.json"
+
+_STEP = re.compile(r"step-(\d{8,})$")
+
+
+def checkpoints_dir(run: Path) -> Path:
+    """Return the directory that holds a run's checkpoints."""
+    return run / CHECKPOINTS
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Return the directory of the checkpoint at ``step``."""
+    return checkpoints_dir(run) / f"step-{step:08d}"
+
+
+def checkpoint_step(checkpoint: Path) -> int | None:
+    """Return the step in the name of a checkpoint's directory; None for any other name."""
+    match = _STEP.match(checkpoint.name)
+    return int(match[1]) if match else None

@@ -1,0 +1,58 @@
+"""status.json: how the run's last process ended, for scripts that can't see its exit code.
+
+This module imports no torch, because the launcher of ``--nproc`` writes the file too.
+"""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from minigpt_cli.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, Diverged
+from minigpt_cli.core.run_dir import STATUS
+
+_NAMES = {Diverged.exit_code: "diverged", EXIT_STOPPED: "stopped", EXIT_INTERRUPTED: "stopped"}
+
+
+def status_name(exit_code: int) -> str:
+    """Return ``status`` of a run that an error with this exit code ended."""
+    return _NAMES.get(exit_code, "failed")
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """Read a run's status.json; empty if there is none or it can't be read."""
+    try:
+        status = json.loads((directory / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def write_status(
+    directory: Path, status: str, exit_code: int | None, step: int | None, message: str
+) -> None:
+    """Replace a run's status.json. A full disk is no error: the file only repeats an outcome.
+
+    Args:
+        status: running, finished, stopped, diverged or failed.
+        exit_code: of the command; None while it runs.
+        step: the last step; None if it isn't known.
+        message: the error in one line; empty if there was none.
+    """
+    content = {
+        "status": status,
+        "exit_code": exit_code,
+        "step": step,
+        "message": message,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+    }
+    temporary = directory / f".{STATUS}"
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(directory / STATUS)
+    except OSError:
+        temporary.unlink(missing_ok=True)

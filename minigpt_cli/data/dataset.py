@@ -1,0 +1,265 @@
+"""Open a token dataset: memory-mapped splits, of text or of instructions."""
+
+import itertools
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minigpt_cli.core.errors import Damaged, UserError
+from minigpt_cli.data.dataset_manifest import (
+    TOKENIZER,
+    DatasetManifest,
+    Shard,
+    Split,
+    damaged,
+    manifest_file,
+    problems,
+    read_dataset_manifest,
+)
+
+_OPEN_SHARDS = 256  # each memory map holds a file descriptor, and 1,024 is a common limit
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The tokens of one split, as if its shards were one array.
+
+    A split of instructions also has a loss mask and document offsets. Each of its documents has at
+    least two tokens. The loss never counts the first one and counts at least one other.
+
+    Attributes:
+        directory: the dataset's directory.
+        shards: the files with the tokens, in order.
+        vocab_size: every token is below it.
+        eos_id: id of the end-of-text token.
+        loss_mask: bool [tokens], True for a token that the loss counts; None for text.
+        offsets: int64 [documents + 1], where each document begins, and the end of the last one;
+            None for text.
+    """
+
+    directory: Path
+    shards: tuple[Shard, ...]
+    vocab_size: int
+    eos_id: int
+    loss_mask: NDArray[np.bool_] | None = field(default=None, repr=False)
+    offsets: NDArray[np.int64] | None = field(default=None, repr=False)
+    _maps: dict[int, NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The tokens before each shard, and in all of them: [shards + 1]."""
+        return list(itertools.accumulate((shard.tokens for shard in self.shards), initial=0))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the split."""
+        return self._starts[-1]
+
+    def num_sequences(self, sequence_length: int) -> int:
+        """Return the number of sequences of ``sequence_length + 1`` tokens.
+
+        Neighbours share one token: the last target of one is the first input of the next.
+        """
+        assert sequence_length > 0, sequence_length
+        return max(0, (self.tokens - 1) // sequence_length)
+
+    def gather(self, ids: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
+        """Read sequences by number.
+
+        Args:
+            ids: int64 [n], in [0, ``num_sequences(sequence_length)``).
+            sequence_length: predicted tokens of a sequence.
+
+        Returns:
+            int64 [n, sequence_length + 1].
+
+        Raises:
+            Damaged: a token isn't in the vocabulary.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        assert ids.ndim == 1, ids.shape
+        available = self.num_sequences(sequence_length)
+        assert not len(ids) or (ids.min() >= 0 and ids.max() < available), (ids, available)
+        out = np.empty((len(ids), sequence_length + 1), dtype=np.int64)
+        starts = (ids * sequence_length).tolist()
+        for sequence, start in zip(out, starts, strict=True):
+            self._fill(sequence, start)
+        if out.size and out.max() >= self.vocab_size:
+            at, column = divmod(int(out.argmax()), sequence_length + 1)
+            self._reject(starts[at] + column, int(out.max()))
+        return out
+
+    def slice(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Read the tokens at ``start <= position < stop``.
+
+        Returns:
+            int64 [stop - start].
+
+        Raises:
+            Damaged: a token isn't in the vocabulary.
+        """
+        assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
+        out = np.empty(stop - start, dtype=np.int64)
+        if len(out):
+            self._fill(out, start)
+            if out.max() >= self.vocab_size:
+                self._reject(start + int(out.argmax()), int(out.max()))
+        return out
+
+    def document(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Read one document of a split of instructions.
+
+        Returns:
+            Its tokens, int64 [n], and its loss mask, bool [n].
+
+        Raises:
+            Damaged: a token isn't in the vocabulary.
+        """
+        assert self.loss_mask is not None, "a split of text"
+        assert self.offsets is not None, "a split of text"
+        assert 0 <= index < len(self.offsets) - 1, (index, len(self.offsets) - 1)
+        start, stop = self.offsets[index : index + 2].tolist()
+        return self.slice(start, stop), self.loss_mask[start:stop]
+
+    def locate(self, token_offset: int) -> tuple[str, int]:
+        """Return (shard's file name, offset in it) of the split's token at ``token_offset``."""
+        assert 0 <= token_offset < self.tokens, (token_offset, self.tokens)
+        index = bisect_right(self._starts, token_offset) - 1
+        return self.shards[index].file, token_offset - self._starts[index]
+
+    def _fill(self, out: NDArray[np.int64], start: int) -> None:
+        """Fill ``out`` with the tokens from position ``start`` on."""
+        done = 0
+        index = bisect_right(self._starts, start) - 1
+        start -= self._starts[index]
+        while done < len(out):
+            tokens = self._shard(index)
+            part = tokens[start : start + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+            index, start = index + 1, 0
+
+    def _shard(self, index: int) -> NDArray[Any]:
+        tokens = self._maps.get(index)
+        if tokens is None:
+            tokens = _memory_map(self.directory, self.shards[index])
+            if len(self._maps) >= _OPEN_SHARDS:
+                self._maps.clear()
+            self._maps[index] = tokens
+        return tokens
+
+    def _reject(self, token_offset: int, token: int) -> None:
+        file, offset = self.locate(token_offset)
+        raise damaged(
+            self.directory / file,
+            f"token {token} at offset {offset} is outside the vocabulary of {self.vocab_size}",
+        )
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """An open dataset.
+
+    Attributes:
+        path: its directory.
+        manifest: the content of its ``dataset.json``.
+        splits: "train" and "val".
+    """
+
+    path: Path
+    manifest: DatasetManifest
+    splits: dict[str, TokenSplit]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer that the dataset was made with."""
+        return self.path / TOKENIZER
+
+
+def open_dataset(
+    path: str | Path, *, tokenizer_fingerprint: str | None = None, verify: bool = False
+) -> TokenDataset:
+    """Open the token dataset in the directory ``path``.
+
+    Checks the manifest, the tokenizer, the offsets, and the presence, size, data type and length of
+    every file.
+
+    Args:
+        path: the dataset's directory.
+        tokenizer_fingerprint: of the tokenizer that the dataset must have been made with.
+        verify: check every file's sha256 too, which reads every byte.
+
+    Raises:
+        UserError: ``path`` isn't a finished dataset, or was made with another tokenizer.
+        Damaged: a file isn't as recorded.
+    """
+    path = Path(path)
+    manifest = read_dataset_manifest(path)
+    made_with = manifest.tokenizer_fingerprint
+    if tokenizer_fingerprint not in (None, made_with):
+        raise UserError(
+            f"{path} was made with another tokenizer ({made_with[:12]}, not "
+            f"{str(tokenizer_fingerprint)[:12]}): make a dataset with this one in another directory"
+        )
+    for file, problem in problems(path, manifest, verify):
+        raise damaged(path / file, problem)
+    splits = {name: _open_split(path, manifest, split) for name, split in manifest.splits.items()}
+    return TokenDataset(path, manifest, splits)
+
+
+def verify_dataset(path: str | Path) -> list[str]:
+    """Compare every byte of a dataset with its manifest.
+
+    Returns:
+        The names of the files that are missing, torn or changed.
+
+    Raises:
+        UserError: ``path`` isn't a dataset.
+    """
+    path = Path(path)
+    try:
+        manifest = read_dataset_manifest(path)
+    except Damaged:
+        return [manifest_file(path).name]
+    return [file for file, _ in problems(path, manifest, verify=True)]
+
+
+def split_in_memory(
+    tokens: NDArray[Any],
+    *,
+    vocab_size: int,
+    eos_id: int,
+    loss_mask: NDArray[np.bool_] | None = None,
+    offsets: NDArray[np.int64] | None = None,
+) -> TokenSplit:
+    """Return a split of the integer array ``tokens`` [n], without a file."""
+    shard = Shard("tokens", len(tokens), tokens.nbytes, "")
+    return TokenSplit(Path("memory"), (shard,), vocab_size, eos_id, loss_mask, offsets, {0: tokens})
+
+
+def _open_split(path: Path, manifest: DatasetManifest, split: Split) -> TokenSplit:
+    loss_mask = offsets = None
+    if split.loss_mask is not None and split.offsets is not None:
+        loss_mask = _memory_map(path, split.loss_mask)
+        offsets = np.array(_memory_map(path, split.offsets))
+        # Cheap, and with wrong offsets documents would begin in the middle of others.
+        if offsets[0] != 0 or offsets[-1] != split.tokens or (np.diff(offsets) < 2).any():
+            raise damaged(path / split.offsets.file, "its offsets don't divide the tokens")
+    return TokenSplit(path, split.shards, manifest.vocab_size, manifest.eos_id, loss_mask, offsets)
+
+
+def _memory_map(directory: Path, shard: Shard) -> NDArray[Any]:
+    file = directory / shard.file
+    try:
+        # A plain view: slicing numpy's memmap class costs several times as much
+        array = np.load(file, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise damaged(file, str(error)) from None
+    if len(array) != shard.tokens:
+        raise damaged(file, f"holds {len(array)} entries instead of {shard.tokens}")
+    return array

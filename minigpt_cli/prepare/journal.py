@@ -1,0 +1,94 @@
+"""The journal of an unfinished tokenization, ``journal.json``: where to continue after a kill."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minigpt_cli.core.errors import Damaged
+from minigpt_cli.core.files import write_atomically
+from minigpt_cli.data.dataset_manifest import JOURNAL, Shard
+from minigpt_cli.prepare.pieces import Position
+from minigpt_cli.prepare.split import SplitPosition, SplitRule
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class State:
+    """How far the source is read and the shards are written. Plain JSON values.
+
+    Attributes:
+        place: where reading continues.
+        chain: fingerprint of the text so far, hex: sha256 over the previous value, the sha256 of a
+            piece and whether its document ends with it. Unlike a sha256 over all text, it can be
+            saved and continued.
+        documents: documents per split, in the order of ``SPLITS``.
+        bytes: UTF-8 bytes of text per split.
+        shards: finished shards per split.
+        pending: tokens in the unfinished shard of each split.
+    """
+
+    place: SplitPosition = field(default_factory=SplitPosition)
+    chain: str = ""
+    documents: tuple[int, ...] = (0, 0)
+    bytes: tuple[int, ...] = (0, 0)
+    shards: tuple[tuple[Shard, ...], ...] = ((), ())
+    pending: tuple[int, ...] = (0, 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written to both splits."""
+        return sum(shard.tokens for shards in self.shards for shard in shards) + sum(self.pending)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The content of ``journal.json``.
+
+    Attributes:
+        settings: what a call must have in common with this one to continue the work.
+        source_modified: last modification of the source (ns since the epoch), None for a Hugging
+            Face dataset.
+        tokenizer_fingerprint: of the tokenizer in the dataset's directory.
+        rule: how documents are assigned to splits. Choosing it again might read much of the source.
+        state: how far the work is.
+    """
+
+    settings: dict[str, Any]
+    source_modified: int | None
+    tokenizer_fingerprint: str
+    rule: SplitRule
+    state: State
+
+
+def write_journal(out: Path, journal: Journal) -> None:
+    """Write the journal. Everything that it counts as written must be on disk already."""
+    write_atomically(out / JOURNAL, json.dumps({"format": _FORMAT} | asdict(journal)).encode())
+
+
+def read_journal(out: Path) -> Journal | None:
+    """Return the journal in ``out``, None if there is none.
+
+    Raises:
+        Damaged: it can't be read.
+    """
+    file = out / JOURNAL
+    try:
+        record = json.loads(file.read_bytes())
+        if record.pop("format") != _FORMAT:
+            raise ValueError("of another version of minigpt")
+        rule = SplitRule(**record["rule"] | {"digests": tuple(record["rule"]["digests"])})
+        return Journal(**record | {"rule": rule, "state": _state(record["state"])})
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{file} can't be read ({error}): delete {out} to start over") from None
+
+
+def _state(record: dict[str, Any]) -> State:
+    position, val = record["place"]
+    shards = tuple(tuple(Shard(**shard) for shard in split) for split in record["shards"])
+    numbers = {name: tuple(record[name]) for name in ("documents", "bytes", "pending")}
+    place = SplitPosition(Position(*position), val)
+    return State(place, record["chain"], shards=shards, **numbers)

@@ -1,0 +1,145 @@
+"""Make a dataset of text or of instructions: for ``minigpt tokenize`` and for recipes."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.data.chat import CHATML, special_tokens, tokenizer_template
+from minigpt_cli.data.dataset_manifest import DatasetManifest
+from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
+from minigpt_cli.prepare.instructions import make_instructions
+from minigpt_cli.prepare.progress import progress_display
+from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.tokenize import tokenize
+
+# A chat template (None: there is none), and the special tokens that it may name.
+ModelTemplate = tuple[str | None, dict[str, str]]
+
+
+def make_dataset(
+    source: Source,
+    out: Path,
+    *,
+    format: Literal["text", "instructions"] = "text",
+    tokenizer_path: str | Path | None = None,
+    vocab_size: int | None = None,
+    chat_template: str | None = None,
+    model_template: ModelTemplate | None = None,
+    val_fraction: float = 0.05,
+    shard_tokens: int = 100_000_000,
+    strict: bool = False,
+    workers: int | None = None,
+) -> DatasetManifest:
+    """Make the dataset in ``out``, with progress and a summary on standard error.
+
+    A dataset that was made before with the same settings is returned at once.
+
+    Args:
+        source: What to read.
+        out: The dataset's directory.
+        format: "text", or "instructions": records with prompt and completion, or messages.
+        tokenizer_path: A tokenizer's file or directory.
+        vocab_size: The size of a tokenizer to train instead; for text only.
+        chat_template: A Jinja file for conversations, or "chatml". None takes ``model_template``.
+        model_template: The template that came with the model. None takes what lies beside the
+            tokenizer.
+        val_fraction: The share of documents or examples for validation.
+        shard_tokens: Tokens per file, at most; for text only.
+        strict: Refuse malformed lines and records, instead of skipping them.
+        workers: Processes that encode text; None means one per core.
+
+    Returns:
+        The dataset's manifest.
+
+    Raises:
+        UserError: A setting or the source is wrong, or ``out`` holds something else.
+        Damaged: Files of an unfinished dataset in ``out`` were changed.
+    """
+    if format == "instructions":
+        if tokenizer_path is None:
+            raise UserError(
+                f"{out}: instructions need a tokenizer: give its file or directory "
+                "(--tokenizer, or [data.tokenizer] path)"
+            )
+        template, variables = model_template or _template_beside(Path(tokenizer_path))
+        manifest = make_instructions(
+            source,
+            out,
+            tokenizer_path=tokenizer_path,
+            chat_template=template if chat_template is None else _read_template(chat_template),
+            variables=variables,
+            val_fraction=val_fraction,
+            warn=_refuse if strict else warn,
+        )
+        counted = "examples"
+    else:
+        if (tokenizer_path is None) == (vocab_size is None):
+            raise UserError(
+                "give a tokenizer (--tokenizer) or the size of one to train (--vocab-size)"
+            )
+        with progress_display() as show:
+            manifest = tokenize(
+                source,
+                out,
+                tokenizer_path=tokenizer_path,
+                train_vocab=vocab_size,
+                val_fraction=val_fraction,
+                shard_tokens=shard_tokens,
+                strict=strict,
+                workers=workers,
+                progress=show,
+                warn=warn,
+            )
+        counted = "documents"
+    for name, split in manifest.splits.items():
+        masked = "" if split.loss_tokens is None else f", {split.loss_tokens:,} of them in the loss"
+        log(
+            f"{out} {name}: {split.documents:,} {counted}, {split.bytes:,} bytes, "
+            f"{split.tokens:,} tokens{masked}"
+        )
+    if manifest.bad_lines:
+        warn(f"{out}: {manifest.bad_lines:,} malformed lines were skipped")
+    return manifest
+
+
+def summary(manifest: DatasetManifest, out: Path) -> dict[str, Any]:
+    """Return what ``minigpt tokenize --json`` prints.
+
+    In a dataset of instructions each example is a document, and ``bytes`` counts the text that is
+    in the loss.
+    """
+    return {
+        "path": str(out),
+        "vocab_size": manifest.vocab_size,
+        "dtype": manifest.dtype,
+        "bad_lines": manifest.bad_lines,
+        "splits": {
+            name: {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
+            for name, split in manifest.splits.items()
+        },
+    }
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message.removesuffix('; skipped')} (refused: strict)")
+
+
+def _template_beside(tokenizer_path: Path) -> ModelTemplate:
+    """Read the chat template and the special tokens that lie beside a tokenizer."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    end = {"eos_token": str(tokenizer.id_to_token(eos_id(tokenizer)))}
+    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
+    return tokenizer_template(folder), end | special_tokens(folder)
+
+
+def _read_template(name: str) -> str:
+    if name == "chatml":
+        return CHATML
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not valid UTF-8"
+        raise UserError(
+            f"chat_template {name} can't be read: {reason}; give a Jinja file, or chatml"
+        ) from None

@@ -1,0 +1,206 @@
+"""TOML -> Recipe: the file, the command line's overrides over it, and the origin of each value."""
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.recipe.dump import FORMAT, OLD_FIRST_LINE, leaves, to_tables
+from minigpt_cli.recipe.schema import Origin, Recipe
+from minigpt_cli.recipe.validate import find_problems
+
+
+def load_recipe(
+    path: Path | str, overrides: list[str] | None = None, name: str | None = None
+) -> Recipe:
+    """Read a recipe's file, apply overrides and check the result.
+
+    Args:
+        path: the TOML file.
+        overrides: ``section.key=value`` from the command line; they win over the file.
+        name: the recipe's name; default: the file's name without its ending.
+
+    Raises:
+        UserError: the file can't be read; or a list of all problems in it.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # a byte order mark
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; recipes/ holds examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the recipe can't be read: {error}") from None
+    return parse_recipe(text, overrides or [], where=str(path), name=name or path.stem)
+
+
+def parse_recipe(
+    text: str, overrides: list[str], *, where: str = "recipe", name: str = "recipe"
+) -> Recipe:
+    """Parse a recipe's text; see ``load_recipe``.
+
+    Args:
+        where: the file's name, for messages.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond Python's limits
+        raise UserError(f"{where}: not valid TOML: {error}") from None
+    problems: list[str] = []
+    resolved = tables.pop("format", None)
+    if resolved not in (None, FORMAT):
+        problems.append(f"{where}: format {resolved!r} is not {FORMAT!r}: remove this line")
+    origin: dict[str, Origin] = dict.fromkeys(leaves(tables), "recipe")
+    if resolved == FORMAT or OLD_FIRST_LINE in text.partition("\n")[0]:
+        origin.update(_origins_in_comments(text))
+    for override in overrides:
+        key, equals, raw = (part.strip() for part in override.partition("="))
+        if not equals or "." not in key:
+            problems.append(f"--set {override}: write it as --set section.key=value")
+            continue
+        _set_leaf(tables, key.split("."), _toml_value(raw))
+        origin[key] = "command line"
+
+    if not tables.keys() & {"model", "lora"}:
+        problems.append(f"{where}: the section [model] is missing")
+    recipe = _from_table(Recipe, tables, "", problems, _Locator(where, text, origin))
+    if recipe is not None:
+        problems += find_problems(recipe)
+    if problems:
+        if len(problems) == 1:
+            (problem,) = problems
+            raise UserError(problem if problem.startswith(where) else f"{where}: {problem}")
+        raise UserError("\n  ".join([f"{where}: {len(problems)} problems", *problems]))
+    assert recipe is not None
+    data = dataclasses.replace(recipe.data, path=recipe.data.path or f"data/{name}")
+    recipe = dataclasses.replace(recipe, data=data, name=name)
+    origin = {leaf: origin.get(leaf, "default") for leaf in leaves(to_tables(recipe))}
+    return dataclasses.replace(recipe, origin=origin)
+
+
+def _origins_in_comments(text: str) -> dict[str, Origin]:
+    """Read the origins that ``dump_recipe`` wrote behind the values."""
+    found: dict[str, Origin] = {}
+    section = ""
+    for line in text.splitlines():
+        if header := re.match(r"\[([\w.\-]+)\]", line):
+            section = header[1]
+        elif value := re.match(r"(\w+) = .*  # (default|recipe|command line|base)$", line):
+            found[f"{section}.{value[1]}"] = typing.cast(Origin, value[2])
+    return found
+
+
+@dataclass(frozen=True)
+class _Locator:
+    """Finds the line of the file, or the ``--set``, that gave a setting."""
+
+    where: str
+    text: str
+    origin: dict[str, Origin]
+
+    def __call__(self, section: str, key: str) -> str:
+        dotted = f"{section}.{key}" if section else key
+        if self.origin.get(dotted) == "command line":
+            return f"--set {dotted}"
+        current = ""
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if header := re.match(r"\s*\[([\w.\- ]+)\]", line):
+                current = header[1].replace(" ", "")
+                if current == dotted:
+                    return f"{self.where}:{number}: [{dotted}]"
+            elif current == section and re.match(rf"\s*{re.escape(key)}\s*=", line):
+                return f"{self.where}:{number}: [{section}] {key}"
+        return f"{self.where}: [{section}] {key}" if section else f"{self.where}: [{key}]"
+
+
+def _from_table(cls: type, table: Any, section: str, problems: list[str], locate: _Locator) -> Any:
+    """Build the dataclass ``cls`` from a TOML table; None if ``problems`` got longer."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
+    values: dict[str, Any] = {}
+    before = len(problems)
+    for key, value in table.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+            known = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
+            problems.append(f"{locate(section, key)}: unknown; {known}")
+            continue
+        kind = _dataclass_in(hints[key])
+        if kind is None:
+            try:
+                values[key] = _convert(hints[key], value)
+            except TypeError as error:
+                problems.append(f"{locate(section, key)}: expected {error}, got {value!r}")
+        elif not isinstance(value, dict):
+            problems.append(f"{locate(section, key)}: expected a table, [{key}]")
+        else:
+            inner = f"{section}.{key}" if section else key
+            values[key] = _from_table(kind, value, inner, problems, locate)
+    for key, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and key not in table:
+            missing = f"[{section}] {key}" if section else f"the section [{key}]"
+            problems.append(f"{locate.where}: {missing} is missing")
+    return cls(**values) if len(problems) == before else None
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = (option for option in options if isinstance(option, type))
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Convert a TOML value to the type ``hint``.
+
+    Raises:
+        TypeError: with the expected type in words.
+    """
+    kind = get_origin(hint)
+    if kind in (Union, types.UnionType):
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+        return _convert(hint, value)
+    if kind is Literal:
+        if value in get_args(hint):
+            return value
+        options = [str(option) for option in get_args(hint)]
+        near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.6)
+        hint_at = f" (did you mean {near[0]}?)" if near else ""
+        raise TypeError(f"one of {', '.join(options)}{hint_at}")
+    if kind is tuple:
+        inner = get_args(hint)
+        if isinstance(value, str) and inner == (str, ...):
+            return (value,)
+        if not isinstance(value, list):
+            raise TypeError("a list")
+        if inner[-1] is ...:
+            return tuple(_convert(inner[0], item) for item in value)
+        if len(value) != len(inner):
+            raise TypeError(f"a list of {len(inner)}")
+        return tuple(_convert(each, item) for each, item in zip(inner, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is hint:
+        return value
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    raise TypeError(names[hint])
+
+
+def _toml_value(raw: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except (ValueError, RecursionError):
+        return raw  # a bare word: --set precision.dtype=bf16
+
+
+def _set_leaf(tables: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(tables.get(key), dict):
+            tables[key] = {}
+        tables = tables[key]
+    tables[keys[-1]] = value

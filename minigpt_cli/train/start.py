@@ -1,0 +1,250 @@
+"""A recipe and a starting point -> a Run and its state, for ``fit``.
+
+pretrain, finetune-lora and resume differ only here: in the source of weights and state.
+"""
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint.saver import check_room
+from minigpt_cli.checkpoint.state import RunState, read_state
+from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
+from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import write_atomically
+from minigpt_cli.core.run_dir import CHECKPOINTS, ENVIRONMENT, RECIPE, TOKENIZER, checkpoints_dir
+from minigpt_cli.data.dataset_manifest import is_dataset
+from minigpt_cli.data.packing import PackedSequences
+from minigpt_cli.data.sequences import TrainingData, open_data, verify_data
+from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
+from minigpt_cli.distributed.failure import StatusRecord, record_status
+from minigpt_cli.distributed.parallel import copy_full_tensor
+from minigpt_cli.distributed.world import World, start_world
+from minigpt_cli.huggingface.auxiliary_files import auxiliary_files_of_checkpoint
+from minigpt_cli.huggingface.base_model import complete_recipe
+from minigpt_cli.model.config import config_from_recipe
+from minigpt_cli.model.gpt import initialize_weights
+from minigpt_cli.prepare.from_recipe import prepare_data
+from minigpt_cli.recipe import DistributedSettings, Recipe, dump_recipe, load_recipe
+from minigpt_cli.report.metrics import MetricsFile, cut_back
+from minigpt_cli.train.base_weights import (
+    auxiliary_files_of,
+    check_base_tokenizer,
+    load_recipe_base,
+    model_template_of,
+    open_recipe_base,
+    start_from_base,
+)
+from minigpt_cli.train.changes import (
+    check_base,
+    check_changes,
+    check_dataset,
+    warn_about_environment,
+)
+from minigpt_cli.train.checkpointing import restore_checkpoint
+from minigpt_cli.train.finish import remove_stale_export
+from minigpt_cli.train.run import Run, build_run, run_environment
+from minigpt_cli.train.run_lock import run_lock
+from minigpt_cli.train.trainer import warm_up
+
+
+def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
+    """Start a new run from random weights or a base model; every rank calls it.
+
+    The recipe's data is prepared first if it isn't there.
+
+    Args:
+        recipe: as it was loaded.
+        directory: the run directory, which may not exist yet.
+
+    Returns:
+        (the run, its state at step 0), for ``fit``, which closes the run.
+
+    Raises:
+        UserError: the directory already holds a run, or the recipe can't be followed.
+    """
+    world = start_world(recipe.distributed.timeout_minutes, directory)
+    _check_directory(directory)
+    base, base_fingerprint = open_recipe_base(recipe, world)
+    if base is not None:
+        recipe, base = start_from_base(recipe, base)
+    auxiliary_files = auxiliary_files_of(recipe, base)
+    with ExitStack() as resources:
+
+        def lock() -> None:
+            _check_start(recipe, directory)
+            resources.enter_context(run_lock(directory))
+            _check_start(recipe, directory)  # again: another process may just have left
+
+        def prepare() -> None:
+            _remove_leftovers(directory)
+            prepare_data(recipe, model_template_of(recipe, auxiliary_files))
+
+        world.run_on_rank0(lock)
+        record = _keep_status(directory, world, resources)
+        world.run_on_rank0(prepare)
+        data = _open_verified(recipe, world)
+        run = build_run(recipe, data, directory, world, resources, auxiliary_files)
+        record.state = state = RunState(dataset=data.fingerprints)
+        if base is None:
+            initialize_weights(run.context.model, recipe.train.seed, copy_full_tensor)
+        else:
+            check_base_tokenizer(recipe.data_path, base, state.dataset["tokenizer"])
+            load_recipe_base(recipe, base, run.context.model)
+            if recipe.lora is not None:
+                state.dataset["base"] = base_fingerprint
+        return _ready(run, state, resources), state
+
+
+def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
+    """Go on with a run from a checkpoint; every rank calls it.
+
+    Args:
+        path: a run directory (its newest valid checkpoint is used), or one checkpoint in it.
+        overrides: ``section.key=value`` settings to change from here on.
+        allow_changes: keys that may change although they shaped the training so far.
+
+    Returns:
+        (the run, its state at the checkpoint), for ``fit``, which closes the run.
+
+    Raises:
+        UserError: there is nothing to resume, or a change isn't allowed.
+        Damaged: no checkpoint is valid, or the dataset is damaged.
+    """
+    directory, named = store.locate(path)
+    if named is not None and named.parent != checkpoints_dir(directory):
+        raise UserError(f"{named}: to go on from it, put it under RUN/{CHECKPOINTS}/")
+    world = start_world(_timeout_minutes(directory, overrides), directory)
+    with ExitStack() as resources:
+        world.run_on_rank0(lambda: resources.enter_context(run_lock(directory)))
+        record = _keep_status(directory, world, resources)
+        world.run_on_rank0(lambda: _remove_leftovers(directory))
+        _, checkpoint, manifest, skipped_checkpoints = store.choose(path, world)
+        for problem in skipped_checkpoints:
+            warn(problem)
+        record.state = state = read_state(checkpoint)
+
+        # The run's recipe has the last resume's changes; a checkpoint that is named has its own.
+        source = directory if named is None and (directory / RECIPE).exists() else checkpoint
+        before = load_recipe(source / RECIPE, name=directory.name)
+        recipe = load_recipe(source / RECIPE, overrides, name=directory.name)
+        check_changes(before, recipe, allow_changes)
+        base, base_fingerprint = None, None
+        if recipe.lora is not None:
+            base, base_fingerprint = open_recipe_base(recipe, world)
+            assert base is not None
+            recipe = complete_recipe(recipe, base)
+            check_base(recipe, state, base_fingerprint)
+        data = _open_verified(recipe, world)
+        auxiliary_files = auxiliary_files_of_checkpoint(checkpoint)
+        run = build_run(recipe, data, directory, world, resources, auxiliary_files)
+        if base is not None:
+            load_recipe_base(recipe, base, run.context.model)
+            data.fingerprints["base"] = base_fingerprint
+        check_dataset(recipe, state, data.fingerprints, allow_changes)
+        restore_checkpoint(run.context, checkpoint, manifest, state)
+        if world.rank == 0:
+            _set_aside_later(directory, state.step)
+        warn_about_environment(directory, run_environment(run))
+        log(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
+        return _ready(run, state, resources), state
+
+
+def check_recipe_is_elsewhere(recipe_file: Path, directory: Path) -> None:
+    """Refuse a recipe that the run's resolved copy would overwrite.
+
+    Raises:
+        UserError: the recipe lies where the run writes its own.
+    """
+    if recipe_file.resolve() == (directory / RECIPE).resolve():
+        raise UserError(
+            f"{recipe_file} would be overwritten by the run's own copy of it: choose another --out"
+        )
+
+
+def _check_start(recipe: Recipe, directory: Path) -> None:
+    """Check all that can be checked before the data is prepared, which may take hours."""
+    config_from_recipe(recipe, vocab_size=1)  # raises if the model's sizes don't fit together
+    given, path = recipe.data.tokenizer, Path(recipe.data_path)
+    is_there = recipe.data.source is None or is_dataset(path)
+    if not is_there and given is not None and given.path is not None:
+        size, most = vocabulary_size(load_tokenizer(given.path)), recipe.model.vocab_size
+        if most is not None and most < size:
+            raise UserError(
+                f"[model] vocab_size {most} is too small: {given.path} has {size} entries"
+            )
+    _check_directory(directory)
+
+
+def _check_directory(directory: Path) -> None:
+    if store.is_checkpoint(directory) or directory.name == CHECKPOINTS:
+        raise UserError(f"{directory} belongs to a run's checkpoints: choose another --out")
+    if store.holds_a_checkpoint(directory):
+        at = "".join(f" at step {step}" for step, _ in store.list_steps(directory)[-1:])
+        raise UserError(
+            f"{directory} already holds a run{at}: go on with minigpt resume {directory}, "
+            "or choose another --out"
+        )
+
+
+def _timeout_minutes(directory: Path, overrides: list[str]) -> float:
+    try:
+        return load_recipe(directory / RECIPE, overrides).distributed.timeout_minutes
+    except UserError:  # raised again when the recipe is loaded, if it is the one that counts
+        return DistributedSettings.timeout_minutes
+
+
+def _keep_status(directory: Path, world: World, resources: ExitStack) -> StatusRecord:
+    """Have rank 0 write status.json from here on; return the record to fill in."""
+    if world.rank:
+        return StatusRecord(directory)
+    return resources.enter_context(record_status(directory))
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove half-written files of a killed process."""
+    store.remove_stale(directory)
+    remove_stale_export(directory)
+
+
+def _open_verified(recipe: Recipe, world: World) -> TrainingData:
+    if recipe.data.verify:  # it may take minutes, in which the other ranks wait for no collective
+        world.run_on_rank0(lambda: verify_data(recipe))
+    return open_data(recipe)
+
+
+def _set_aside_later(directory: Path, step: int) -> None:
+    for later, path in store.list_steps(directory):
+        if later > step:
+            aside = store.set_aside(path)
+            log(f"{path.name} is later than step {step}, where the run goes on: now {aside.name}")
+
+
+def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
+    """Warm up, then open the run's files; last, because it changes them."""
+    packed = isinstance(run.batches.sequences, PackedSequences)
+    warm_up(run.context, run.recipe.train.sequence_length, packed)
+    size = bytes_of(tensors_of(run.context.model, run.context.optimizers))
+    if run.world.rank == 0:
+        if warning := check_room(run.directory, size, run.recipe.checkpoint):
+            warn(warning)
+        cut_back(run.directory, state.step or -1, evaluated=state.evaluated_step == state.step)
+        _write_run_files(run)
+        run = replace(run, metrics=MetricsFile(run.directory))
+        assert run.metrics is not None
+        resources.callback(run.metrics.close)
+    return replace(run, resources=resources.pop_all())
+
+
+def _write_run_files(run: Run) -> None:
+    """Write the files of the run directory, except checkpoints and metrics."""
+    environment = json.dumps(run_environment(run), indent=2) + "\n"
+    try:
+        write_atomically(run.directory / RECIPE, dump_recipe(run.recipe).encode())
+        write_atomically(run.directory / TOKENIZER, run.tokenizer_json)
+        write_atomically(run.directory / ENVIRONMENT, environment.encode())
+    except OSError as error:
+        raise UserError(f"{run.directory}: can't be written to: {error.strerror}") from None

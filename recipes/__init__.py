@@ -1,0 +1,1 @@
+"""The recipes that come with minigpt; installed as ``minigpt_cli.recipes``."""

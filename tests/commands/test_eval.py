@@ -1,0 +1,46 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.commands import finished, refused
+
+
+def test_dataset_and_text(run: Path, tmp_path: Path):
+    result = json.loads(finished("eval", run, "--json"))
+    assert result.keys() == {"loss", "perplexity", "bits_per_byte", "tokens", "checkpoint"}
+    assert result["checkpoint"] == str(run / "checkpoints/step-00000012")
+    (tmp_path / "a.txt").write_text("import os\n\n\ndef f(x):\n    return x\n" * 20)
+    text = finished("eval", run / "checkpoints/step-00000012", "--text", tmp_path / "a.txt")
+    assert "bits per byte" in text
+
+
+def test_device_and_dtype(run: Path):
+    default = json.loads(finished("eval", run, "--json"))
+    assert json.loads(finished("eval", run, "--device", "cpu", "--json")) == default
+    exact, rounded = (
+        json.loads(finished("eval", run, "--dtype", dtype, "--json"))["loss"]
+        for dtype in ("fp32", "bf16")
+    )
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments"),
+    [
+        ("--device toaster: no such device; give cpu, cuda or cuda:N", ("--device", "toaster")),
+        (f"this machine has {torch.cuda.device_count()} CUDA GPUs", ("--device", "cuda:99")),
+        ("--data and --text can't be combined", ("--text", "a.txt", "--data", "b")),
+        ("--text nowhere.txt: can't be read: No such file", ("--text", "nowhere.txt")),
+        ("--text {folder}/latin.txt: is not UTF-8 text", ("--text", "{folder}/latin.txt")),
+        ("{folder}/empty.txt: the file is empty", ("--text", "{folder}/empty.txt")),
+        ("has no split tset; choose one of train, val", ("--split", "tset")),
+    ],
+)
+def test_bad_options(run: Path, tmp_path: Path, part: str, arguments: tuple[str, ...]):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    filled = (each.format(folder=tmp_path) for each in arguments)
+    refused(2, part.format(folder=tmp_path), "eval", run, *filled)

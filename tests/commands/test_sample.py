@@ -1,0 +1,30 @@
+import json
+from pathlib import Path
+
+from tests.helpers.commands import finished, refused
+
+ARGUMENTS = ("sample", "--prompt", "def ", "--max-new-tokens", "12", "--seed", "3")
+
+
+def test_newest_run_and_seed(run: Path):
+    folder = run.parent.parent
+    streamed = finished(*ARGUMENTS, cwd=folder)
+    result = json.loads(finished(*ARGUMENTS, "--json", "--num-samples", "3", cwd=folder))
+    assert result["prompt"] == "def "
+    assert len(result["completions"]) == 3
+    assert streamed == "def " + result["completions"][0] + "\n"
+    three = finished(*ARGUMENTS, "--num-samples", "3", cwd=folder)
+    for completion in result["completions"]:
+        assert "def " + completion in three
+
+
+def test_device_and_dtype(run: Path):
+    folder = run.parent.parent
+    default = finished(*ARGUMENTS, "--device", "cpu", cwd=folder)
+    assert finished(*ARGUMENTS, "--device", "cpu", "--dtype", "fp32", cwd=folder) == default
+    for dtype in ("bf16", "fp16"):
+        assert finished(*ARGUMENTS, "--dtype", dtype, cwd=folder).startswith("def ")
+
+
+def test_no_run(tmp_path: Path):
+    refused(2, "runs/ holds no trained run", "sample", cwd=tmp_path)

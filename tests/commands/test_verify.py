@@ -1,0 +1,24 @@
+import json
+import shutil
+from pathlib import Path
+
+from tests.helpers.commands import finished, refused
+from tests.helpers.processes import minigpt
+
+
+def test_damage_is_named(run: Path, tmp_path: Path, dataset: Path):
+    assert finished("verify", run) == f"{run}: valid (3 checked)\n"
+    assert finished("verify", dataset) == f"{dataset}: valid (1 checked)\n"
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    state = copy / "checkpoints/step-00000008/state.json"
+    state.write_text(state.read_text().replace("8", "9", 1))
+    refused(4, "state.json: its content is not what was written", "verify", copy)
+    found = json.loads(minigpt("verify", copy, "--json").stdout)
+    assert not found["valid"]
+    assert found["checked"] == 3
+    assert len(found["damaged"]) == 1
+
+
+def test_nothing_to_verify(tmp_path: Path):
+    refused(2, "no such run or checkpoint", "verify", tmp_path / "nowhere")

@@ -1,0 +1,106 @@
+"""Files and directories that appear whole or not at all; locks."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import locked, remove_stale_directories, whole_directory
+
+DEAD = 2**22 + 1  # no process has this id
+
+
+def test_a_directory_appears_whole(tmp_path: Path):
+    out = tmp_path / "new" / "out"
+    with whole_directory(out) as folder:
+        (folder / "a").write_text("1")
+        assert not out.exists()
+    assert (out / "a").read_text() == "1"
+    assert os.listdir(out.parent) == ["out"]
+    assert out.stat().st_mode & 0o777 == 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    return int(subprocess.run(["sh", "-c", "umask"], capture_output=True, check=True).stdout, 8)
+
+
+def test_an_error_leaves_nothing(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a").write_text("old")
+
+    def fail() -> None:
+        with whole_directory(tmp_path / "out", replace=True) as folder:
+            (folder / "a").write_text("new")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out/a").read_text() == "old"
+
+
+def test_only_an_empty_directory_is_replaced_unasked(tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with whole_directory(out) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(UserError, match="out: already exists; choose another"):
+        whole_directory(out).__enter__()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link: already exists; choose another"):
+        whole_directory(tmp_path / "link").__enter__()
+    with whole_directory(out, replace=True) as folder:
+        (folder / "a").write_text("2")
+    assert (out / "a").read_text() == "2"
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path):
+    out = tmp_path / "out"
+
+    def make() -> None:
+        with whole_directory(out) as folder:
+            (folder / "mine").touch()
+            out.mkdir()
+            (out / "theirs").touch()
+
+    with pytest.raises(UserError, match="out: already exists; choose another"):
+        make()
+    assert os.listdir(out) == ["theirs"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_stale_directories_are_removed_and_a_moved_one_is_restored(tmp_path: Path):
+    alive = f".out-{os.getpid()}-abc"
+    for name in (f".out-{DEAD}-abc", alive, ".out-notes", f".other-{DEAD}-a"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".out-{DEAD}-def-old").mkdir()
+    (tmp_path / f".out-{DEAD}-def-old/precious").write_text("x")
+    remove_stale_directories(tmp_path / "out")
+    assert (tmp_path / "out/precious").read_text() == "x"
+    assert set(os.listdir(tmp_path)) == {"out", alive, ".out-notes", f".other-{DEAD}-a"}
+
+
+def test_a_place_that_cannot_be_written_to_is_an_error_of_the_user(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/out: can't be written to: "):
+        whole_directory(tmp_path / "file" / "out").__enter__()
+
+
+def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path: Path):
+    file = tmp_path / ".lock"
+    code = "import sys; from pathlib import Path; from minigpt_cli.core.files import locked\n"
+    code += "with locked(Path(sys.argv[1]), 'busy'): print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="taken"):
+        locked(file, "taken").__enter__()
+    other.kill()
+    other.communicate()
+    with locked(file, "taken"):
+        assert file.exists()

@@ -1,0 +1,32 @@
+"""What happens to a run while it trains: signals, and a disk that takes no more."""
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from itertools import count
+
+import torch
+
+from minigpt_cli.train.run import Run
+
+
+def in_micro_batches(run: Run, events: dict[int, Callable[[], None]]) -> None:
+    """Call each event in the backward pass of the micro-batch with its number, from 0."""
+    numbers = count()
+
+    def hook(grad: torch.Tensor) -> None:
+        events.get(next(numbers), lambda: None)()
+
+    run.context.model.norm.weight.register_hook(hook)
+
+
+def limit_files(size: int | None) -> None:
+    """Let this process write no file beyond so many bytes; None: no limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
+def stop() -> None:
+    """Send this process SIGTERM."""
+    os.kill(os.getpid(), signal.SIGTERM)
