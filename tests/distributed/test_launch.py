@@ -1,5 +1,6 @@
 """The launcher as a real process, with real workers (worker.py) or shell scripts as workers."""
 
+import contextlib
 import json
 import os
 import re
@@ -64,7 +65,7 @@ def test_exit_codes_and_output(start: Start):
         ("exit:3", "exit:3"): (3, ""),
         ("exit:0", "die"): (1, killed),
     }
-    running = {actions: start(*actions, timeouts=HURRY) for actions in cases}
+    running = {actions: start(*actions, timeouts={"failed": 200}) for actions in cases}
     for actions, expected in cases.items():
         output, errors = running[actions].communicate(timeout=240)
         assert (running[actions].returncode, errors) == expected, actions
@@ -210,8 +211,9 @@ def listening(pid: int) -> set[str]:
     """Return the addresses, in hex as /proc has them, at which a process listens."""
     inodes = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():
-        if found := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(fd)):
-            inodes.add(found[1])
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if found := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(fd)):
+                inodes.add(found[1])
     found_addresses = set()
     for table in ("tcp", "tcp6", "udp", "udp6"):
         file = Path(f"/proc/{pid}/net/{table}")
