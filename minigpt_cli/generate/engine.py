@@ -117,14 +117,11 @@ def _decode(
         with _evaluating(model, dtype):
             if window.shape[1] > context:
                 window, cache = window[:, -max(1, context // 2) :], None
-            if not use_cache:
-                logits = model(window, logits_to_keep=1)
-            elif cache is None:
+            if use_cache and cache is None:
                 capacity = min(context, window.shape[1] + max_new_tokens - step)
                 cache = new_cache(model.config, len(window), capacity, device, dtype)
-                logits = model(window, cache=cache, logits_to_keep=1)
-            else:
-                logits = model(window[:, -1:], cache=cache, logits_to_keep=1)
+            new_tokens = window if cache is None or not cache.length else window[:, -1:]
+            logits = model(new_tokens, cache=cache, logits_to_keep=1)
             if step == 0 and samples > 1:
                 every = torch.zeros(samples, dtype=torch.int64, device=device)
                 logits, window, seen, cache = logits[every], *_take(every, window, seen, cache)

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,9 @@ from minigpt_cli.prepare.output import finished_dataset, write_error
 from minigpt_cli.prepare.progress import BadLines
 from minigpt_cli.prepare.sources import Source, listing
 from minigpt_cli.prepare.writer import npy_header
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _COPIED_AT_ONCE = 4096  # examples
 
@@ -90,17 +93,7 @@ def make_instructions(
     tokenizer = load_tokenizer(tokenizer_path)
     if chat_template is not None:
         check_template(chat_template)
-    end, vocab_size = eos_id(tokenizer), vocabulary_size(tokenizer)
-    described = source.describe()
-    kept = ("kind", "split", "config")  # the path and the field's name don't change the content
-    settings: dict[str, Any] = {
-        "source": {name: described[name] for name in kept if name in described},
-        "source_files": listing(source)[0],
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "chat_template": None if chat_template is None else _digest(chat_template),
-        "variables": dict(variables),
-        "val_fraction": val_fraction,
-    }
+    settings = _settings(source, tokenizer, chat_template, variables, val_fraction)
     bad = BadLines(warn)
     first_bad: list[str] = []
 
@@ -117,33 +110,60 @@ def make_instructions(
         with _work_directory(out) as work:
             if is_dataset(out):  # another process made it just before this one held the lock
                 return finished_dataset(out, settings, instructions=True)
+            dtype = token_dtype(vocabulary_size(tokenizer))
             found = examples(source, tokenizer, chat_template, variables, on_bad)
-            splits = _write_splits(work, found, token_dtype(vocab_size), val_fraction)
+            splits = _write_splits(work, found, dtype, val_fraction)
             if splits is None:
                 because = f"; all was skipped, for example {first_bad[0]}" if first_bad else ""
                 raise UserError(f"no instructions found in {', '.join(source.path)}{because}")
             write_atomically(work / TOKENIZER, tokenizer.to_str(pretty=True).encode())
             manifest = DatasetManifest(
                 splits=splits,
-                eos_id=end,
-                dtype=token_dtype(vocab_size),
-                vocab_size=vocab_size,
+                eos_id=eos_id(tokenizer),
+                dtype=dtype,
+                vocab_size=vocabulary_size(tokenizer),
                 tokenizer_fingerprint=settings["tokenizer"],
                 tokenizer_sha256=sha256_of(work / TOKENIZER),
-                source=described,
+                source=source.describe(),
                 source_fingerprint="",
                 bad_lines=bad.count,
                 settings=settings,
                 minigpt_version=__version__,
                 chat_template=chat_template,
             )
-            write_dataset_manifest(work, manifest)
-            work.rename(out)
-            sync_to_disk(out.parent)
-            (out / LOCK).unlink()
+            _finish(work, out, manifest)
             return manifest
     except OSError as error:
         raise write_error(error, out) from None
+
+
+def _settings(
+    source: Source,
+    tokenizer: "Tokenizer",
+    chat_template: str | None,
+    variables: dict[str, str],
+    val_fraction: float,
+) -> dict[str, Any]:
+    """Return what tells whether a dataset that is there was made by the same call."""
+    eos_id(tokenizer)  # refused now rather than after the source was read
+    described = source.describe()
+    kept = ("kind", "split", "config")  # the path and the field's name don't change the content
+    return {
+        "source": {name: described[name] for name in kept if name in described},
+        "source_files": listing(source)[0],
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "chat_template": None if chat_template is None else _digest(chat_template),
+        "variables": dict(variables),
+        "val_fraction": val_fraction,
+    }
+
+
+def _finish(work: Path, out: Path, manifest: DatasetManifest) -> None:
+    """Write the manifest and give the work directory its name."""
+    write_dataset_manifest(work, manifest)
+    work.rename(out)
+    sync_to_disk(out.parent)
+    (out / LOCK).unlink()
 
 
 def _write_splits(
