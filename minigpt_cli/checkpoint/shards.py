@@ -65,12 +65,17 @@ def mismatched_shards(directory: Path, files: list[str], recorded: dict[str, Any
             held = _shards_in(directory / file)
         except Exception as error:  # safetensors has no error of its own for Python
             return [f"{directory / file}: is not a safetensors file of a checkpoint: {error!r}"]
+        different = []
         for name, (dtype, begin, sizes) in held.items():
             entry = recorded.get(name)
             if entry is None or _DTYPES.get(dtype) != entry["dtype"]:
-                problems.append(f"{directory / file}: {name} differs from the manifest")
+                different.append(name)
             else:
                 shards[name].append((begin, sizes))
+        if different:
+            others = len(different) - 1
+            which = f"and {others} more differ" if others else "differs"
+            problems.append(f"{directory / file}: {different[0]} {which} from the manifest")
     for name, entry in recorded.items():
         whole = entry["shape"]
         count = sum(math.prod(sizes) for _, sizes in shards[name])
