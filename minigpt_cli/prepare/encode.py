@@ -1,7 +1,8 @@
-"""Worker processes that turn batches of text into ids: one per core, in order, none left behind.
+"""Encode batches of text in worker processes.
 
-A worker is a plain child process on two pipes. It ends when its input does, so it can't outlive its
-parent however that dies, and it sits in its own session, so that Ctrl-C reaches the parent alone.
+A worker is a child process with two pipes. It ends when its input ends, so it never outlives the
+parent. It runs in its own session, so Ctrl-C reaches the parent alone. benchmarks/LOG.md compares
+this with ProcessPoolExecutor.
 """
 
 import itertools
@@ -21,33 +22,36 @@ from typing import IO
 
 from minigpt_cli.core.errors import UserError
 
-# The encodings of this much text are in memory at a time.
+# A worker holds the encodings of this much text at a time.
 _AT_ONCE = 64 << 10
 _F_SETPIPE_SZ = 1031  # Linux; in the fcntl module where it is supported
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Pieces of text for one worker. ``flags`` has, per piece, ``LAST`` (end-of-text follows) and
-    ``VAL``.
+class TextBatch:
+    """Pieces of text for one worker.
+
+    Attributes:
+        pieces: UTF-8 text.
+        flags: one byte per piece: ``LAST``, ``VAL``, both or 0.
     """
 
     pieces: tuple[bytes, ...]
     flags: bytes
 
 
-LAST = 1
-VAL = 2
+LAST = 1  # end-of-text follows the piece
+VAL = 2  # the piece belongs to validation
 
 # The ids of a batch, as the raw little-endian bytes of the dataset's type: (train, val).
 Ids = tuple[bytes, bytes]
 
 
 class _Worker:
-    """A child process that can hold a second batch in its pipe while it works on the first.
+    """A child process; a second batch waits in its pipe while it works on the first.
 
-    A thread that sent a batch waits for ``receiving`` before it lets go of ``sending``: so replies
-    are taken in the order of the batches.
+    A thread takes ``receiving`` before it releases ``sending``. So replies are read in the order
+    of the batches.
     """
 
     def __init__(self, process: "subprocess.Popen[bytes]"):
@@ -59,12 +63,18 @@ class _Worker:
 @contextmanager
 def encoders(
     workers: int, tokenizer: Path, eos: int, dtype: str
-) -> Iterator[Callable[[Batch], Future[Ids]]]:
-    """Start up to ``workers`` processes as they are needed; yield the function that hands one a
-    batch.
+) -> Iterator[Callable[[TextBatch], Future[Ids]]]:
+    """Start worker processes as they are needed; kill them on exit, also after an exception.
 
-    On the way out, also by an exception, the processes are killed: they hold nothing worth saving.
-    A future raises ``UserError`` when its worker died.
+    Args:
+        workers: the largest number of processes.
+        tokenizer: a file or directory for ``load_tokenizer``.
+        eos: the id that follows a piece with the flag ``LAST``.
+        dtype: "uint16" or "uint32".
+
+    Yields:
+        A function that submits a batch. Its future gives the ids. The future raises ``UserError``
+        if the worker died.
     """
     started: list[_Worker] = []
     mine = threading.local()
@@ -72,7 +82,7 @@ def encoders(
     lock = threading.Lock()
     closed = False
 
-    def encode(batch: Batch) -> Ids:
+    def encode(batch: TextBatch) -> Ids:
         if not hasattr(mine, "worker"):
             with lock:  # so that no process starts after the others were killed
                 if closed:
@@ -116,16 +126,16 @@ def _start(tokenizer: Path, eos: int, dtype: str) -> "subprocess.Popen[bytes]":
 
 
 def _widen(pipe: object) -> None:
-    """Let a whole batch fit into the pipe: fewer switches between the processes."""
+    """Let a whole batch fit into the pipe, so that the processes switch less often."""
     try:
         import fcntl
 
         fcntl.fcntl(pipe.fileno(), _F_SETPIPE_SZ, 1 << 20)  # type: ignore[attr-defined]
     except (ImportError, OSError):
-        pass  # another system, or over the user's limit: slower, nothing else
+        pass  # another system, or beyond the user's limit: only slower
 
 
-def _exchange(worker: _Worker, batch: Batch) -> Ids:
+def _exchange(worker: _Worker, batch: TextBatch) -> Ids:
     process = worker.process
     assert process.stdin is not None
     assert process.stdout is not None
@@ -148,7 +158,7 @@ def _exchange(worker: _Worker, batch: Batch) -> Ids:
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise UserError(
             f"a tokenizer process died ({reason}); if memory ran out, run the same command again "
-            "with fewer --workers: it goes on where it was"
+            "with fewer --workers: it continues where it stopped"
         ) from None
 
 
@@ -193,17 +203,16 @@ def _serve(requests: IO[bytes], replies: IO[bytes], file: str, eos: int, dtype: 
 
 
 def _main() -> None:
-    # A signal to the whole process group, or to a whole Slurm step, is the parent's to handle: it
-    # ends us when it ends.
+    # The parent handles signals to the process group or the Slurm step, and then kills the workers.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
     file, eos, dtype = sys.argv[1:]
     with os.fdopen(os.dup(0), "rb") as requests, os.fdopen(os.dup(1), "wb") as replies:
-        os.dup2(2, 1)  # whatever prints must not end up among the replies
+        os.dup2(2, 1)  # prints of libraries go to standard error, not among the replies
         try:
             _serve(requests, replies, file, int(eos), dtype)
         except (BrokenPipeError, EOFError):
-            os._exit(1)  # the parent is gone; leaving without a flush that would fail again
+            os._exit(1)  # the parent is gone; skip the flush at exit, which would fail again
         except Exception as error:
             message = f"{type(error).__name__}: {error}".encode()
             replies.write(struct.pack("<QQQ", 0, 0, len(message)) + message)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minigpt_cli.data.dataset_manifest import SPLITS, TOKENIZER, token_dtype
-from minigpt_cli.prepare.encode import LAST, VAL, Batch, Ids, encoders
+from minigpt_cli.prepare.encode import LAST, VAL, Ids, TextBatch, encoders
 from minigpt_cli.prepare.journal import Journal, State, write_journal
 from minigpt_cli.prepare.progress import BadLines, ProgressReporter
 from minigpt_cli.prepare.sources import Source
@@ -136,7 +136,7 @@ def encode_all(
 
 def _batches(
     work: Work, state: State, on_bad: Callable[[str], None]
-) -> Iterator[tuple[Batch, State]]:
+) -> Iterator[tuple[TextBatch, State]]:
     """Yield batches of about ``_BATCH_BYTES``, each with the state after it is written.
 
     The written bytes don't depend on where batches end.
@@ -154,7 +154,7 @@ def _batches(
             and place is not None
             and (size + len(piece.data) > _BATCH_BYTES or len(pieces) >= _BATCH_PIECES)
         ):
-            yield Batch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
+            yield TextBatch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
             pieces, flags, size = [], bytearray(), 0
         pieces.append(piece.data)
         flags.append((LAST if piece.last else 0) | (VAL if piece.val else 0))
@@ -166,7 +166,7 @@ def _batches(
         place = piece.after
     if pieces:
         assert place is not None
-        yield Batch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
+        yield TextBatch(tuple(pieces), bytes(flags)), _reached(place, chain, counts, sizes)
 
 
 def _reached(place: SplitPosition, chain: bytes, counts: list[int], sizes: list[int]) -> State:
