@@ -31,6 +31,34 @@ def test_only_some_modules_import_torch_distributed():
     assert "checkpoint/tensors.py" in users  # the search finds what is there
 
 
+def test_no_two_things_share_a_name():
+    files: dict[str, list[Path]] = {}
+    names: dict[str, list[Path]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "__init__.py" and "commands" not in path.parts:
+            files.setdefault(path.name, []).append(path)
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                names.setdefault(node.name, []).append(path)
+    del names["main"]  # of cli.py and of __main__.py, which calls it
+    for found in (files, names):
+        assert len(found) > 100
+        assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
+
+
+def test_no_module_is_imported_under_an_alias():
+    usual = {"F", "np", "dist", "dcp", "pa", "pq"}
+    aliases = {
+        (path.name, name.asname)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in node.names
+        if name.asname is not None
+    }
+    assert {alias for alias in aliases if alias[1] not in usual} == set()
+
+
 def test_nothing_loads_pickles():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
