@@ -307,7 +307,7 @@ def test_each_command_takes_its_own_recipes(
     monkeypatch: pytest.MonkeyPatch,
 ):
     file = recipe(tmp_path, base, license_dataset)
-    assert "run it with minigpt finetune-lora" in minigpt("pretrain", file).stderr
+    assert f"run minigpt finetune-lora {file}" in minigpt("pretrain", file).stderr
     assert "has no section [lora]" in minigpt("finetune-lora", recipe_file).stderr
     done = minigpt("finetune-lora", file, "--set", "lora.target_modules=['q_proj', 'wq']",
                    "--out", tmp_path / "run")  # fmt: skip
@@ -538,7 +538,7 @@ def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_render
         (("data.source.chat_template=nowhere.jinja",), "chat_template nowhere.jinja can't be read"),
         (("train.sequence_length=4",), "all its 25 examples are longer"),
         (("train.sequence_length=97",), "sequence_length 97 is longer than the 96 positions"),
-        (("data.source.kind=files",), "format instructions needs records"),
+        (("data.source.kind=files",), "format instructions needs kind jsonl, parquet or huggingface"),
     ],
 )
 def test_what_is_wrong_with_conversations_is_one_line(
