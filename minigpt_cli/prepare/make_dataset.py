@@ -106,8 +106,8 @@ def make_dataset(
 def summary(manifest: DatasetManifest, out: Path) -> dict[str, Any]:
     """Return what ``minigpt tokenize --json`` prints.
 
-    In a dataset of instructions each example is a document, and ``bytes`` counts the text that is
-    in the loss.
+    In a dataset of instructions each example is a document, ``bytes`` counts the text that is in
+    the loss, and ``loss_tokens`` its tokens.
     """
     return {
         "path": str(out),
@@ -116,6 +116,7 @@ def summary(manifest: DatasetManifest, out: Path) -> dict[str, Any]:
         "bad_lines": manifest.bad_lines,
         "splits": {
             name: {"tokens": split.tokens, "documents": split.documents, "bytes": split.bytes}
+            | ({} if split.loss_tokens is None else {"loss_tokens": split.loss_tokens})
             for name, split in manifest.splits.items()
         },
     }

@@ -36,7 +36,7 @@ def test_device_and_dtype(run: Path):
         ("--text nowhere.txt: can't be read: No such file", ("--text", "nowhere.txt")),
         ("--text {folder}/latin.txt: is not UTF-8 text", ("--text", "{folder}/latin.txt")),
         ("{folder}/empty.txt: the file is empty", ("--text", "{folder}/empty.txt")),
-        ("has no split tset; choose one of train, val", ("--split", "tset")),
+        ("has no split tset, but train, val", ("--split", "tset")),
     ],
 )
 def test_bad_options(run: Path, tmp_path: Path, part: str, arguments: tuple[str, ...]):

@@ -38,8 +38,8 @@ def test_instructions(trained: Path, tmp_path: Path):
     told = json.loads(finished(*arguments, "--json"))
     tokenizer = Tokenizer.from_file(str(trained / "tokenizer.json"))
     counts = [len(tokenizer.encode(answer).ids) + 1 for _, answer in RECORDS]  # and end of text
-    assert told["splits"]["train"]["examples"] == 3
-    assert told["splits"]["train"]["trained_tokens"] == sum(counts)
+    assert told["splits"]["train"]["documents"] == 3
+    assert told["splits"]["train"]["loss_tokens"] == sum(counts)
     assert finished("verify", out).endswith("valid (1 checked)\n")
     assert json.loads(finished(*arguments, "--json")) == told  # it is there already
 
@@ -62,7 +62,7 @@ def test_chat_template(trained: Path, tmp_path: Path):
         out = tmp_path / Path(name).name.replace(".", "-")
         told = json.loads(finished(*arguments, "-o", out, "--chat-template", name))
         assert told["splits"]["train"]["tokens"] == len(tokenizer.encode(text).ids)
-    refused(2, "--chat-template nowhere: can't be read", *arguments, "-o", tmp_path / "x",
+    refused(2, "chat_template nowhere can't be read", *arguments, "-o", tmp_path / "x",
             "--chat-template", "nowhere")  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def test_chat_template(trained: Path, tmp_path: Path):
          ("--vocab-size", 300, "--tokenizer", "x")),
         ("--chat-template: only allowed with --format instructions",
          ("--vocab-size", 300, "--chat-template", "chatml")),
-        ("--strict, --workers: not allowed with --format instructions",
+        ("--workers: not allowed with --format instructions",
          ("--tokenizer", "x", "--format", "instructions", "--strict", "--workers", 1)),
         ("--split and --config are for Hugging Face", ("--vocab-size", 300, "--split", "test")),
         ("--split and --config are for Hugging Face", ("--vocab-size", 300, "--config", "x")),
