@@ -538,7 +538,7 @@ def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_render
         (("data.source.chat_template=nowhere.jinja",), "chat_template nowhere.jinja can't be read"),
         (("train.sequence_length=4",), "all its 25 examples are longer"),
         (("train.sequence_length=97",), "sequence_length 97 is longer than the 96 positions"),
-        (("data.source.kind=files",), "format instructions needs kind jsonl, parquet or huggingface"),
+        (("data.source.kind=files",), "format instructions needs kind jsonl, parquet"),
     ],
 )
 def test_what_is_wrong_with_conversations_is_one_line(
