@@ -10,8 +10,9 @@ import pytest
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.join import RankInfo, find_rank_info
-from tests.helpers.processes import command, environment, until
+from tests.helpers.processes import command, environment
 from tests.helpers.ranks import free_port, gone, rank_environment
+from tests.helpers.waiting import wait_until
 
 FOLLOW = "from minigpt_cli.distributed.join import follow_launcher; follow_launcher()\n"
 STAY = "import time\nwhile True: time.sleep(0.1)\n"
@@ -128,7 +129,7 @@ def test_sigterm_when_the_launcher_was_killed(tmp_path: Path, torchrun: bool):
     pid = int(launcher.stdout.readline())
     assert not gone(pid)
     launcher.kill()
-    until(lambda: gone(pid))
+    wait_until(lambda: gone(pid))
     assert (tmp_path / "saved").exists()
     launcher.communicate()
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import Process, environment, family, fresh, ranks, until
+from tests.helpers.processes import Process, environment, family, fresh, ranks
 from tests.helpers.ranks import gone
+from tests.helpers.waiting import wait_until
 
 HERE = Path(__file__).parent
 RESUME = "go on from the last checkpoint with `minigpt resume runs/x`"
@@ -103,11 +104,11 @@ def test_signals_are_passed_on(tmp_path: Path, start: Start):
         program = (str(HERE / "worker.py"), str(tmp_path / signum.name), "save:0", "save:3")
         launchers[signum] = start(*program[1:], program=program[0], timeouts=HURRY)
     for signum, launcher in launchers.items():
-        until(both_started(tmp_path / signum.name))
+        wait_until(both_started(tmp_path / signum.name))
         launcher.send_signal(signum)
         launcher.send_signal(signum)
     for signum, launcher in launchers.items():
-        until(lambda: names(tmp_path / signum.name, "saved"))  # noqa: B023
+        wait_until(lambda: names(tmp_path / signum.name, "saved"))  # noqa: B023
         launcher.send_signal(signal.SIGINT)
     for signum, launcher in launchers.items():
         _, errors = launcher.communicate(timeout=240)
@@ -119,8 +120,8 @@ def test_signals_are_passed_on(tmp_path: Path, start: Start):
 
 def test_a_hail_of_signals(tmp_path: Path, start: Start):
     launcher = start("save:1", "save:1")
-    until(both_started(tmp_path))
-    until(lambda: launcher.send_signal(signal.SIGUSR1) or launcher.poll() is not None)
+    wait_until(both_started(tmp_path))
+    wait_until(lambda: launcher.send_signal(signal.SIGUSR1) or launcher.poll() is not None)
     assert launcher.returncode == 75
     for rank in (0, 1):
         assert (tmp_path / f"{rank}.saved").read_text() == str(int(signal.SIGUSR1))
@@ -133,7 +134,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path, start: Start):
         launcher = start("save:0", "save:0")
     finally:
         signal.signal(signal.SIGHUP, before)
-    until(both_started(tmp_path))
+    wait_until(both_started(tmp_path))
     launcher.send_signal(signal.SIGHUP)
     for rank in (0, 1):
         os.kill(int((tmp_path / f"{rank}.started").read_text()), signal.SIGHUP)
@@ -145,10 +146,10 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path, start: Start):
 
 def test_no_worker_outlives_a_killed_launcher(tmp_path: Path, start: Start):
     launcher = start("save:0", "torch")
-    until(both_started(tmp_path))
+    wait_until(both_started(tmp_path))
     workers = [int(path.read_text()) for path in tmp_path.glob("*.started")]
     launcher.kill()  # while one imports torch
-    until(lambda: all(map(gone, workers)))
+    wait_until(lambda: all(map(gone, workers)))
     assert names(tmp_path, "saved") == ["0", "1"]
 
 
@@ -175,7 +176,7 @@ def test_workers_that_hang_are_killed(tmp_path: Path, start: Start):
                          timeouts={**HURRY, "saved": 0.1})  # fmt: skip
         _, errors = launcher.communicate(timeout=240)
         assert (launcher.returncode, errors) == expected
-        until(lambda: gone(int((folder / "child").read_text())))  # noqa: B023
+        wait_until(lambda: gone(int((folder / "child").read_text())))  # noqa: B023
 
 
 def test_a_stopped_worker_waits_longer_than_a_failed_one(start: Start):
@@ -227,7 +228,7 @@ def listening(pid: int) -> set[str]:
 def test_all_listen_on_loopback_only(tmp_path: Path, recipe_file: Path):
     launcher = pretrain(tmp_path, recipe_file)
     try:
-        until(trains(tmp_path / "run"), launcher)
+        wait_until(trains(tmp_path / "run"), launcher)
         workers = ranks(launcher)
         assert sorted(workers) == [0, 1]
         assert set(family(launcher)) >= {launcher.pid, *workers.values()}
@@ -248,7 +249,7 @@ def test_killed_ranks_are_in_status_json(tmp_path: Path, recipe_file: Path):
     launcher = pretrain(tmp_path, recipe_file)
     run = tmp_path / "run"
     try:
-        until(trains(run), launcher)
+        wait_until(trains(run), launcher)
         before = json.loads((run / "status.json").read_text())
         for pid in ranks(launcher).values():
             os.kill(pid, signal.SIGKILL)

@@ -23,9 +23,9 @@ from minigpt_cli.report import metrics
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.start import start_run
 from tests.helpers.nodes import ADDRESSES, NOBODY, Job, Nodes
-from tests.helpers.processes import until
 from tests.helpers.recipes import TINY
 from tests.helpers.runs import curve, whole_tensors
+from tests.helpers.waiting import wait_until
 
 STEPS = 160
 SET = [
@@ -135,14 +135,14 @@ def test_faults_one_after_another_and_the_run_is_as_if_undisturbed(
     # Saving at every step: the cut finds a save in flight.
     every_step = settings("checkpoint.every_steps=1")
     job = Job(nodes, folder, "pretrain", "tiny.toml", "--out", run, *every_step)
-    until(lambda: step(run) >= 10)
+    wait_until(lambda: step(run) >= 10)
     with nodes.cut():
         time.sleep(1.5)
         before = step(run)
-    until(lambda: step(run) >= before + 5)  # it goes on as if nothing had happened
+    wait_until(lambda: step(run) >= before + 5)  # it goes on as if nothing had happened
     with nodes.cut():
         since = time.monotonic()
-        until(lambda: not job.workers(0) + job.workers(1), seconds=TIMEOUT + 30)
+        wait_until(lambda: not job.workers(0) + job.workers(1), seconds=TIMEOUT + 30)
         print(f"ended {time.monotonic() - since:.1f} s after the cut")
         # torchrun itself can't end on node 1 as long as it waits for its store on node 0
     assert job.end() == [1, 1]
@@ -151,14 +151,14 @@ def test_faults_one_after_another_and_the_run_is_as_if_undisturbed(
     failed_at = assert_failed(run)
 
     job = Job(nodes, folder, "resume", run, "--set", "checkpoint.every_steps=2")
-    until(lambda: step(run) >= failed_at + 5)
+    wait_until(lambda: step(run) >= failed_at + 5)
     nodes.kill(1)
     assert job.end() == [1, -signal.SIGKILL]
     assert_lost(job, 0, run)
     failed_at = assert_failed(run)
 
     job = Job(nodes, folder, "resume", run)
-    until(lambda: step(run) >= failed_at + 5)
+    wait_until(lambda: step(run) >= failed_at + 5)
     job.launchers[1].send_signal(signal.SIGUSR1)
     assert job.end() == [1, 1]  # torchrun turns every code into 1
     said = job.said(0) + job.said(1)
@@ -215,7 +215,7 @@ def copy_from(straight: Path, name: str, step: int) -> Path:
 def test_either_node_may_be_killed(nodes: Nodes, straight: Path, folder: Path, killed: int):
     run = copy_from(straight, f"killed-{killed}", 10)
     job = Job(nodes, folder, "resume", run)
-    until(lambda: step(run) >= 20)
+    wait_until(lambda: step(run) >= 20)
     nodes.kill(killed)
     codes = job.end(120)
     print(codes)
@@ -233,9 +233,9 @@ def test_a_link_is_cut_while_training_waits_for_a_save(nodes: Nodes, straight: P
     run = copy_from(straight, "synchronous", 10)
     every_step = ("--set", "checkpoint.every_steps=1", "--set", "checkpoint.asynchronous=false")
     job = Job(nodes, folder, "resume", run, *every_step)
-    until(lambda: step(run) >= 20)
+    wait_until(lambda: step(run) >= 20)
     with nodes.cut():
-        until(lambda: not set(job.workers(0)) | set(job.workers(1)), seconds=TIMEOUT + 30)
+        wait_until(lambda: not set(job.workers(0)) | set(job.workers(1)), seconds=TIMEOUT + 30)
     print(job.end(120))
     assert_lost(job, 0, run)
     assert_lost(job, 1, run)
@@ -270,7 +270,7 @@ def test_torchrun_starts_the_workers_anew(nodes: Nodes, straight: Path, folder: 
     """With the old store, in which is all that the workers before have said."""
     run = copy_from(straight, "anew", 10)
     job = Job(nodes, folder, "resume", run, torchrun=("--max-restarts", "2"))
-    until(lambda: step(run) >= 20)
+    wait_until(lambda: step(run) >= 20)
     for pid in job.workers(1):
         os.kill(pid, signal.SIGKILL)
     assert job.end(120) == [0, 0]
@@ -285,9 +285,9 @@ def test_workers_whose_torchrun_was_killed_save_and_stop(
 ):
     run = copy_from(straight, f"orphans-{node}", 10)
     job = Job(nodes, folder, "resume", run)
-    until(lambda: step(run) >= 20)
+    wait_until(lambda: step(run) >= 20)
     job.launchers[node].kill()
-    until(lambda: not job.workers(0) + job.workers(1))
+    wait_until(lambda: not job.workers(0) + job.workers(1))
     job.end(120)
     assert status(run) == ("stopped", 75)
     assert step(run) < STEPS

@@ -16,9 +16,10 @@ from minigpt_cli.checkpoint import store
 from minigpt_cli.core.errors import Outcome
 from minigpt_cli.distributed import failure
 from minigpt_cli.distributed.join import RankInfo, session
-from tests.helpers.processes import ROOT, command, environment, fork, minigpt, until
+from tests.helpers.processes import ROOT, command, environment, fork, minigpt
 from tests.helpers.ranks import free_port, gone, rank_environment
 from tests.helpers.runs import curve
+from tests.helpers.waiting import wait_until
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"
 WITHOUT_MEMORY = Path(__file__).parent / "rank_without_memory.py"
@@ -113,14 +114,14 @@ def test_workers_whose_torchrun_was_killed_save_and_stop(tmp_path: Path, recipe_
     arguments = ["pretrain", str(recipe_file), "--out", str(run), "--set", "train.steps=100000"]
     agent = subprocess.Popen([*torchrun, *arguments], env=environment())
     try:
-        until(lambda: (run / "metrics.jsonl").exists())
+        wait_until(lambda: (run / "metrics.jsonl").exists())
         status = json.loads((run / "status.json").read_text())
     finally:
         agent.kill()
         agent.wait()
     try:
-        until(lambda: json.loads((run / "status.json").read_text())["exit_code"] == 75)
-        until(lambda: gone(status["pid"]))
+        wait_until(lambda: json.loads((run / "status.json").read_text())["exit_code"] == 75)
+        wait_until(lambda: gone(status["pid"]))
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(status["pid"], signal.SIGKILL)

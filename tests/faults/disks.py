@@ -18,7 +18,8 @@ from tests.faults.scene import (
     newest,
     steps_saved,
 )  # fmt: skip
-from tests.helpers.processes import NOBODY, until
+from tests.helpers.processes import NOBODY
+from tests.helpers.waiting import wait_until
 
 NOT_WRITTEN = "the checkpoint could not be written: "
 GOES_ON = "; training goes on and saves again at the next interval"
@@ -117,11 +118,11 @@ def _trouble(
     settings = ("train.steps=60", "checkpoint.keep_last=6")
     scene.straight(*settings)  # makes the data, which another user may not
     process = scene.fork(*scene.go(run, *settings), user=user)
-    until(lambda: len(steps_saved(run)) > 1, process)
+    wait_until(lambda: len(steps_saved(run)) > 1, process)
     with process.stopped():
         begin()
         saved = steps_saved(run)
-    until(lambda: process.said.count(GOES_ON) > 1, process)
+    wait_until(lambda: process.said.count(GOES_ON) > 1, process)
     with process.stopped():
         assert process.code is None, process.tail
         check_nothing_lost(run, saved)
@@ -129,7 +130,7 @@ def _trouble(
         assert all(line.startswith("warning: ") and line.endswith(GOES_ON) for line in failed)
         end()
         before = steps_saved(run)
-    until(lambda: steps_saved(run)[-1] > before[-1], process)
+    wait_until(lambda: steps_saved(run)[-1] > before[-1], process)
     assert process.code is None, f"it ended before it could save again: {process.said}"
     assert process.wait() == 0, process.tail
     assert "Traceback" not in process.said
@@ -160,11 +161,11 @@ def stopped_on_a_full_disk(scene: Scene, *settings: str) -> None:
     with disk(scene.place("disk"), "size=8m") as place:
         run = place / "run"
         process = scene.fork(*scene.go(run, *settings))
-        until(lambda: len(steps_saved(run)) > 1, process)
+        wait_until(lambda: len(steps_saved(run)) > 1, process)
         with process.stopped():
             _fill_up(place / "filler")
             saved = steps_saved(run)
-        until(lambda: GOES_ON in process.said, process)
+        wait_until(lambda: GOES_ON in process.said, process)
         process.send(signal.SIGTERM)
         assert process.wait(30) == 2, process.tail
         assert NOT_WRITTEN in process.said.splitlines()[-1], process.tail
@@ -189,11 +190,11 @@ def metrics_on_a_full_disk(scene: Scene) -> None:
     with disk(scene.place("disk"), "size=3m") as place:
         run = place / "run"
         process = scene.fork(*scene.go(run, *settings))
-        until(lambda: lines(run), process)
+        wait_until(lambda: lines(run), process)
         with process.stopped():
             _fill_up(place / "filler")
         warning = "warning: metrics.jsonl could not be written: No space left on device"
-        until(lambda: warning in process.said, process)
+        wait_until(lambda: warning in process.said, process)
         assert process.code is None, process.tail
         (place / "filler").unlink()
         assert process.wait() == 0, process.tail
@@ -231,7 +232,7 @@ def forbidden_between_runs(scene: Scene, what: str) -> None:
     give_to_nobody(run)
     scene.straight()  # makes the data, which another user may not
     process = scene.fork(*scene.go(run), user=NOBODY)
-    until(lambda: len(steps_saved(run)) > 3, process)
+    wait_until(lambda: len(steps_saved(run)) > 3, process)
     process.kill()
     process.wait()
     saved = steps_saved(run)

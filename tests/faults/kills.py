@@ -10,8 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 from tests.faults.scene import STEPS, TWO_RANKS, Scene, check_nothing_lost
-from tests.helpers.processes import Process, ranks, until
+from tests.helpers.processes import Process, ranks
 from tests.helpers.runs import steps_logged, steps_saved
+from tests.helpers.waiting import wait_until
 
 
 def kill_processes(
@@ -33,7 +34,7 @@ def kill_processes(
             if size > 1:
                 # Before that, a rank that is dead can't be told from one that comes late; launchers
                 # see to it (kill_under_launcher).
-                until(lambda: _have_met(run, started[0]), *started)  # noqa: B023
+                wait_until(lambda: _have_met(run, started[0]), *started)  # noqa: B023
             _wait_for_a_moment(chance, run, *started)
             if any(each.code is not None for each in started):
                 break  # it came to its end first
@@ -60,7 +61,7 @@ def kill_while_preparing(scene: Scene, chance: random.Random, kills: int) -> Cou
         is_made = run / "data/dataset.json"
         while hit.total() < kills and not is_made.exists():
             process = scene.fork(*scene.go(run, *settings))
-            until(lambda: (run / "data/.lock").exists(), process)  # noqa: B023
+            wait_until(lambda: (run / "data/.lock").exists(), process)  # noqa: B023
             time.sleep(chance.random() * 0.25)
             process.kill()
             assert process.wait() == -signal.SIGKILL, process.tail
@@ -78,7 +79,7 @@ def kill_between_renames(scene: Scene) -> None:
     """
     run = scene.place("renamed")
     process = scene.fork(*scene.go(run))
-    until(lambda: steps_saved(run), process)
+    wait_until(lambda: steps_saved(run), process)
     process.kill()
     process.wait()
     for path in (run / "checkpoints").glob(".*"):
@@ -123,17 +124,17 @@ def _wait_for_a_moment(chance: random.Random, run: Path, *processes: Process) ->
     kind = chance.choices(("save", "deletion", "step", "any"), (50, 10, 25, 15))[0]
     if kind == "save":
         step = min(last + chance.randint(1, 4), STEPS)  # or the next one that is saved
-        until(
+        wait_until(
             lambda: any(int(path.name[-8:]) >= step for path in folder.glob(".writing-*")),
             *processes,
         )
         time.sleep(chance.random() * 0.03)
     elif kind == "deletion":
-        until(lambda: list(folder.glob(".deleting-*")), *processes)
+        wait_until(lambda: list(folder.glob(".deleting-*")), *processes)
     elif kind == "step":
         before = steps_logged(run)
         after = chance.randint(1, 4)
-        until(lambda: steps_logged(run) >= before + after, *processes)
+        wait_until(lambda: steps_logged(run) >= before + after, *processes)
         time.sleep(chance.random() * 0.03)
     else:
         time.sleep(chance.random())
@@ -164,9 +165,9 @@ def kill_under_launcher(scene: Scene, chance: random.Random, victims: list[str])
         saved = steps_saved(run)
         launcher = scene.fork(*scene.go(run, *TWO_RANKS), "--nproc", 2)
         before = steps_logged(run)
-        until(lambda: steps_logged(run) > before + 1, launcher)  # noqa: B023
+        wait_until(lambda: steps_logged(run) > before + 1, launcher)  # noqa: B023
         if chance.random() < 0.5:
-            until(lambda: list((run / "checkpoints").glob(".writing-*")), launcher)
+            wait_until(lambda: list((run / "checkpoints").glob(".writing-*")), launcher)
         time.sleep(chance.random() * 0.03)
         assert launcher.code is None, launcher.tail
         if victim == "launcher":

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 from tests.faults.scene import TWO_RANKS, Scene
-from tests.helpers.processes import Process, until
+from tests.helpers.processes import Process
 from tests.helpers.runs import steps_logged, steps_saved
+from tests.helpers.waiting import wait_until
 
 BUSY = "another process is training in it"
 ENDLESS = ("train.steps=100000", "eval.every_steps=100000")
@@ -24,7 +25,7 @@ def refuse_others(scene: Scene, chance: random.Random, times: int, nproc: bool =
     """
     run = scene.place("shared")
     first = scene.fork(*scene.go(run, *ENDLESS))
-    until(lambda: len(steps_saved(run)) > 1, first)
+    wait_until(lambda: len(steps_saved(run)) > 1, first)
     in_saves = 0
     for number in range(times):
         ways = [
@@ -34,14 +35,14 @@ def refuse_others(scene: Scene, chance: random.Random, times: int, nproc: bool =
             ["resume", run, "--set", "train.steps=7"],
         ]
         if chance.random() < 0.5:
-            until(lambda: list((run / "checkpoints").glob(".writing-*")), first)
+            wait_until(lambda: list((run / "checkpoints").glob(".writing-*")), first)
         second = scene.fork(*ways[number % len(ways)])
         _check_refused(second, run)
         in_saves += bool(list((run / "checkpoints").glob(".writing-*")))
     if nproc:
         _check_refused(scene.fork("resume", run, "--nproc", 2), run)
     before = steps_logged(run)
-    until(lambda: steps_logged(run) > before + 3, first)
+    wait_until(lambda: steps_logged(run) > before + 3, first)
     assert first.code is None, first.tail
     assert "warning" not in first.said, first.tail
     first.send(signal.SIGTERM)
@@ -86,7 +87,7 @@ def refuse_others_in_preparation(scene: Scene) -> None:
     run = scene.place("shared")
     settings = (f"data.path={run}/data",)
     first = scene.fork(*scene.go(run, *settings))
-    until(lambda: (run / "data/.lock").exists(), first)
+    wait_until(lambda: (run / "data/.lock").exists(), first)
     with first.stopped():
         assert not (run / "data/dataset.json").exists(), "it has made the dataset already"
         second = scene.fork(*scene.go(run, *settings))
@@ -102,7 +103,7 @@ def refuse_while_ranks_train(scene: Scene) -> None:
     run = scene.place("shared")
     settings = (*TWO_RANKS, *ENDLESS)
     first = scene.fork(*scene.go(run, *settings), "--nproc", 2)
-    until(lambda: len(steps_saved(run)) > 1, first)
+    wait_until(lambda: len(steps_saved(run)) > 1, first)
     _check_refused(scene.fork("resume", run), run)
     _check_refused(scene.fork("resume", run, "--nproc", 2), run)
     assert first.code is None, first.tail

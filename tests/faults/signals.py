@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.faults.scene import STEPS, TWO_RANKS, Scene, check_nothing_lost
-from tests.helpers.processes import Process, family, handles, has_mapped, ranks, until
+from tests.helpers.processes import Process, family, handles, has_mapped, ranks
 from tests.helpers.runs import steps_logged, steps_saved
+from tests.helpers.waiting import wait_until
 
 SLOW_EVALUATION = ("eval.windows=200",)
 IN_TIME = 30.0
@@ -106,7 +107,7 @@ def signal_in(
     arguments = [*scene.go(run, *settings), *(["--nproc", 2] if size == 2 else [])]
     process = scene.fresh(*arguments) if how == "fresh" else scene.fork(*arguments)
     is_hit = False
-    if until(lambda: phase.is_now(process, run), process):
+    if wait_until(lambda: phase.is_now(process, run), process):
         time.sleep(chance.random() * 0.01)
         for number, signum in enumerate(signals):
             if number:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -272,18 +272,3 @@ def has_mapped(pid: int, library: str) -> bool:
     with contextlib.suppress(OSError):
         return library in Path(f"/proc/{pid}/maps").read_text()
     return False
-
-
-def until(condition: Callable[[], object], *processes: Process, seconds: float = 120) -> bool:
-    """Wait for a condition, or for the end of one of the processes; whether it came true.
-
-    Raises:
-        AssertionError: neither comes.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if any(process.code is not None for process in processes):
-            return bool(condition())
-        assert time.monotonic() < deadline, "\n".join(process.tail for process in processes)
-        time.sleep(0.001)
-    return True

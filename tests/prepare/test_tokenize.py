@@ -31,6 +31,7 @@ from minigpt_cli.prepare.progress import Progress
 from minigpt_cli.prepare.sources import Source, source_files
 from minigpt_cli.prepare.split import SplitPosition, SplitRule, assign_splits
 from minigpt_cli.prepare.tokenize import tokenize
+from tests.helpers.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAKESPEARE = REPOSITORY.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -71,13 +72,6 @@ def workers_of(out: Path) -> list[int]:
             ):
                 found.append(int(process.name))
     return found
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def more_shards_than(out: Path, count: int, run: "subprocess.Popen[str]") -> Callable[[], object]:
@@ -443,11 +437,11 @@ def test_killed_at_random_moments_it_goes_on(
         run = start(corpus, out, tokenizer_path=tokenizer_file, workers=2, **SHARDS)
         begun = len(list(out.glob("*.npy"))) if out.exists() else 0
         if attempt == 0 or draw.random() < 0.7:  # mostly not while it is still starting
-            wait_for(more_shards_than(out, begun, run))
+            wait_until(more_shards_than(out, begun, run))
         time.sleep(draw.random() * 0.3)
         run.send_signal(signal.SIGKILL)
         notices.append(run.communicate()[1])
-        wait_for(lambda: not workers_of(out))
+        wait_until(lambda: not workers_of(out))
         if (out / "dataset.json").exists():
             break
     run = start(corpus, out, tokenizer_path=tokenizer_file, workers=2, **SHARDS)
@@ -525,7 +519,7 @@ def test_ctrl_c_prints_one_line_and_leaves_nobody(
 ) -> None:
     out = quick / "interrupted"
     run = start(corpus, out, tokenizer_path=tokenizer_file, workers=2, **SHARDS)
-    wait_for(lambda: list(out.glob("*.npy")))
+    wait_until(lambda: list(out.glob("*.npy")))
     os.killpg(run.pid, signal.SIGINT)
     errors = run.communicate(timeout=120)[1]
     assert run.returncode == 1
@@ -572,7 +566,7 @@ def test_two_processes_never_share_a_directory(
         with pytest.raises(UserError, match="another process is tokenizing"):
             tokenize(corpus, out, tokenizer_path=tokenizer_file)
     run = start(corpus, out, tokenizer_path=tokenizer_file, **SHARDS)
-    wait_for(lambda: list(out.glob("*.npy")))
+    wait_until(lambda: list(out.glob("*.npy")))
     with pytest.raises(UserError, match="another process is tokenizing"):
         tokenize(corpus, out, tokenizer_path=tokenizer_file, **SHARDS)
     run.communicate()

@@ -10,8 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.helpers.processes import ROOT, command, environment
 from tests.helpers.ranks import free_port
 from tests.helpers.recipes import TINY
 from tests.helpers.runs import assert_same_run, steps_logged
+from tests.helpers.waiting import wait_until
 
 SBATCH = ROOT / "scripts/slurm/pretrain.sbatch"
 STEPS = 400
@@ -91,18 +91,12 @@ class Slurm:
         return (self.folder / f"minigpt-{number}.log").read_text()
 
     def wait_for_end(self, number: str) -> dict[str, str]:
-        wait_for(
+        wait_until(
             lambda: self.job(number)["JobState"] not in ("PENDING", "RUNNING", "COMPLETING"),
-            lambda: f"{self.job(number)}\n{self.log(number)}",
+            explain=lambda: f"{self.job(number)}\n{self.log(number)}",
+            seconds=240,
         )
         return self.job(number)
-
-
-def wait_for(condition: Callable[[], object], explain: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline, explain()
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +125,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             with log.open("a") as output:
                 started = [file, "-D", *daemon[1:]]
                 daemons.append(subprocess.Popen(started, env=env, stdout=output, stderr=output))
-        wait_for(lambda: nodes_are_idle(cluster), log.read_text)
+        wait_until(lambda: nodes_are_idle(cluster), explain=log.read_text, seconds=240)
         yield cluster
         cluster("scancel", "--user=root", "--signal=KILL")
-        wait_for(lambda: not cluster("squeue", "--noheader"), log.read_text)
+        wait_until(lambda: not cluster("squeue", "--noheader"), explain=log.read_text, seconds=240)
     finally:
         for process in daemons:
             process.terminate()
@@ -175,11 +169,12 @@ def test_signalled_a_job_saves_and_requeues_itself_and_ends_with_the_same_weight
 ):
     run = slurm.folder / "requeued"
     job = slurm.submit(recipe, run, *SETTINGS)
-    wait_for(lambda: steps_logged(run) > 3, lambda: slurm.log(job))
+    wait_until(lambda: steps_logged(run) > 3, explain=lambda: slurm.log(job))
     slurm("scancel", "--signal=USR1", job)  # as --signal does before the time limit
-    wait_for(
+    wait_until(
         lambda: slurm.job(job)["JobState"] == "PENDING" and slurm.job(job)["Restarts"] == "1",
-        lambda: f"{slurm.job(job)}\n{slurm.log(job)}",
+        explain=lambda: f"{slurm.job(job)}\n{slurm.log(job)}",
+        seconds=240,
     )
     # Else in two minutes; at once would be too soon for slurmd, whose credentials count in seconds.
     slurm("scontrol", "update", f"JobId={job}", "StartTime=now+3")
@@ -198,7 +193,7 @@ def test_signalled_a_job_saves_and_requeues_itself_and_ends_with_the_same_weight
 def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, recipe: Path):
     run = slurm.folder / "cancelled"
     job = slurm.submit(recipe, run, *SETTINGS, "--set", "train.steps=100000")
-    wait_for(lambda: steps_logged(run) > 3, lambda: slurm.log(job))
+    wait_until(lambda: steps_logged(run) > 3, explain=lambda: slurm.log(job))
     slurm("scancel", job)
     end = slurm.wait_for_end(job)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0"), slurm.log(job)
@@ -218,7 +213,7 @@ def test_a_killed_rank_ends_the_job(slurm: Slurm, recipe: Path):
     """The other rank says so; the job does not requeue itself."""
     run = slurm.folder / "killed"
     job = slurm.submit(recipe, run, *SETTINGS, "--set", "train.steps=100000")
-    wait_for(lambda: steps_logged(run) > 3, lambda: slurm.log(job))
+    wait_until(lambda: steps_logged(run) > 3, explain=lambda: slurm.log(job))
     slurm("scancel", "--signal=KILL", f"{job}.0")
     end = slurm.wait_for_end(job)
     assert (end["JobState"], end["Restarts"]) == ("FAILED", "0"), slurm.log(job)
@@ -240,7 +235,7 @@ def test_srun_starts_ranks_on_two_nodes_and_on_one(slurm: Slurm, recipe: Path, s
         ["srun", "--job-name=ranks", "--nodes=2", "--ntasks-per-node=1", *OPTIONS, *pretrain],
         env=slurm.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     ) as srun:  # fmt: skip
-        wait_for(lambda: steps_logged(run) > 3 or srun.poll() is not None, lambda: "never began")
+        wait_until(lambda: steps_logged(run) > 3, srun)
         slurm("scancel", "--signal=USR1", "--name=ranks")
         errors = srun.communicate(timeout=240)[1]
     assert srun.returncode == 75, errors

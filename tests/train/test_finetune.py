@@ -24,8 +24,9 @@ from minigpt_cli.report import metrics
 from minigpt_cli.train.start import start_run
 from minigpt_cli.train.step import train_step
 from tests.helpers.models import saved_model
-from tests.helpers.processes import fork, minigpt, until
+from tests.helpers.processes import fork, minigpt
 from tests.helpers.runs import curve, steps_logged, steps_saved
+from tests.helpers.waiting import wait_until
 
 RECIPE = """
 [data]
@@ -111,7 +112,7 @@ def test_killed_and_resumed_the_adapters_are_the_same(
     for _ in range(2):
         process = fork(tmp_path / "log.txt", "resume", run, "--or-start", file, *nproc)
         before = steps_logged(run)
-        until(lambda: steps_logged(run) >= before + 3, process)  # noqa: B023
+        wait_until(lambda: steps_logged(run) >= before + 3, process)  # noqa: B023
         process.kill_all()
         process.wait()
     assert steps_saved(run)

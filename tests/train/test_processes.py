@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from tests.helpers.processes import command, environment, minigpt
 from tests.helpers.recipes import TINY
 from tests.helpers.runs import curve, steps_logged
+from tests.helpers.waiting import wait_until
 
 Start = Callable[..., subprocess.Popen[str]]
 STEPS = 60
@@ -29,13 +29,6 @@ def straight(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     return folder / "run"
 
 
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_a_terminal_that_is_closed_makes_it_save_and_stop(
     tmp_path: Path, recipe_file: Path, straight: Path, start: Start
 ):
@@ -43,7 +36,7 @@ def test_a_terminal_that_is_closed_makes_it_save_and_stop(
     run, signum, code = tmp_path / "run", signal.SIGHUP, 75
     seldom = ("--set", "checkpoint.every_steps=1000")
     process = start("pretrain", recipe_file, "--out", run, *SETTINGS, *seldom)
-    wait_for(lambda: steps_logged(run) > 3, process)
+    wait_until(lambda: steps_logged(run) > 3, process)
     process.send_signal(signum)
     process.send_signal(signum)  # a second one does no harm
     _, errors = process.communicate()
@@ -69,7 +62,7 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path, recipe_file: Path):
         ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *arguments], env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    wait_for(lambda: steps_logged(run) > 3, process)
+    wait_until(lambda: steps_logged(run) > 3, process)
     process.send_signal(signal.SIGHUP)
     assert process.wait() == 0
     assert steps_logged(run) == STEPS
@@ -86,7 +79,7 @@ def test_a_signal_stops_tokenize_with_its_code_and_it_goes_on(
     tokenizer = dataset / "tokenizer.json"
     arguments = ("tokenize", tmp_path / "corpus", "--tokenizer", tokenizer, "--out")
     stopped = start(*arguments, tmp_path / "stopped")
-    wait_for(lambda: list((tmp_path / "stopped").glob("*.npy*")), stopped)
+    wait_until(lambda: list((tmp_path / "stopped").glob("*.npy*")), stopped)
     stopped.send_signal(signal.SIGTERM)
     errors = stopped.communicate(timeout=60)[1]
     assert stopped.returncode == 75, errors
