@@ -66,7 +66,9 @@ def eval_command(
         result = _evaluate(trained, batches(), bytes_per_token, compute) | {
             "checkpoint": str(checkpoint)
         }
-        results.append(result if each is None else result | {"adapter": each.name})
+        if each is not None and len(trained.adapters) > 1:
+            result |= {"adapter": each.name}
+        results.append(result)
     if as_json:
         print_json(results[0] if len(results) == 1 else {"adapters": results})
         return
