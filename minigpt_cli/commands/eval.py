@@ -1,6 +1,5 @@
 """``minigpt eval``."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,12 +8,10 @@ from minigpt_cli.core.console import print_json
 from minigpt_cli.core.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     import torch
     from tokenizers import Tokenizer
 
-    from minigpt_cli.data.loader import Gathered
+    from minigpt_cli.data.sequences import EvalData
     from minigpt_cli.huggingface.load import TrainedModel
 
 EXAMPLE = "minigpt eval runs/tiny --text notes.txt"
@@ -58,14 +55,12 @@ def eval_command(
     from minigpt_cli.commands.loading import each_adapter, load_and_report
 
     trained = load_and_report(model, adapter, device)
-    batches, bytes_per_token = _open_batches(trained, model, data, split, text, batch_size)
+    found = _open_data(trained, model, data, split, text)
     compute = _set_dtype(trained, dtype)
     results = []
     for each in each_adapter(trained):
-        checkpoint = (each and each.checkpoint) or trained.base.directory
-        result = _evaluate(trained, batches(), bytes_per_token, compute) | {
-            "checkpoint": str(checkpoint)
-        }
+        result = _evaluate(trained, found, batch_size, compute)
+        result["checkpoint"] = str(trained.checkpoint_of(each))
         if each is not None and len(trained.adapters) > 1:
             result |= {"adapter": each.name}
         results.append(result)
@@ -80,15 +75,9 @@ def eval_command(
         )
 
 
-def _open_batches(
-    trained: "TrainedModel",
-    model: Path,
-    data: Path | None,
-    split: str,
-    text: Path | None,
-    batch_size: int,
-) -> "tuple[Callable[[], Iterator[Gathered]], float]":
-    """Return (a function that returns an iterator over all batches, bytes of text per token)."""
+def _open_data(
+    trained: "TrainedModel", model: Path, data: Path | None, split: str, text: Path | None
+) -> "EvalData":
     from minigpt_cli.data.sequences import open_eval_sequences
     from minigpt_cli.data.tokenizer import tokenizer_fingerprint
 
@@ -98,32 +87,31 @@ def _open_batches(
     else:
         length = recipe.train.sequence_length
     if text is not None:
-        return _text_batches(text, trained.tokenizer, length, batch_size)
+        return _open_text(text, trained.tokenizer, length)
     if data is None:
         if recipe is None:
             raise UserError(f"{model}: no run, so its data is not known; give --data or --text")
         data = Path(recipe.data_path)
-    found = open_eval_sequences(data, split, length, tokenizer_fingerprint(trained.tokenizer))
-    return partial(found.batches, batch_size), found.bytes_per_token
+    return open_eval_sequences(data, split, length, tokenizer_fingerprint(trained.tokenizer))
 
 
-def _text_batches(
-    file: Path, tokenizer: "Tokenizer", length: int, batch_size: int
-) -> "tuple[Callable[[], Iterator[Gathered]], float]":
+def _open_text(file: Path, tokenizer: "Tokenizer", length: int) -> "EvalData":
     import numpy as np
 
-    from minigpt_cli.data.tokenizer import eos_id
-    from minigpt_cli.evaluate.loss import stream_batches
+    from minigpt_cli.data.dataset import split_in_memory
+    from minigpt_cli.data.loader import TokenSequences
+    from minigpt_cli.data.sequences import EvalData
+    from minigpt_cli.data.tokenizer import eos_id, vocabulary_size
 
-    text = _read(file)
+    text, eos = _read(file), eos_id(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if not ids:
         raise UserError(f"--text {file}: the file is empty; give a file with text")
     # An end-of-text token comes first, as before every document in training: the first token of
     # the text is predicted too.
-    stream = np.array([eos_id(tokenizer), *ids])
-    batches = partial(stream_batches, lambda a, b: stream[a:b], len(stream), length, batch_size)
-    return batches, len(text.encode()) / len(ids)
+    stream = np.array([eos, *ids])
+    split = split_in_memory(stream, vocab_size=vocabulary_size(tokenizer), eos_id=eos)
+    return EvalData(TokenSequences(split, length), len(text.encode()) / len(ids))
 
 
 def _read(text: Path) -> str:
@@ -150,20 +138,17 @@ def _set_dtype(trained: "TrainedModel", name: Dtype) -> "torch.dtype":
 
 
 def _evaluate(
-    trained: "TrainedModel",
-    batches: "Iterator[Gathered]",
-    bytes_per_token: float,
-    dtype: "torch.dtype",
+    trained: "TrainedModel", data: "EvalData", batch_size: int, dtype: "torch.dtype"
 ) -> dict[str, Any]:
     from minigpt_cli.data.tokenizer import token_byte_lengths
     from minigpt_cli.evaluate.loss import evaluate
 
     result = evaluate(
         trained.model,
-        batches,
+        data.batches(batch_size),
         dtype=dtype,
         token_bytes=token_byte_lengths(trained.tokenizer),
-        bytes_per_token=bytes_per_token,
+        bytes_per_token=data.bytes_per_token,
     )
     assert result is not None
     return {

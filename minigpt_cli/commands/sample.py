@@ -152,7 +152,7 @@ def _result(
     result: dict[str, Any] = {
         "completions": [completion.text for completion in completions],
         "finish_reasons": [completion.finish_reason for completion in completions],
-        "checkpoint": str((adapter and adapter.checkpoint) or trained.base.directory),
+        "checkpoint": str(trained.checkpoint_of(adapter)),
     }
     return result if adapter is None else result | {"adapter": adapter.name}
 

@@ -59,31 +59,6 @@ def sequence_batches(
         yield inputs, targets if len(own) else np.full_like(targets, IGNORE_INDEX), segment_ids
 
 
-def stream_batches(
-    read: Callable[[int, int], NDArray[np.integer]],
-    tokens: int,
-    sequence_length: int,
-    batch_size: int,
-) -> Iterator[Gathered]:
-    """Yield batches in which every token of a stream but the first is a target exactly once.
-
-    Args:
-        read: (start, stop) -> those tokens.
-        tokens: length of the stream. The last batch is one shorter sequence, if some are left over.
-    """
-    whole = max(0, tokens - 1) // sequence_length
-    for first in range(0, whole, batch_size):
-        count = min(batch_size, whole - first)
-        start = first * sequence_length
-        flat = np.asarray(read(start, start + count * sequence_length + 1), dtype=np.int64)
-        starts = np.arange(count)[:, None] * sequence_length
-        sequences = flat[starts + np.arange(sequence_length + 1)]
-        yield sequences[:, :-1], sequences[:, 1:], None
-    if whole * sequence_length < tokens - 1:
-        tail = np.asarray(read(whole * sequence_length, tokens), dtype=np.int64)[None]
-        yield tail[:, :-1], tail[:, 1:], None
-
-
 @torch.no_grad()
 def evaluate(
     model: GPT,

@@ -34,10 +34,8 @@ class TrainedModel:
     base: BaseModel
     adapters: list[LoadedAdapter]
 
-    @property
-    def checkpoint(self) -> Path:
-        """The adapter's checkpoint if there is one, else the base's directory."""
-        adapter = self.adapters[0] if self.adapters else None
+    def checkpoint_of(self, adapter: LoadedAdapter | None) -> Path:
+        """Return the adapter's checkpoint if it has one, else the base's directory."""
         return (adapter and adapter.checkpoint) or self.base.directory
 
     @property

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -6,7 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, stream_batches
+from minigpt_cli.data.dataset import split_in_memory
+from minigpt_cli.data.loader import Gathered, TokenSequences
+from minigpt_cli.data.sequences import EvalData
+from minigpt_cli.evaluate.loss import evaluate, fixed_sequences
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize_weights
 
@@ -24,16 +28,10 @@ def model() -> GPT:
     return model.train()
 
 
-@given(tokens=st.integers(0, 100), length=st.integers(1, 9), batch=st.integers(1, 5))
-def test_a_stream_gives_every_token_as_a_target_once(tokens: int, length: int, batch: int):
-    stream = np.arange(tokens)
-    batches = list(stream_batches(lambda a, b: stream[a:b], tokens, length, batch))
-    all_targets = np.concatenate([each[1].ravel() for each in batches] or [np.array([])])
-    assert all_targets.tolist() == list(range(1, tokens))
-    for inputs, targets, segment_ids in batches:
-        assert (targets == inputs + 1).all()
-        assert inputs.shape[1] <= length
-        assert segment_ids is None
+def batches_of(stream: np.ndarray, batch_size: int) -> Iterator[Gathered]:
+    """Cut a text's tokens into sequences of 8."""
+    sequences = TokenSequences(split_in_memory(stream, vocab_size=50, eos_id=0), 8)
+    return EvalData(sequences, 1.0).batches(batch_size)
 
 
 @given(available=st.integers(0, 1000), wanted=st.integers(1, 100))
@@ -53,7 +51,7 @@ def test_each_token_counts_the_same_and_bytes_are_the_targets(model: GPT, batch:
     stream = np.random.default_rng(0).integers(0, 50, 30)  # 3 windows of 8, a tail of 5
     result = evaluate(
         model,
-        stream_batches(lambda a, b: stream[a:b], 30, 8, batch),
+        batches_of(stream, batch),
         dtype=torch.float64,
         token_bytes=LENGTHS,
         bytes_per_token=99.0,
@@ -80,7 +78,7 @@ def test_dropout_is_off_the_mode_is_put_back_and_no_random_number_is_drawn(model
     def run() -> float:
         result = evaluate(
             model,
-            stream_batches(lambda a, b: stream[a:b], 40, 8, 2),
+            batches_of(stream, 2),
             dtype=torch.float64,
             token_bytes=None,
             bytes_per_token=2.5,
