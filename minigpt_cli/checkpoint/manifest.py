@@ -1,6 +1,5 @@
 """manifest.json: a checkpoint's files with their checksums, and its tensors."""
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.errors import Damaged
+from minigpt_cli.core.files import json_checksum
 from minigpt_cli.core.run_dir import (
     AUXILIARY_FILES,
     CHECKPOINT_MANIFEST,
@@ -56,7 +56,7 @@ def write_checkpoint_manifest(checkpoint: Path, manifest: CheckpointManifest) ->
         "files": dict(sorted(manifest.files.items())),
         "tensors": manifest.tensors,
     }
-    content["checksum"] = _checksum(content)
+    content["checksum"] = json_checksum(content)
     (checkpoint / CHECKPOINT_MANIFEST).write_text(_text(content))
 
 
@@ -82,7 +82,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
                 f"{checkpoint}: format {raw['format']!r}; this version of minigpt reads {_FORMAT}"
             )
         unchanged = text == _text(raw)
-        if raw.pop("checksum") != _checksum(raw) or not unchanged:
+        if raw.pop("checksum") != json_checksum(raw) or not unchanged:
             raise Damaged(f"{file}: its content doesn't match its checksum")
         manifest = CheckpointManifest(raw["step"], raw["files"], raw["tensors"], raw["val_loss"])
         _check_types(manifest)
@@ -118,7 +118,3 @@ def _check_types(manifest: CheckpointManifest) -> None:
 
 def _text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -110,9 +110,9 @@ def tokenize_command(
     from minigpt_cli.prepare.make_dataset import make_dataset, summary
     from minigpt_cli.prepare.sources import detect_source
 
+    if vocab_size is not None and train_vocab is not None:
+        raise UserError("--train-vocab is the old name of --vocab-size: give only --vocab-size")
     vocab_size = train_vocab if vocab_size is None else vocab_size
-    if (tokenizer is None) == (vocab_size is None):
-        raise UserError("give either --tokenizer PATH, or --vocab-size N to train a tokenizer")
     source = detect_source(sources, text_field, split, config)
     if dataset_format == "instructions":
         text_only = {

@@ -77,6 +77,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def json_checksum(content: dict[str, Any]) -> str:
+    """Return the sha256 (hex) of a JSON object; the order of its keys doesn't matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 @contextlib.contextmanager
 def locked(file: Path, busy: str) -> Iterator[IO[str]]:
     """Hold an exclusive lock in the ``with`` block. It is released even if the process is killed.

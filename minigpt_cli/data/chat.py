@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 Messages = list[dict[str, Any]]
+
+# A chat template (None: there is none), and the special tokens that it may name.
+ModelTemplate = tuple[str | None, dict[str, str]]
 
 CHATML = (
     "{% for message in messages %}"
@@ -24,9 +28,28 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-_TEMPLATE = "chat_template.jinja"
-_CONFIG = "tokenizer_config.json"
-_SPECIAL = "special_tokens_map.json"
+# File names in a Hugging Face directory.
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+
+
+def template_and_tokens(tokenizer: Path, folder: Path | None = None) -> ModelTemplate:
+    """Return a model's chat template and special tokens.
+
+    Args:
+        tokenizer: the tokenizer's file or directory. Its end-of-text token is the ``eos_token``,
+            unless the folder names another.
+        folder: a Hugging Face directory; None: the one that holds the tokenizer.
+
+    Raises:
+        UserError: a file can't be read, or the tokenizer has no end-of-text token.
+    """
+    if folder is None:
+        folder = tokenizer if tokenizer.is_dir() else tokenizer.parent
+    loaded = load_tokenizer(tokenizer)
+    end = {"eos_token": str(loaded.id_to_token(eos_id(loaded)))}
+    return tokenizer_template(folder), end | special_tokens(folder)
 
 
 def tokenizer_template(folder: Path) -> str | None:
@@ -42,19 +65,19 @@ def tokenizer_template(folder: Path) -> str | None:
         UserError: a file can't be read.
     """
     try:
-        return (folder / _TEMPLATE).read_text(encoding="utf-8")
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / _TEMPLATE} can't be read: {first_line(error)}") from None
-    found = _object(folder / _CONFIG).get("chat_template")
+        raise UserError(f"{folder / CHAT_TEMPLATE} can't be read: {first_line(error)}") from None
+    found = _object(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(found, list):
         named = [entry for entry in found if isinstance(entry, dict)]
         found = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
         raise UserError(
-            f"{folder / _CONFIG}: chat_template is not text but {type(found).__name__}: "
-            f"put the template into {_TEMPLATE}"
+            f"{folder / TOKENIZER_CONFIG}: chat_template is not text but {type(found).__name__}: "
+            f"put the template into {CHAT_TEMPLATE}"
         )
     return found
 
@@ -71,9 +94,9 @@ def special_tokens(folder: Path) -> dict[str, str]:
     Raises:
         UserError: a file can't be read.
     """
-    entries = _object(folder / _CONFIG)
+    entries = _object(folder / TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in entries:
-        entries = entries | _object(folder / _SPECIAL)
+        entries = entries | _object(folder / SPECIAL_TOKENS_MAP)
     tokens = {}
     for name, value in entries.items():
         text = value.get("content") if isinstance(value, dict) else value

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.files import sha256_of, write_atomically
+from minigpt_cli.core.files import json_checksum, sha256_of, write_atomically
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -170,7 +170,7 @@ def read_dataset_manifest(path: Path) -> DatasetManifest:
                 f"{path} has format {record['format']}, newer than the {FORMAT} that this minigpt "
                 "reads: update minigpt"
             )
-        if record.pop("checksum") != _checksum(record):
+        if record.pop("checksum") != json_checksum(record):
             raise damaged(file, "its content doesn't match its checksum")
         del record["format"]
         if file.name == OLD_INSTRUCTIONS:
@@ -186,7 +186,7 @@ def write_dataset_manifest(path: Path, manifest: DatasetManifest) -> None:
     record = _without_none(asdict(manifest))
     record["splits"] = {name: _without_none(split) for name, split in record["splits"].items()}
     record["format"] = FORMAT if manifest.has_loss_mask else 1
-    record["checksum"] = _checksum(record)
+    record["checksum"] = json_checksum(record)
     write_atomically(path / MANIFEST, (json.dumps(record, indent=1) + "\n").encode())
 
 
@@ -295,10 +295,6 @@ def _tokenizer_problem(file: Path, manifest: DatasetManifest) -> str | None:
     except UserError:
         pass
     return "is not the tokenizer that the dataset was made with"
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _without_none(record: dict[str, Any]) -> dict[str, Any]:

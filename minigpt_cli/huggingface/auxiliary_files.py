@@ -15,13 +15,16 @@ from typing import Any
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import read_json
 from minigpt_cli.core.run_dir import AUXILIARY_FILES
-from minigpt_cli.data import chat
-from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
+from minigpt_cli.data.chat import (
+    CHAT_TEMPLATE,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    ModelTemplate,
+    template_and_tokens,
+)
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_CHAT_TEMPLATE = "chat_template.jinja"
-_NAMES = (TOKENIZER_CONFIG, "special_tokens_map.json", _CHAT_TEMPLATE, GENERATION_CONFIG)
+_NAMES = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, CHAT_TEMPLATE, GENERATION_CONFIG)
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _FORMAT = 1
 
@@ -45,7 +48,7 @@ class AuxiliaryFiles:
         """Add the chat template that conversations were rendered with; None: change nothing."""
         if chat_template is None:
             return self
-        return replace(self, files=self.files | {_CHAT_TEMPLATE: chat_template})
+        return replace(self, files=self.files | {CHAT_TEMPLATE: chat_template})
 
     def dump(self) -> bytes:
         """Return the content of huggingface.json."""
@@ -132,22 +135,15 @@ def auxiliary_files_of_checkpoint(checkpoint: Path) -> AuxiliaryFiles:
     return AuxiliaryFiles(tokens, files)
 
 
-def chat_template(
-    tokenizer: Path, auxiliary_files: AuxiliaryFiles
-) -> tuple[str | None, dict[str, str]]:
+def chat_template(tokenizer: Path, auxiliary_files: AuxiliaryFiles) -> ModelTemplate:
     """Return a model's chat template and the special tokens that the template may use.
 
     Args:
         tokenizer: Its file or directory. Without auxiliary files, the files beside it are read.
         auxiliary_files: The model's.
 
-    Returns:
-        The template (None if there is none), and "eos_token" -> text, and so on.
-
     Raises:
         UserError: A file can't be read, or the tokenizer has no end-of-text token.
     """
-    loaded = load_tokenizer(tokenizer)
-    names = {"eos_token": str(loaded.id_to_token(eos_id(loaded)))}
     with auxiliary_files.directory(tokenizer) as folder:
-        return chat.tokenizer_template(folder), names | chat.special_tokens(folder)
+        return template_and_tokens(tokenizer, folder)

@@ -19,9 +19,10 @@ from minigpt_cli.checkpoint.store import is_checkpoint, list_steps
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import whole_directory
 from minigpt_cli.core.run_dir import CHECKPOINTS, FINAL, RECIPE, STATE, TOKENIZER
+from minigpt_cli.data.chat import TOKENIZER_CONFIG
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 from minigpt_cli.huggingface.adapter import LoadedAdapter
-from minigpt_cli.huggingface.auxiliary_files import GENERATION_CONFIG, TOKENIZER_CONFIG
+from minigpt_cli.huggingface.auxiliary_files import GENERATION_CONFIG
 from minigpt_cli.huggingface.base_model import (
     BaseModel,
     open_base,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.signals import ignore_signals
 
 # A worker holds the encodings of this much text at a time.
 _AT_ONCE = 64 << 10
@@ -204,8 +205,7 @@ def _serve(requests: IO[bytes], replies: IO[bytes], file: str, eos: int, dtype: 
 
 def _main() -> None:
     # The parent handles signals to the process group or the Slurm step, and then kills the workers.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
+    ignore_signals()
     file, eos, dtype = sys.argv[1:]
     with os.fdopen(os.dup(0), "rb") as requests, os.fdopen(os.dup(1), "wb") as replies:
         os.dup2(2, 1)  # prints of libraries go to standard error, not among the replies

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from minigpt_cli.core.console import log
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.data.chat import ModelTemplate
 from minigpt_cli.data.dataset_manifest import is_dataset
-from minigpt_cli.prepare.make_dataset import ModelTemplate, make_dataset
+from minigpt_cli.prepare.make_dataset import make_dataset
 from minigpt_cli.prepare.sources import Source, listing
 from minigpt_cli.recipe import Recipe
 

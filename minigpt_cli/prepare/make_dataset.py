@@ -5,16 +5,12 @@ from typing import Any, Literal
 
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.data.chat import CHATML, special_tokens, tokenizer_template
+from minigpt_cli.data.chat import CHATML, ModelTemplate, template_and_tokens
 from minigpt_cli.data.dataset_manifest import DatasetManifest
-from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.progress import progress_display
 from minigpt_cli.prepare.sources import Source
 from minigpt_cli.prepare.tokenize import tokenize
-
-# A chat template (None: there is none), and the special tokens that it may name.
-ModelTemplate = tuple[str | None, dict[str, str]]
 
 
 def make_dataset(
@@ -62,7 +58,7 @@ def make_dataset(
                 f"{out}: instructions need a tokenizer: give its file or directory "
                 "(--tokenizer, or [data.tokenizer] path)"
             )
-        template, variables = model_template or _template_beside(Path(tokenizer_path))
+        template, variables = model_template or template_and_tokens(Path(tokenizer_path))
         manifest = make_instructions(
             source,
             out,
@@ -74,10 +70,6 @@ def make_dataset(
         )
         counted = "examples"
     else:
-        if (tokenizer_path is None) == (vocab_size is None):
-            raise UserError(
-                "give a tokenizer (--tokenizer) or the size of one to train (--vocab-size)"
-            )
         with progress_display() as show:
             manifest = tokenize(
                 source,
@@ -124,14 +116,6 @@ def summary(manifest: DatasetManifest, out: Path) -> dict[str, Any]:
 
 def _refuse(message: str) -> None:
     raise UserError(f"{message.removesuffix('; skipped')} (refused: strict)")
-
-
-def _template_beside(tokenizer_path: Path) -> ModelTemplate:
-    """Read the chat template and the special tokens that lie beside a tokenizer."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    end = {"eos_token": str(tokenizer.id_to_token(eos_id(tokenizer)))}
-    folder = tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent
-    return tokenizer_template(folder), end | special_tokens(folder)
 
 
 def _read_template(name: str) -> str:

@@ -275,7 +275,7 @@ def _check_arguments(
     workers: int | None,
 ) -> None:
     if (tokenizer_path is None) == (train_vocab is None):
-        raise UserError("give either a tokenizer to load, or a vocabulary size to train one")
+        raise UserError("give either --tokenizer PATH, or --vocab-size N to train a tokenizer")
     if train_vocab is not None and train_vocab < MIN_VOCAB:
         raise UserError(f"a vocabulary of {train_vocab} is too small; ask for at least {MIN_VOCAB}")
     if not 0 <= val_fraction < 1:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigpt_cli.core.constants import GPU_MUON_ELEMENTS
 from minigpt_cli.distributed.parallel import num_shards, over_whole_matrices, to_local
 
 # Elements of the matrices that a rank orthogonalises in one batch: enough to fill a GPU, and few
 # enough for a CPU's cache.
-_BATCH_ELEMENTS = {"cuda": 2**26, "cpu": 2**20}
+_BATCH_ELEMENTS = {"cuda": GPU_MUON_ELEMENTS, "cpu": 2**20}
 
 
 class Muon(torch.optim.Muon):
