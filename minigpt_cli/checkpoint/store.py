@@ -137,7 +137,7 @@ def newest_valid(
         skipped.append(f"{name} skipped: {'; '.join(problems)}")
     if names:
         raise Damaged(f"{run}: no valid checkpoint. " + ". ".join(skipped))
-    raise UserError(f"{run}: no checkpoint yet; start it again with minigpt pretrain")
+    raise UserError(f"{run}: no checkpoint yet; repeat the command that started the run")
 
 
 def locate(path: Path) -> tuple[Path, Path | None]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt_cli.core.errors import EXPLAINED_CODES, STOP_CODES
+from minigpt_cli.core.run_dir import checkpoint_step, checkpoints_dir
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,13 @@ DONE = ExitStatus(0)
 
 
 def resume_hint(run: Path | None) -> str:
-    """Return what to do after a rank was lost; ``run`` is None before training begins."""
-    if run is None:
+    """Return what to do after a rank was lost.
+
+    Args:
+        run: the run directory; None before training begins.
+    """
+    found = () if run is None else checkpoints_dir(run).glob("step-*")
+    if all(checkpoint_step(path) is None for path in found):
         return "run the same command again"
     return f"go on from the last checkpoint with `minigpt resume {run}`"
 

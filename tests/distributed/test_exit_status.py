@@ -14,8 +14,6 @@ from minigpt_cli.distributed.exit_status import (
     report_order,
 )
 
-RUN = Path("runs/x")
-RESUME = "go on from the last checkpoint with `minigpt resume runs/x`"
 KILLED = ExitStatus(1, "rank 1 was killed by SIGKILL")
 
 
@@ -54,13 +52,20 @@ def test_first_failure_wins(codes: list[int], merged: int):
         (127, "rank 1 ended with exit code 127"),
     ],
 )
-def test_unexplained_end(returncode: int, message: str):
-    assert exit_status("rank 1", returncode, RUN) == ExitStatus(1, f"{message}; {RESUME}")
+def test_unexplained_end(tmp_path: Path, returncode: int, message: str):
+    run = tmp_path / "x"
+    again = ExitStatus(1, f"{message}; run the same command again")
+    assert exit_status("rank 1", returncode, run) == again
+    (run / "checkpoints/.writing-step-00000010").mkdir(parents=True)
+    assert exit_status("rank 1", returncode, run) == again
+    (run / "checkpoints/step-00000010").mkdir()
+    resume = f"go on from the last checkpoint with `minigpt resume {run}`"
+    assert exit_status("rank 1", returncode, run) == ExitStatus(1, f"{message}; {resume}")
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 3, 4, 75, 130])
 def test_explained_end(code: int):
-    status = exit_status("rank 1", code, RUN)
+    status = exit_status("rank 1", code, Path("runs/x"))
     assert status == ExitStatus(code)
     assert status.failed == (code in (1, 2, 3, 4))
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from minigpt_cli.checkpoint.store import list_steps
 from tests.helpers.processes import Process, environment, family, fresh, ranks
 from tests.helpers.ranks import gone
 from tests.helpers.waiting import wait_until
 
 HERE = Path(__file__).parent
-RESUME = "go on from the last checkpoint with `minigpt resume runs/x`"
+AGAIN = "run the same command again"  # there is no checkpoint
 HURRY = {"failed": 0.1, "terminated": 0.1}
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -59,7 +60,7 @@ def both_started(folder: Path) -> Callable[[], bool]:
 
 
 def test_exit_codes_and_output(start: Start):
-    killed = f"minigpt: rank 1 was killed by SIGKILL (out of memory?); {RESUME}\n"
+    killed = f"minigpt: rank 1 was killed by SIGKILL (out of memory?); {AGAIN}\n"
     cases = {
         ("exit:0", "exit:0"): (0, ""),
         ("exit:0", "exit:130"): (130, ""),
@@ -168,7 +169,7 @@ def test_workers_that_hang_are_killed(tmp_path: Path, start: Start):
         "sys.exit(code)\n"
     )
     (tmp_path / "hanging.py").write_text(hanging)
-    hung = f"minigpt: rank 0 did not end with the others and was killed; {RESUME}\n"
+    hung = f"minigpt: rank 0 did not end with the others and was killed; {AGAIN}\n"
     for code, expected in ((4, (4, "")), (75, (1, hung))):
         folder = tmp_path / str(code)
         folder.mkdir()
@@ -249,7 +250,7 @@ def test_killed_ranks_are_in_status_json(tmp_path: Path, recipe_file: Path):
     launcher = pretrain(tmp_path, recipe_file)
     run = tmp_path / "run"
     try:
-        wait_until(trains(run), launcher)
+        wait_until(lambda: list_steps(run), launcher)
         before = json.loads((run / "status.json").read_text())
         for pid in ranks(launcher).values():
             os.kill(pid, signal.SIGKILL)
