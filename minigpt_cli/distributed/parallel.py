@@ -69,9 +69,8 @@ def choose_parallel_dims(
         return ParallelDims("single", world)
     if strategy == "auto":
         fits = state_bytes <= 0.4 * device_memory(world.device, world.local_size)
-        strategy = (
-            "fsdp" if any(world.all_reduce_max(not fits)) else "ddp"
-        )  # if it fits no rank's memory, on all
+        fits_all = not any(world.all_reduce_max(not fits))
+        strategy = "ddp" if fits_all else "fsdp"
     if strategy == "ddp":
         return ParallelDims("ddp", world)
     kind = world.device.type
@@ -91,7 +90,7 @@ def choose_parallel_dims(
 
 
 def apply_fsdp(
-    model: nn.Module, blocks: nn.ModuleList, layout: ParallelDims, dtype: torch.dtype
+    model: nn.Module, blocks: nn.ModuleList, dims: ParallelDims, dtype: torch.dtype
 ) -> None:
     """Shard a model on the meta device in place, if the strategy is a sharded one.
 
@@ -100,7 +99,7 @@ def apply_fsdp(
         dtype: of matrix products. With bf16 or fp16 the blocks' parameters are gathered in it;
             gradients are reduced in float32.
     """
-    if layout.mesh is None:
+    if dims.mesh is None:
         return
     half = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(
@@ -108,18 +107,18 @@ def apply_fsdp(
         reduce_dtype=torch.float32 if half else None,
         cast_forward_inputs=False,  # the residual stream stays in float32
     )
-    keep = layout.strategy == "zero2"
+    keep = dims.strategy == "zero2"
     for block in blocks:
-        fully_shard(block, mesh=layout.mesh, mp_policy=policy, reshard_after_forward=not keep)
+        fully_shard(block, mesh=dims.mesh, mp_policy=policy, reshard_after_forward=not keep)
     # Embeddings in bf16 would move the loss by 1e-3 within 50 steps (benchmarks/LOG.md).
-    fully_shard(model, mesh=layout.mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=dims.mesh, reshard_after_forward=False)
 
 
-def apply_ddp(model: nn.Module, layout: ParallelDims) -> nn.Module:
+def apply_ddp(model: nn.Module, dims: ParallelDims) -> nn.Module:
     """Return the module to call in training: the DDP wrapper for ddp, else the model."""
-    if layout.strategy != "ddp":
+    if dims.strategy != "ddp":
         return model
-    device = layout.world.device
+    device = dims.world.device
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -138,9 +137,9 @@ def gradient_sync(forward: nn.Module, last: bool) -> AbstractContextManager[None
     return contextlib.nullcontext()
 
 
-def zero_grad(model: nn.Module, layout: ParallelDims) -> None:
+def zero_grad(model: nn.Module, dims: ParallelDims) -> None:
     """Clear the gradients. DDP's must remain views of its buckets, so they are set to zero."""
-    model.zero_grad(set_to_none=layout.strategy != "ddp")
+    model.zero_grad(set_to_none=dims.strategy != "ddp")
 
 
 def to_local(tensors: list[Tensor]) -> list[Tensor]:

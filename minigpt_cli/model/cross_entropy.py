@@ -84,9 +84,8 @@ def projected_cross_entropy(
     if chunk_tokens is None:
         budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
         chunk_tokens = max(128, budget // (4 * len(weight)) // 128 * 128)
-    weight = weight.to(
-        hidden.dtype
-    )  # outside the Function, so that autograd casts the gradient back
+    # Outside the Function, so that autograd casts the gradient back.
+    weight = weight.to(hidden.dtype)
     if not torch.is_grad_enabled():  # a Function can't see this
         weight = weight.detach()
     loss: Tensor = _ProjectedCrossEntropy.apply(hidden, weight, targets, chunk_tokens)

@@ -164,9 +164,8 @@ def initialize_adapters(
         fill(layer.lora_A, values)
         fill(layer.lora_B, torch.zeros(layer.lora_B.shape))
         if layer.lora_magnitude_vector is not None:
-            weight = read(f"{name}.weight").to(
-                layer.weight.dtype
-            )  # in the dtype of the model's copy
+            # First in the dtype of the model's copy, which may be rounded.
+            weight = read(f"{name}.weight").to(layer.weight.dtype)
             fill(layer.lora_magnitude_vector, weight.to(layer.lora_A.dtype).norm(dim=1))
 
 
