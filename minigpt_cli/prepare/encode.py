@@ -114,8 +114,9 @@ def _start(tokenizer: Path, eos: int, dtype: str) -> "subprocess.Popen[bytes]":
         "PYTHONPATH": os.pathsep.join(paths),
         "TOKENIZERS_PARALLELISM": "false",  # one core each
     }
+    # -P: the working directory may be the corpus, and hold a file of a module's name.
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(tokenizer), str(eos), dtype],
+        [sys.executable, "-P", "-m", __name__, str(tokenizer), str(eos), dtype],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,

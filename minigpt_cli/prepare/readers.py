@@ -263,8 +263,12 @@ def _streamed_batches(source: Source, skip: int) -> Iterator["pa.RecordBatch"]:
 
 def _saved_split(folder: Path, split: str) -> Path | None:
     """Find the directory of one split that ``save_to_disk`` wrote, None if it wrote none here."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    file = folder / "dataset_dict.json"
+    if file.is_file():
+        try:
+            splits = list(json.loads(file.read_text())["splits"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise _not_readable(folder, error) from None
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
         folder = folder / split
@@ -280,7 +284,9 @@ def _saved_batches(folder: Path) -> Iterator["pa.RecordBatch"]:
         for name in (entry["filename"] for entry in files):
             with pa.OSFile(str(folder / name)) as file, pa.ipc.open_stream(file) as batches:
                 yield from batches
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"{folder} is not a saved dataset that can be read: {first_line(error)}"
-        ) from None
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise _not_readable(folder, error) from None
+
+
+def _not_readable(folder: Path, error: Exception) -> UserError:
+    return UserError(f"{folder} is not a saved dataset that can be read: {first_line(error)}")

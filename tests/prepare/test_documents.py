@@ -244,6 +244,10 @@ def test_hugging_face_datasets_on_disk(folder: Path) -> None:
         read_documents(Source("huggingface", ("two",), split="validation"))
     with pytest.raises(UserError, match="split invalid_state"):
         read_documents(Source("huggingface", ("three",), split="invalid_state"))
+    for content in ("{", "[]", "{}", '{"splits": 3}'):
+        (folder / "two/dataset_dict.json").write_text(content)
+        with pytest.raises(UserError, match="two is not a saved dataset that can be read"):
+            read_documents(Source("huggingface", ("two",)))
     next((folder / "one").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match="one is not a saved dataset that can be read"):
         read_documents(Source("huggingface", ("one",)))
