@@ -69,18 +69,14 @@ class EvalData:
                 yield tail[:, :-1], tail[:, 1:], None
 
 
-def verify_data(recipe: Recipe) -> bool:
+def verify_data(recipe: Recipe) -> None:
     """Compare every byte of a recipe's dataset with its manifest; this may take minutes.
-
-    Returns:
-        True.
 
     Raises:
         UserError: there is no dataset.
         Damaged: a file isn't as recorded.
     """
     open_dataset(recipe.data_path, verify=True)
-    return True
 
 
 def open_data(recipe: Recipe) -> TrainingData:

@@ -38,11 +38,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
     Raises:
         UserError: ``vocab_size`` is less than ``MIN_VOCAB``.
     """
-    if vocab_size < MIN_VOCAB:
-        raise UserError(
-            f"a vocabulary of {vocab_size} is too small: byte-level BPE needs 256 bytes and {EOS}; "
-            f"ask for at least {MIN_VOCAB}"
-        )
+    check_vocab_size(vocab_size)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -57,6 +53,19 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> "Tokenizer":
     )
     tokenizer.train_from_iterator(_training_pieces(texts), trainer=trainer)
     return as_text_only(tokenizer)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Check that a tokenizer of this size can be trained.
+
+    Raises:
+        UserError: it is less than ``MIN_VOCAB``.
+    """
+    if vocab_size < MIN_VOCAB:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is too small: byte-level BPE needs 256 bytes and {EOS}; "
+            f"ask for at least {MIN_VOCAB}"
+        )
 
 
 def _training_pieces(texts: Iterator[str]) -> Iterator[str]:

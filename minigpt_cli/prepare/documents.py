@@ -1,5 +1,6 @@
 """Documents of a source: streamed in pieces of bounded size, from any position on."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,7 @@ def documents(
 
     Empty documents are left out. Bad text is reported and counted in ``Position.bad``: a malformed
     line of JSON, an empty cell of a table, or a standard library file that isn't UTF-8 is skipped;
-    invalid bytes in a text file become U+FFFD. The size of files and of text documents has no
-    influence on the memory in use.
+    invalid bytes in a text file become U+FFFD. Memory is bounded, whatever the size of the files.
 
     Args:
         source: What to read.
@@ -123,8 +123,10 @@ def _text_of(record: RawRecord, field: str) -> bytes | str:
         return f"no text in field {field!r}"
     if isinstance(text, bytes):  # from a table
         return text
-    problem = text_problem(text)
-    return text.encode() if problem is None else f"field {field!r} {problem}"
+    if isinstance(text, str):
+        with contextlib.suppress(UnicodeEncodeError):
+            return text.encode()
+    return f"field {field!r} {text_problem(text)}"
 
 
 def _text_file(file: Path, bad: _BadText, here: Position) -> Iterator[DocumentPiece]:

@@ -19,7 +19,8 @@ class Progress:
     Attributes:
         phase: "training the tokenizer" or "tokenizing".
         bytes: UTF-8 bytes of text so far.
-        total_bytes: UTF-8 bytes in the whole source; None if its files' sizes don't say.
+        total_bytes: Bytes of the source's files, at least those of its text; None if their sizes
+            don't say.
         documents: Documents so far.
         tokens: Tokens so far.
         bad: Bad lines so far.

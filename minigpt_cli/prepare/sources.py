@@ -150,8 +150,8 @@ def listing(source: Source) -> tuple[str, int | None]:
     a fingerprint of its own in ``dataset.json``.
 
     Returns:
-        The sha256 (hex), and the bytes of text in all files. These are None if the files are
-        compressed, or tables.
+        The sha256 (hex), and the bytes of all files, in JSON lines with everything beside the text.
+        The bytes are None if the files are compressed, or tables.
 
     Raises:
         UserError: A file doesn't exist or can't be read.
@@ -186,7 +186,7 @@ def _kind_of(argument: str) -> str:
         if len(kinds) > 1:
             raise UserError(
                 f"{argument} holds files of different kinds ({', '.join(sorted(kinds))}): "
-                f"name those to read, for example '{argument.rstrip('/')}/**/*.jsonl'"
+                "name files of one kind, or give a pattern that matches only these"
             )
         return kinds.pop()
     # If `data` is a directory, `data/missing` is a mistyped path and not a dataset on the Hub.

@@ -31,7 +31,7 @@ from minigpt_cli.data.tokenizer import (
     tokenizer_fingerprint,
     vocabulary_size,
 )
-from minigpt_cli.prepare.bpe import MIN_VOCAB, train_bpe
+from minigpt_cli.prepare.bpe import check_vocab_size, train_bpe
 from minigpt_cli.prepare.journal import State, read_journal
 from minigpt_cli.prepare.output import differences, finished_dataset, write_error
 from minigpt_cli.prepare.pipeline import Work, encode_all, shard_files
@@ -276,8 +276,8 @@ def _check_arguments(
 ) -> None:
     if (tokenizer_path is None) == (train_vocab is None):
         raise UserError("give either --tokenizer PATH, or --vocab-size N to train a tokenizer")
-    if train_vocab is not None and train_vocab < MIN_VOCAB:
-        raise UserError(f"a vocabulary of {train_vocab} is too small; ask for at least {MIN_VOCAB}")
+    if train_vocab is not None:
+        check_vocab_size(train_vocab)  # before the source is read
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction must be at least 0 and below 1, not {val_fraction}")
     if shard_tokens < 1:

@@ -62,11 +62,6 @@ class ShardWriter:
         if pending:
             self._continue(pending)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens written so far."""
-        return sum(shard.tokens for shard in self.finished) + self.pending
-
     def write(self, tokens: NDArray[Any]) -> None:
         """Append ``tokens``, a 1-D array of the dataset's data type."""
         assert tokens.dtype == self._dtype, (tokens.dtype, self._dtype)

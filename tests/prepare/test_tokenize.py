@@ -714,8 +714,8 @@ def test_shards_of_unknown_origin_are_left_alone(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either a tokenizer"),
-        ({"tokenizer_path": "x", "train_vocab": 300}, "either a tokenizer"),
+        ({}, "either --tokenizer PATH, or --vocab-size N"),
+        ({"tokenizer_path": "x", "train_vocab": 300}, "either --tokenizer PATH, or --vocab-size N"),
         ({"train_vocab": 256}, "at least 257"),
         ({"train_vocab": 300, "val_fraction": 1.0}, "val_fraction"),
         ({"train_vocab": 300, "val_fraction": -0.1}, "val_fraction"),
