@@ -13,7 +13,7 @@ from typing import Any
 from minigpt_cli.prepare.sources import Source
 from minigpt_cli.prepare.tokenize import tokenize
 from minigpt_cli.report import metrics
-from tests.distributed.test_parallel import COMMON, SETTINGS, STRATEGIES
+from tests.helpers.parallel_settings import COMMON, SETTINGS, STRATEGIES
 from tests.helpers.processes import ROOT
 from tests.helpers.ranks import train_many
 from tests.helpers.recipes import TINY

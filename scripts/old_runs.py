@@ -40,7 +40,6 @@ STOPPED = {
     "lora": (signal.SIGTERM, "finetune-lora lora.toml"),
 }
 STEPS_BEFORE_SIGNAL = 7  # of 30
-INSTRUCTIONS = "eval instructions"  # the old format may also be refused
 USES = {
     "tokenize again": FINISHED[0],
     "verify": "verify runs/adamw",
@@ -50,7 +49,7 @@ USES = {
     "eval final": "eval runs/base/final --data data/text",
     "eval lora": "eval runs/base --adapter runs/lora --data data/text",
     "eval peft": "eval runs/base --adapter runs/chat/final --data data/text",
-    INSTRUCTIONS: "eval runs/base --adapter runs/chat --data data/chat",
+    "eval instructions": "eval runs/base --adapter runs/chat --data data/chat",
     "sample": "sample runs/base --prompt The --temperature 0 --max-new-tokens 8",
     "export muon": "export runs/muon exported/muon",
     "export lora": "export runs/base exported/lora --adapter runs/lora",
@@ -203,9 +202,6 @@ def compare() -> int:
     old, new = results
     different = 0
     for name in old:
-        if name == INSTRUCTIONS and str(new[name]).startswith("exit code 2:"):
-            print(f"{name:18} refused, which is allowed: {new[name]}")
-            continue
         worked = old[name] and not isinstance(old[name], str)
         found = difference(old[name], new.get(name)) if worked else f"no result: {old[name]}"
         print(f"{name:18} {found or 'the same'}")

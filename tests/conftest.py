@@ -14,6 +14,7 @@ import pytest
 from minigpt_cli.prepare.sources import Source
 from minigpt_cli.prepare.tokenize import tokenize
 from minigpt_cli.recipe import Recipe, parse_recipe
+from tests.helpers.file_limit import limit_files
 from tests.helpers.processes import ROOT, command, environment
 from tests.helpers.recipes import TINY
 
@@ -97,6 +98,13 @@ def signals_as_before() -> Iterator[None]:
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_limit_of_files() -> Iterator[None]:
+    """A test that failed between two events has left its ``limit_files``."""
+    yield
+    limit_files(None)
 
 
 @pytest.fixture

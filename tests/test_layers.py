@@ -26,7 +26,7 @@ def test_only_some_modules_import_torch_distributed():
         for path in PACKAGE.rglob("*.py")
         if any(name.startswith("torch.distributed") for name in imported(path))
     }
-    allowed = ("distributed/", "checkpoint/", "train/")
+    allowed = ("distributed/", "checkpoint/")
     assert {user for user in users if not user.startswith(allowed)} == set()
     assert "checkpoint/tensors.py" in users  # the search finds what is there
 
@@ -41,8 +41,9 @@ def test_no_two_things_share_a_name():
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 names.setdefault(node.name, []).append(path)
     del names["main"]  # of cli.py and of __main__.py, which calls it
+    assert "loop.py" in files  # the search finds what is there
+    assert {"GPT", "train_step"} <= names.keys()
     for found in (files, names):
-        assert len(found) > 100
         assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
 
 

@@ -72,13 +72,20 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_stale_directories_are_removed_and_a_moved_one_is_restored(tmp_path: Path):
+@pytest.mark.parametrize("before_writing", [False, True])
+def test_stale_directories_are_removed_and_a_moved_one_is_restored(
+    tmp_path: Path, before_writing: bool
+):
     alive = f".out-{os.getpid()}-abc"
     for name in (f".out-{DEAD}-abc", alive, ".out-notes", f".other-{DEAD}-a"):
         (tmp_path / name).mkdir()
     (tmp_path / f".out-{DEAD}-def-old").mkdir()
     (tmp_path / f".out-{DEAD}-def-old/precious").write_text("x")
-    remove_stale_directories(tmp_path / "out")
+    if before_writing:
+        with pytest.raises(UserError, match="out: already exists"):  # it is back
+            whole_directory(tmp_path / "out").__enter__()
+    else:
+        remove_stale_directories(tmp_path / "out")
     assert (tmp_path / "out/precious").read_text() == "x"
     assert set(os.listdir(tmp_path)) == {"out", alive, ".out-notes", f".other-{DEAD}-a"}
 

@@ -2,14 +2,18 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.distributed.join import RankInfo, find_rank_info
+from minigpt_cli.distributed import join
+from minigpt_cli.distributed.join import RankInfo, connect, find_rank_info
 from tests.helpers.processes import command, environment
 from tests.helpers.ranks import free_port, gone, rank_environment
 from tests.helpers.waiting import wait_until
@@ -61,6 +65,7 @@ def test_torchrun(monkeypatch: pytest.MonkeyPatch):
         (TORCHRUN | {"MASTER_PORT": "65536"}, "describes no rank"),
         (TORCHRUN | {"MASTER_PORT": "a"}, "MASTER_PORT is 'a', not an integer"),
         (TORCHRUN | {"RANK": ""}, "RANK is not set"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not an integer"),
         ({"WORLD_SIZE": "2"}, "but RANK, MASTER_ADDR, MASTER_PORT not set"),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2"}, "node 2 and 11 tasks don't fit '4(x2'"),
@@ -90,6 +95,30 @@ def test_launchers_do_not_nest(tmp_path: Path, nproc: str):
             "minigpt: --nproc starts processes, but torchrun or srun has started this one: leave "
             "out --nproc\n"
         )
+
+
+def test_ranks_of_nproc_wait_long_for_rank_0(monkeypatch: pytest.MonkeyPatch):
+    """It may take a minute to import torch on a busy machine."""
+    monkeypatch.setattr(join, "_CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr(join, "_ARRIVE_SECONDS", 3)
+    listener = socket.create_server((join.LOOPBACK, 0))
+    rank1 = RankInfo(1, 2, 1, 2, join.LOOPBACK, listener.getsockname()[1])
+    with pytest.raises(UserError, match="check MASTER_ADDR and MASTER_PORT"):
+        connect(rank1)
+    monkeypatch.setattr(join.session, "launched", True)
+    with pytest.raises(UserError, match=r"where all ranks meet: [^;]*$"):
+        connect(rank1)
+
+    def host() -> None:
+        monkeypatch.setenv(join.STORE_FD, str(listener.detach()))
+        stores.append(connect(replace(rank1, rank=0, local_rank=0)))
+
+    stores: list[object] = []
+    later = threading.Timer(1.5, host)
+    later.start()
+    connect(rank1).set("who", "rank 1")
+    later.join()
+    assert stores[0].get("who") == b"rank 1"
 
 
 def test_no_such_host(tmp_path: Path):
@@ -164,9 +193,10 @@ def test_a_signal_before_a_worker_handles_signals(signum: signal.Signals):
 
 
 def test_only_workers_follow():
-    shown = "import os; print(os.environ.get('MINIGPT_LAUNCHER_PID'), threading.enumerate())"
-    code = f"import threading\n{FOLLOW}{shown}"
+    shown = "import os, signal; print(os.environ.get('MINIGPT_LAUNCHER_PID'), threading.enumerate()"
+    code = f"import threading\n{FOLLOW}{shown}, signal.getsignal(2))"
     output, _ = start(code).communicate()
+    assert "default_int_handler" in output
     assert "follow-parent" not in output
     output, _ = start(code, MINIGPT_LAUNCHER_PID=str(os.getpid())).communicate()
     assert output.startswith("None ")  # so that its own children don't follow
@@ -174,5 +204,7 @@ def test_only_workers_follow():
 
 
 def test_no_torch_is_imported():
+    loaded = "import sys; print('torch' in sys.modules, 'typer' in sys.modules)"
+    assert start(f"{FOLLOW}{loaded}").communicate()[0] == "False False\n"
     code = f"{FOLLOW}import minigpt_cli.distributed.launch, minigpt_cli.cli, sys\n"
     assert start(f"{code}print('torch' in sys.modules)").communicate()[0] == "False\n"

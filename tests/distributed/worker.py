@@ -7,6 +7,7 @@ It leaves FOLDER/RANK.started with its process id, and FOLDER/RANK.saved with th
     die            end by SIGKILL
     sleep:SECONDS,CODE
     save:SECONDS   on a signal save for so long, then end with 75 or 130
+    again          like save:0, but only at the second signal
     stay           ignore signals
     torch          like save:0, but first import torch, for a long time
 """
@@ -50,7 +51,7 @@ if action == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 if action == "torch":
     import torch  # noqa: F401
-while not received or action == "stay":
+while len(received) < (2 if action == "again" else 1) or action == "stay":
     time.sleep(0.02)
 time.sleep(float(value or 0))
 leave("saved", " ".join(map(str, received)))

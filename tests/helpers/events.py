@@ -1,7 +1,6 @@
-"""What happens to a run while it trains: signals, and a disk that takes no more."""
+"""Call functions in the middle of a training step."""
 
 import os
-import resource
 import signal
 from collections.abc import Callable
 from itertools import count
@@ -19,12 +18,6 @@ def in_micro_batches(run: Run, events: dict[int, Callable[[], None]]) -> None:
         events.get(next(numbers), lambda: None)()
 
     run.context.model.norm.weight.register_hook(hook)
-
-
-def limit_files(size: int | None) -> None:
-    """Let this process write no file beyond so many bytes; None: no limit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
 
 def stop() -> None:

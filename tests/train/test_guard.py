@@ -14,6 +14,7 @@ from minigpt_cli.checkpoint import store
 from minigpt_cli.core.errors import Diverged
 from minigpt_cli.recipe import GuardSettings, Recipe
 from minigpt_cli.report import metrics
+from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.train.checkpointing import all_finite
 from minigpt_cli.train.guard import MAX_RECORDS, new_guard, watch_step
 from minigpt_cli.train.guard_report import (
@@ -23,6 +24,7 @@ from minigpt_cli.train.guard_report import (
     read_guard,
     restore_guard,
 )
+from minigpt_cli.train.log_step import StepLog
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.start import start_run
 from minigpt_cli.train.step import train_step
@@ -210,6 +212,27 @@ def test_fp16s_skip_rate(
     assert shown.count("warning: fp16 skipped") == 1
     assert "fp16 skipped 11 of the last 11 steps (100.0%)" in shown
     assert not (tmp_path / "incidents").exists()  # overflows are ordinary
+
+
+def test_the_warning_comes_again_after_the_rate_has_fallen(
+    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+):
+    run, state = start_run(make_recipe("precision.dtype=fp16"), tmp_path)
+    zero, shown = torch.zeros(()), ""
+    with run.resources, TrainingDisplay(12, 0) as display:
+        steps = StepLog(run, display)
+        for step, overflows, warnings in (
+            (5000, 51, 1),
+            (5010, 60, 1),  # told already
+            (6000, 20, 1),
+            (7000, 60, 2),
+        ):
+            run.context.guard.overflow_ring.zero_()[:overflows] = True
+            state.step = step
+            steps.begin_step()
+            steps.write(state, 0.1, zero, zero)
+            shown += capsys.readouterr().err
+            assert shown.count("warning: fp16 skipped") == warnings
 
 
 def test_no_skip_rate_without_a_scaler(tmp_path: Path, make_recipe: MakeRecipe):

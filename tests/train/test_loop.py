@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from minigpt_cli.data.loader import Batch
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
+from minigpt_cli.train import loop
 from minigpt_cli.train.log_step import Clock
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.schedule import lr_factor
 from minigpt_cli.train.start import resume_run, start_run
-from tests.helpers.events import in_micro_batches, limit_files
+from tests.helpers.events import in_micro_batches
+from tests.helpers.file_limit import limit_files
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -188,6 +191,21 @@ def test_saving_by_the_clock(tmp_path: Path, make_recipe: MakeRecipe):
     recipe = make_recipe("checkpoint.every_minutes=1e-9", "eval.every_steps=100")
     fit(*start_run(recipe, tmp_path))
     assert [step for step, _ in store.list_steps(tmp_path)] == list(range(1, 13))
+
+
+def test_the_step_in_which_the_time_comes_is_saved(
+    tmp_path: Path, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+):
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    recipe = make_recipe(
+        "checkpoint.every_minutes=1", "checkpoint.every_steps=100", "eval.every_steps=100"
+    )
+    run, state = start_run(recipe, tmp_path)
+    micro_batches = run.recipe.train.global_batch_size // run.context.micro_batch_size
+    in_micro_batches(run, {2 * micro_batches: lambda: clock.append(clock.pop() + 61)})
+    fit(run, state)
+    assert [step for step, _ in store.list_steps(tmp_path)] == [3, 12]
 
 
 def test_a_save_waits_for_the_save_before_it(

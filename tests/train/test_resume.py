@@ -14,7 +14,8 @@ from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe, dump_recipe, parse_recipe
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.start import resume_run, start_run
-from tests.helpers.events import in_micro_batches, limit_files, stop
+from tests.helpers.events import in_micro_batches, stop
+from tests.helpers.file_limit import limit_files
 from tests.helpers.recipes import TINY
 from tests.helpers.runs import assert_same_run, curve, rewind
 
