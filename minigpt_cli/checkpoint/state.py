@@ -30,7 +30,7 @@ class RunState:
     best_step: int | None = None  # of best_val_loss
     evaluations_since_best: int = 0
     skipped: int = 0  # fp16 updates skipped because of an overflow
-    guard: dict[str, Any] = field(default_factory=dict)  # see train/guard.py: its history
+    guard: dict[str, Any] = field(default_factory=dict)  # its history, see train/guard_report.py
     scaler: dict[str, Any] = field(default_factory=dict)  # of torch.amp.GradScaler
     dataset: dict[str, Any] = field(default_factory=dict)  # fingerprints: data, tokenizer, base
 
@@ -92,7 +92,7 @@ def invalid_state(checkpoint: Path, step: int, files: Iterable[str]) -> list[str
 
 
 def _is_guard_state(guard: dict[str, Any], step: int) -> bool:
-    """Whether train/guard.py can have saved this at ``step``."""
+    """Whether train/guard_report.py can have saved this at ``step``."""
     skips, losses, norms = (guard.get(name, []) for name in ("skips", "losses", "grad_norms"))
     return (
         guard.keys() <= {"skips", "losses", "grad_norms", "spikes_in_a_row"}

@@ -14,10 +14,11 @@ from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import os_reason, remove_tree, sha256_of
 from minigpt_cli.core.run_dir import (
     CHECKPOINT_MANIFEST,
-    CHECKPOINTS,
     RECIPE,
     checkpoint_step,
     checkpoints_dir,
+    is_checkpoint,
+    run_of,
 )
 from minigpt_cli.distributed.world import World
 
@@ -32,11 +33,6 @@ def list_steps(run: Path) -> list[tuple[int, Path]]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted((step, path) for path in entries if (step := checkpoint_step(path)) is not None)
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether ``path`` is a checkpoint, valid or damaged, and not a run directory."""
-    return checkpoint_step(path) is not None or (path / CHECKPOINT_MANIFEST).exists()
 
 
 def holds_a_checkpoint(run: Path) -> bool:
@@ -149,12 +145,11 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     path = Path(os.path.abspath(path))
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
+    run = run_of(path)
     if is_checkpoint(path):
-        return path.parent.parent, path
-    if path.name == CHECKPOINTS:
-        return path.parent, None
-    if checkpoints_dir(path).is_dir() or (path / RECIPE).exists():
-        return path, None
+        return run, path
+    if checkpoints_dir(run).is_dir() or (run / RECIPE).exists():
+        return run, None
     raise UserError(f"{path}: neither a run directory nor a checkpoint")
 
 

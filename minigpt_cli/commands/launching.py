@@ -39,12 +39,12 @@ def launch_ranks(nproc: int | None, run: Path) -> int:
 
 def join_ranks() -> None:
     """Meet the other ranks, if there are any: from here on rank 0 speaks for all."""
-    if find_rank_info() is None:
+    if (info := find_rank_info()) is None:
         return
     # Silence torch's C++ traces when a peer is lost. Must be set before torch is imported.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from minigpt_cli.distributed.world import join
 
-    join()
+    join(info)
     if not is_rank0():
         set_quiet()

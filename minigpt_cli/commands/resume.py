@@ -8,7 +8,7 @@ import typer
 from minigpt_cli.commands.launching import is_launcher, join_ranks, launch_ranks
 from minigpt_cli.commands.options import RUN, Debug, Json, Nproc, Overrides, Version, option
 from minigpt_cli.commands.training import fit_and_report, train_new_run
-from minigpt_cli.core.run_dir import CHECKPOINTS
+from minigpt_cli.core.run_dir import is_checkpoint, run_of
 
 EXAMPLE = "minigpt resume runs/tiny"
 
@@ -54,10 +54,10 @@ def resume_command(
     if is_launcher(nproc):
         if or_start is not None:
             load_recipe(or_start, overrides)  # an error is shown before any process starts
-        return launch_ranks(nproc, run.parent.parent if run.parent.name == CHECKPOINTS else run)
+        return launch_ranks(nproc, run_of(run))
     join_ranks()
     if or_start is not None:
-        from minigpt_cli.checkpoint.store import holds_a_checkpoint, is_checkpoint
+        from minigpt_cli.checkpoint.store import holds_a_checkpoint
         from minigpt_cli.distributed.world import start_world
 
         recipe = load_recipe(or_start, overrides)

@@ -1,5 +1,6 @@
 """The names of all files and directories in a run directory."""
 
+import os
 import re
 from pathlib import Path
 
@@ -36,3 +37,16 @@ def checkpoint_step(checkpoint: Path) -> int | None:
     """Return the step in the name of a checkpoint's directory; None for any other name."""
     match = _STEP.match(checkpoint.name)
     return int(match[1]) if match else None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether ``path`` is a checkpoint, valid or damaged, and not a run directory."""
+    return checkpoint_step(path) is not None or (path / CHECKPOINT_MANIFEST).exists()
+
+
+def run_of(path: Path) -> Path:
+    """Return the run directory that a user's path means: itself, or the one that it lies in."""
+    path = Path(os.path.abspath(path))
+    if is_checkpoint(path):
+        return path.parent.parent
+    return path.parent if path.name == CHECKPOINTS else path

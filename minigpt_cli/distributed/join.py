@@ -92,11 +92,12 @@ def find_rank_info() -> RankInfo | None:
                 f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set: start with "
                 "torchrun, srun or --nproc"
             )
+        local_rank = _integer("LOCAL_RANK", 0)
         info = RankInfo(
             rank=_integer("RANK"),
             size=_integer("WORLD_SIZE"),
-            local_rank=_integer("LOCAL_RANK", 0),
-            local_size=_integer("LOCAL_WORLD_SIZE", 1),
+            local_rank=local_rank,
+            local_size=_integer("LOCAL_WORLD_SIZE", None if local_rank else 1),
             address=env["MASTER_ADDR"],
             port=_integer("MASTER_PORT"),
             agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
@@ -174,9 +175,9 @@ def connect(info: RankInfo) -> "Store":
         return _open_store(LOOPBACK if info.one_machine else info.address, info.port)
     except (OSError, RuntimeError, ValueError) as error:  # DistNetworkError is a RuntimeError
         reason = getattr(error, "strerror", None) or first_line(error)
+        hint = "" if session.launched else "; check MASTER_ADDR and MASTER_PORT"
         raise UserError(
-            f"can't reach {info.address}:{info.port}, where all ranks meet: {reason}; check "
-            "MASTER_ADDR and MASTER_PORT"
+            f"can't reach {info.address}:{info.port}, where all ranks meet: {reason}{hint}"
         ) from None
 
 
@@ -241,12 +242,14 @@ def _open_store(address: str, port: int, seconds: float = _CONNECT_SECONDS) -> "
 def _tcp_store(address: str, port: int, **options: object) -> "TCPStore":
     from torch.distributed import TCPStore
 
+    # The launcher listens from the start, but rank 0 answers only when it has imported torch.
+    seconds = _ARRIVE_SECONDS if session.launched else _CONNECT_SECONDS
     return call_with_timeout(
-        _CONNECT_SECONDS,
+        seconds,
         lambda: TCPStore(
             address,
             port,
-            timeout=timedelta(seconds=_CONNECT_SECONDS),
+            timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
             **options,
         ),

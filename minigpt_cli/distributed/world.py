@@ -100,16 +100,15 @@ class World:
         return returned
 
 
-def join() -> None:
-    """Meet the other ranks, if there are any: from here on an error is shown once.
+def join(info: RankInfo) -> None:
+    """Meet the other ranks: from here on an error is shown once.
 
     Raises:
         UserError: the store can't be reached.
     """
-    if session.store is None and (info := find_rank_info()) is not None:
-        session.info = info
-        session.store = connect(info)
-        start_watch()
+    session.info = info
+    session.store = connect(info)
+    start_watch()
 
 
 def start_world(timeout_minutes: float = 10.0, run: Path | None = None) -> World:
@@ -123,7 +122,8 @@ def start_world(timeout_minutes: float = 10.0, run: Path | None = None) -> World
     if run is not None:
         set_run_directory(run)
     if _world is None:
-        join()
+        if session.store is None and (found := find_rank_info()) is not None:
+            join(found)
         info, store = session.info, session.store
         if info is None or store is None:
             _world = World(rank=0, size=1, device=find_device())

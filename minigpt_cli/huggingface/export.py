@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.checkpoint.store import is_checkpoint, list_steps
+from minigpt_cli.checkpoint.store import list_steps
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import whole_directory
-from minigpt_cli.core.run_dir import CHECKPOINTS, FINAL, RECIPE, STATE, TOKENIZER
+from minigpt_cli.core.run_dir import CHECKPOINTS, FINAL, RECIPE, STATE, TOKENIZER, is_checkpoint
 from minigpt_cli.data.chat import TOKENIZER_CONFIG
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
 from minigpt_cli.huggingface.adapter import LoadedAdapter

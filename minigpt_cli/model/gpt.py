@@ -272,7 +272,7 @@ class GPT(nn.Module):
             logits_to_keep: number of last positions to compute logits for; 0: all.
 
         Returns:
-            A float32 scalar (float64 for a float64 model), or logits (B, T or 1, V).
+            A float32 scalar (float64 for a float64 model), or logits (B, T or logits_to_keep, V).
         """
         past = cache.length if cache is not None else 0
         end = past + input_ids.shape[1]

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.tokenizer import is_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -20,7 +18,7 @@ from minigpt_cli.huggingface.base_model import (
     with_tokenizer,
 )
 from minigpt_cli.model import lora
-from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.gpt import GPT, meta_model
 from minigpt_cli.recipe import Recipe
 
 
@@ -61,8 +59,7 @@ def start_from_base(recipe: Recipe, base: BaseModel) -> tuple[Recipe, BaseModel]
     base = _with_recipe_tokenizer(base, recipe)
     recipe = complete_recipe(recipe, base)
     if recipe.lora is not None:
-        with torch.device("meta"):
-            lora.target_layers(GPT(base.config), recipe.lora.target_modules)
+        lora.target_layers(meta_model(base.config), recipe.lora.target_modules)
     given = recipe.data.tokenizer.path if recipe.data.tokenizer is not None else None
     if given is not None and given != str(base.tokenizer):
         check_base_tokenizer(given, base, tokenizer_fingerprint(load_tokenizer(given)))

@@ -48,7 +48,7 @@ def _train(run: Run, state: RunState) -> None:
             evaluate_run(run, state, stop)
             if state.evaluated_step == state.step:
                 save_checkpoint(run, state)
-        signum, save_by_time = _agree(run, stop, saved_at)
+        signum, _ = _agree(run, stop, saved_at)
         while not is_finished(recipe, state) and not signum:
             steps.begin_step()
             batch = run.batches(state.step + state.data_offset)
@@ -59,18 +59,20 @@ def _train(run: Run, state: RunState) -> None:
 
             log_due = state.step in (1, total) or state.step % recipe.log.every_steps == 0
             evaluation_due = is_evaluation_due(run, state)
-            save_due = save_by_time or _is_multiple(state.step, recipe.checkpoint.every_steps)
+            save_due = _is_multiple(state.step, recipe.checkpoint.every_steps)
             if log_due:
                 steps.write(state, recipe.optimizer.lr * factor, loss, grad_norm)
-            if (log_due or evaluation_due or save_due) and _rolls_back(run, state, steps.clock):
+            if (log_due or evaluation_due) and _rolls_back(run, state, steps.clock):
                 continue
             if evaluation_due and evaluate_run(run, state, stop) and recipe.checkpoint.keep_best:
                 save_due = True
-            if save_due:
+            signum, save_by_time = _agree(run, stop, saved_at)
+            if save_due or save_by_time:
+                if _rolls_back(run, state, steps.clock):
+                    continue
                 save_checkpoint(run, state)
                 saved_at = time.monotonic()
             log_save(run.saver.poll())
-            signum, save_by_time = _agree(run, stop, saved_at)
 
         steps.clock.pause()
         finish_save(run)
@@ -98,7 +100,7 @@ def _is_multiple(step: int, every: int | None) -> bool:
 
 
 def _agree(run: Run, stop: StopRequest, saved_at: float) -> tuple[int, bool]:
-    """Return (the signal that came to any rank or 0, whether the next step is saved by the clock).
+    """Return (the signal that came to any rank or 0, whether the clock says to save).
 
     Args:
         saved_at: the time of the last save.

@@ -109,7 +109,7 @@ def build_run(
     resources.callback(batches.close)
     _, trained = count_parameters(context.model)
     peak = peak_flops(device_name(world.device))
-    log(_summary(recipe, context, data.train.num_sequences))
+    log(_summary(recipe, context, trained, data.train.num_sequences))
     return Run(
         recipe=recipe,
         directory=directory,
@@ -149,7 +149,7 @@ def run_environment(run: Run) -> dict[str, Any]:
     )
 
 
-def _summary(recipe: Recipe, context: StepContext, sequences: int) -> str:
+def _summary(recipe: Recipe, context: StepContext, trained: int, sequences: int) -> str:
     """Return a summary of model, data and duration, for a person."""
     model, world, train = context.model, context.parallel_dims.world, recipe.train
     micro = context.micro_batch_size
@@ -159,7 +159,6 @@ def _summary(recipe: Recipe, context: StepContext, sequences: int) -> str:
     whole = parameter_count(model.config)
     adapters = ""
     if recipe.lora is not None:
-        _, trained = count_parameters(model)
         share = trained / (whole + trained)
         adapters = f" and {trained:,} of adapters, which are trained ({share:.2%})"
     return (

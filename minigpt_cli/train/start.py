@@ -15,7 +15,14 @@ from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import write_atomically
-from minigpt_cli.core.run_dir import CHECKPOINTS, ENVIRONMENT, RECIPE, TOKENIZER, checkpoints_dir
+from minigpt_cli.core.run_dir import (
+    CHECKPOINTS,
+    ENVIRONMENT,
+    RECIPE,
+    TOKENIZER,
+    checkpoints_dir,
+    is_checkpoint,
+)
 from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.packing import PackedSequences
 from minigpt_cli.data.sequences import TrainingData, open_data, verify_data
@@ -180,7 +187,7 @@ def _check_start(recipe: Recipe, directory: Path) -> None:
 
 
 def _check_directory(directory: Path) -> None:
-    if store.is_checkpoint(directory) or directory.name == CHECKPOINTS:
+    if is_checkpoint(directory) or directory.name == CHECKPOINTS:
         raise UserError(f"{directory} belongs to a run's checkpoints: choose another --out")
     if store.holds_a_checkpoint(directory):
         at = "".join(f" at step {step}" for step, _ in store.list_steps(directory)[-1:])

@@ -26,7 +26,7 @@ def build_context(recipe: Recipe, vocab_size: int, world: World) -> StepContext:
         world: this process among the others.
 
     Returns:
-        A context whose weights are not yet set: fill them by ``gpt.initialize`` or ``load_base``.
+        A context without weights: fill them by ``initialize_weights`` or ``load_base``.
 
     Raises:
         UserError: the recipe doesn't fit the ranks or their devices.
