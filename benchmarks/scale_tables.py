@@ -150,7 +150,7 @@ def checkpoint_table() -> str:
 
 def fake_ranks_table(config: ModelConfig) -> str:
     """Each strategy on 64 and 512 of torch's fake ranks, at the model's full size."""
-    from tests import measure
+    from tests.helpers import measure
 
     rows = []
     for work in workloads():
@@ -179,7 +179,7 @@ def fake_ranks_table(config: ModelConfig) -> str:
 
 def allocator_table() -> str:
     """The peak of a small model against the allocator's, alone and in real processes."""
-    from tests import measure
+    from tests.helpers import measure
 
     config = model_config(
         family="llama", vocab_size=4096, hidden_size=256, num_hidden_layers=8,

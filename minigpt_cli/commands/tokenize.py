@@ -105,7 +105,7 @@ def tokenize_command(
 ) -> None:
     """Turn text into a token dataset.
 
-    A command that was killed continues when it is run again.
+    A killed command on text continues when it is run again.
     """
     from minigpt_cli.prepare.make_dataset import make_dataset, summary
     from minigpt_cli.prepare.sources import detect_source

@@ -1,12 +1,11 @@
 """The shape of a model, in the names of Hugging Face's ``config.json``."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.recipe import Recipe, RopeScaling
+from minigpt_cli.recipe import ModelSettings, Recipe, RopeScaling, out_of_range
 
 Family = Literal["gpt2", "llama", "qwen3"]
 T = TypeVar("T")
@@ -129,25 +128,12 @@ def config_from_recipe(recipe: Recipe, vocab_size: int) -> ModelConfig:
 
 
 def _problems(config: ModelConfig) -> list[str]:
-    found = [
-        f"{field.name} must be positive, not {getattr(config, field.name)}"
-        for field in dataclasses.fields(config)
-        if isinstance(getattr(config, field.name), int)
-        and not isinstance(getattr(config, field.name), bool)
-        and getattr(config, field.name) < 1
-    ]
-    found += [
-        f"{name} must be above 0, not {getattr(config, name)}"
-        for name in ("rope_theta", "norm_eps", "initializer_range")
-        if not 0 < getattr(config, name) < math.inf
-    ]
+    found = [f"{name}: {problem}" for name, problem in out_of_range(ModelSettings, config)]
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if kv_heads > 0 and heads % kv_heads:
         found.append(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    if not 0 <= config.dropout < 1:
-        found.append(f"dropout must lie in [0, 1), not {config.dropout}")
     if config.family == "gpt2":
         if kv_heads != heads:
             found.append(
@@ -169,15 +155,14 @@ def _problems(config: ModelConfig) -> list[str]:
 def _scaling_problems(scaling: RopeScaling | None) -> list[str]:
     if scaling is None:
         return []
-    found = []
-    llama3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in ("factor", *llama3):
-        value = getattr(scaling, name)
-        if (value is None) != (scaling.rope_type == "linear" and name in llama3):
-            needs = "needs" if value is None else "has no"
+    found = [
+        f"rope_scaling.{name}: {problem}" for name, problem in out_of_range(RopeScaling, scaling)
+    ]
+    for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        missing = getattr(scaling, name) is None
+        if missing == (scaling.rope_type == "llama3"):
+            needs = "needs" if missing else "has no"
             found.append(f"rope_scaling of rope_type {scaling.rope_type} {needs} {name}")
-        elif value is not None and not 0 < value < math.inf:
-            found.append(f"rope_scaling.{name} must be above 0, not {value}")
     if not found and scaling.rope_type == "llama3":
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         assert low is not None

@@ -15,6 +15,7 @@ from minigpt_cli.recipe.schema import (
     DistributedSettings,
     GuardSettings,
     LoraSettings,
+    ModelSettings,
     OptimizerSettings,
     Origin,
     PrecisionSettings,
@@ -22,6 +23,7 @@ from minigpt_cli.recipe.schema import (
     RopeScaling,
     ScheduleSettings,
 )
+from minigpt_cli.recipe.validate import out_of_range
 
 __all__ = [
     "AdapterSettings",
@@ -31,6 +33,7 @@ __all__ = [
     "DistributedSettings",
     "GuardSettings",
     "LoraSettings",
+    "ModelSettings",
     "OptimizerSettings",
     "Origin",
     "PrecisionSettings",
@@ -40,6 +43,7 @@ __all__ = [
     "changed_settings",
     "dump_recipe",
     "load_recipe",
+    "out_of_range",
     "parse_recipe",
     "setting_names",
 ]

@@ -68,13 +68,16 @@ def parse_recipe(
 
     if not tables.keys() & {"model", "lora"}:
         problems.append(f"{where}: the section [model] is missing")
-    recipe = _from_table(Recipe, tables, "", problems, _Locator(where, text, origin))
+    locate = _Locator(where, text, origin)
+    recipe = _from_table(Recipe, tables, "", problems, locate)
     if recipe is not None:
-        problems += find_problems(recipe)
+        problems += find_problems(recipe, locate)
     if problems:
         if len(problems) == 1:
             (problem,) = problems
-            raise UserError(problem if problem.startswith(where) else f"{where}: {problem}")
+            raise UserError(
+                problem if problem.startswith((where, "--set")) else f"{where}: {problem}"
+            )
         raise UserError("\n  ".join([f"{where}: {len(problems)} problems", *problems]))
     assert recipe is not None
     data = dataclasses.replace(recipe.data, path=recipe.data.path or f"data/{name}")

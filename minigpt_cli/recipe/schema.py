@@ -1,4 +1,7 @@
-"""The settings of a recipe, section by section: type, default, range and meaning of each."""
+"""The settings of a recipe, section by section: type, default, range and meaning of each.
+
+After a change run ``python scripts/recipe_table.py``, which puts them into docs/recipe.md.
+"""
 
 import dataclasses
 import math
@@ -34,24 +37,28 @@ class Range:
             for name, words in names.items()
             if (bound := getattr(self, name)) is not None
         ]
-        return "number " + " and ".join(bounds)
+        return " and ".join(bounds)
 
 
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(at_least=0)
 PROBABILITY = Range(at_least=0, below=1)
 RATIO = Range(at_least=0, at_most=1)
+FROM_BASE = "must be given, unless a base model has it"
 
 
-def setting(help: str, default: Any = dataclasses.MISSING, range: Range | None = None) -> Any:
-    """Declare a field of a section.
+def setting(
+    help: str, default: Any = dataclasses.MISSING, range: Range | None = None, unset: str = ""
+) -> Any:
+    """Declare a field of a section. Checks, messages and the table in docs/recipe.md use this.
 
     Args:
-        help: the meaning, for people.
+        help: the meaning, in Markdown.
         default: left out for a setting that a recipe must give.
         range: the numbers that are accepted; None: all.
+        unset: what holds where the default is None, in Markdown.
     """
-    metadata = {"help": help, "range": range}
+    metadata = {"help": help, "range": range, "unset": unset}
     if default is dataclasses.MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -64,17 +71,25 @@ class DataSource:
     kind: Literal["files", "jsonl", "parquet", "huggingface", "python-stdlib"] = setting(
         "where documents come from"
     )
-    path: tuple[str, ...] = setting("files, globs, a dataset's directory or its Hub id", ())
+    path: tuple[str, ...] = setting(
+        "files, globs, a dataset's directory or its id on the Hub; not for `python-stdlib`", ()
+    )
     field: str = setting("the field or column that holds the text", "text")
-    split: str = setting("huggingface only: the split to read", "train")
-    config: str | None = setting("huggingface only: the dataset's configuration", None)
-    val_fraction: float = setting("share of the documents for validation", 0.05, PROBABILITY)
+    split: str = setting("`huggingface` only: the split to read", "train")
+    config: str | None = setting("`huggingface` only: the dataset's configuration", None)
+    val_fraction: float = setting(
+        "share of the documents for validation, chosen by a hash of their text; a single document "
+        "gives its tail",
+        0.05,
+        PROBABILITY,
+    )
     format: Literal["text", "instructions"] = setting(
-        "instructions: records with prompt and completion, or messages; the loss is on the answers",
+        "`instructions`: records with `prompt` and `completion`, or `messages`; the loss is on the "
+        "answers (docs/huggingface.md)",
         "text",
     )
     chat_template: str | None = setting(
-        "instructions only: a file, or chatml; default: the tokenizer's own", None
+        "`instructions` only: a file, or `chatml`", None, unset="the tokenizer's own"
     )
 
 
@@ -82,16 +97,22 @@ class DataSource:
 class DataTokenizer:
     """Exactly one of the two."""
 
-    path: str | None = setting("a tokenizer.json, or a directory with a tokenizer", None)
-    train_vocab: int | None = setting("train a byte-level BPE with so many entries", None, POSITIVE)
+    path: str | None = setting(
+        "a `tokenizer.json`, or a directory with it or with GPT-2's `vocab.json` and `merges.txt`",
+        None,
+        unset="the base model's",
+    )
+    train_vocab: int | None = setting(
+        "instead of `path`: train a byte-level BPE with this many entries", None, POSITIVE
+    )
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    path: str | None = setting("the token dataset; default: data/<recipe's name>", None)
+    path: str | None = setting("the token dataset", None, unset="`data/<recipe's name>`")
     source: DataSource | None = None
     tokenizer: DataTokenizer | None = None
-    verify: bool = setting("compare every shard's sha256 before training", True)
+    verify: bool = setting("compare every shard's sha256 before training (about 1 s per GB)", True)
 
 
 @dataclass(frozen=True)
@@ -99,37 +120,71 @@ class RopeScaling:
     """Rotary angles for contexts longer than a model was first trained on."""
 
     rope_type: Literal["linear", "llama3"] = setting("how the angles are scaled")
-    factor: float = setting("how many times longer the context is")
-    low_freq_factor: float | None = setting("llama3 only, required there", None)
-    high_freq_factor: float | None = setting("llama3 only, required there", None)
-    original_max_position_embeddings: int | None = setting("llama3 only, required there", None)
+    factor: float = setting("how many times longer the context is", range=POSITIVE)
+    low_freq_factor: float | None = setting(
+        "`llama3` only, required there: below this frequency angles are scaled", None, POSITIVE
+    )
+    high_freq_factor: float | None = setting(
+        "`llama3` only, required there: above this frequency they are not", None, POSITIVE
+    )
+    original_max_position_embeddings: int | None = setting(
+        "`llama3` only, required there: the context before scaling", None, POSITIVE
+    )
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The first four are required, unless ``init_from`` or ``[lora] base`` brings them.
+    """model/config.py checks that the sizes fit together."""
 
-    model/config.py checks that the sizes fit together.
-    """
-
-    family: Literal["gpt2", "llama", "qwen3"] | None = setting("the architecture", None)
-    hidden_size: int | None = setting("width of the residual stream", None)
-    num_hidden_layers: int | None = setting("number of blocks", None)
-    num_attention_heads: int | None = setting("number of query heads", None)
-    num_key_value_heads: int | None = setting("default: num_attention_heads", None)
-    head_dim: int | None = setting("default: hidden_size / num_attention_heads", None)
-    intermediate_size: int | None = setting("default: 4 h (gpt2) or 8/3 h", None)
-    max_position_embeddings: int | None = setting("default: [train] sequence_length", None)
-    vocab_size: int | None = setting("default: the tokenizer's; more is padding", None)
-    rope_theta: float | None = setting("base of the rotary angles; default: 10000", None)
-    norm_eps: float | None = setting("default: 1e-5, qwen3 1e-6", None)
-    tie_word_embeddings: bool | None = setting("default: true for gpt2 only", None)
-    attention_bias: bool | None = setting("llama and qwen3; default: false", None)
-    mlp_bias: bool | None = setting("llama; default: false", None)
-    initializer_range: float = setting("standard deviation of the initial weights", 0.02)
-    dropout: float = setting("of embeddings, attention weights and residual branches", 0.0)
+    family: Literal["gpt2", "llama", "qwen3"] | None = setting(
+        "the architecture", None, unset=FROM_BASE
+    )
+    hidden_size: int | None = setting("width of the residual stream", None, POSITIVE, FROM_BASE)
+    num_hidden_layers: int | None = setting("number of blocks", None, POSITIVE, FROM_BASE)
+    num_attention_heads: int | None = setting("number of query heads", None, POSITIVE, FROM_BASE)
+    num_key_value_heads: int | None = setting(
+        "fewer than the query heads: grouped-query attention", None, POSITIVE,
+        unset="`num_attention_heads`",
+    )  # fmt: skip
+    head_dim: int | None = setting(
+        "size of a head", None, POSITIVE, unset="`hidden_size / num_attention_heads`"
+    )
+    intermediate_size: int | None = setting(
+        "width inside the MLP", None, POSITIVE,
+        unset="4 h (gpt2), or 8/3 h rounded up to a multiple of 64",
+    )  # fmt: skip
+    max_position_embeddings: int | None = setting(
+        "the longest context", None, POSITIVE, unset="`train.sequence_length`"
+    )
+    vocab_size: int | None = setting(
+        "more than the tokenizer has: the rest is padding, never sampled", None, POSITIVE,
+        unset="the tokenizer's",
+    )  # fmt: skip
+    rope_theta: float | None = setting(
+        "base of the rotary angles (llama and qwen3)", None, POSITIVE, unset="10000"
+    )
+    norm_eps: float | None = setting(
+        "added to the variance in norms", None, POSITIVE, unset="1e-5, qwen3 1e-6"
+    )
+    tie_word_embeddings: bool | None = setting(
+        "input and output embeddings are one matrix", None, unset="`true` for gpt2 only"
+    )
+    attention_bias: bool | None = setting(
+        "biases in attention", None, unset="`false`; gpt2 always has them"
+    )
+    mlp_bias: bool | None = setting(
+        "biases in the MLP (not qwen3)", None, unset="`false`; gpt2 always has them"
+    )
+    initializer_range: float = setting("standard deviation of the initial weights", 0.02, POSITIVE)
+    dropout: float = setting(
+        "of embeddings, attention weights and residual branches", 0.0, PROBABILITY
+    )
     rope_scaling: RopeScaling | None = None
-    init_from: str | None = setting("a Hugging Face directory, Hub id or run to start from", None)
+    init_from: str | None = setting(
+        "a Hugging Face directory, a name on the Hub or a run, whose weights and shape to start "
+        "from; then leave out `family` and sizes",
+        None,
+    )
 
 
 @dataclass(frozen=True)
@@ -140,57 +195,88 @@ class TrainSettings:
         "sequences per optimizer step, over all devices", range=POSITIVE
     )
     sequence_length: int = setting("tokens per sequence", range=POSITIVE)
-    steps: int | None = setting("optimizer steps", None, POSITIVE)
-    tokens: int | None = setting("tokens to train on, instead of steps", None, POSITIVE)
+    steps: int | None = setting(
+        "optimizer steps", None, POSITIVE, unset="give this or `train.tokens`"
+    )
+    tokens: int | None = setting(
+        "tokens to train on", None, POSITIVE, unset="give this or `train.steps`"
+    )
     micro_batch_size: int | None = setting(
-        "sequences per forward pass; default: all of a rank's", None, POSITIVE
+        "sequences per forward pass on a device; gradients are accumulated, the result stays the "
+        "same",
+        None,
+        POSITIVE,
+        unset="all of a rank's",
     )
     seed: int = setting("of weights, data order and dropout", 1337, NOT_NEGATIVE)
-    activation_checkpointing: bool = setting("recompute blocks in the backward pass", False)
-    deterministic: bool = setting("the same bits every time, also with slower kernels", True)
+    activation_checkpointing: bool = setting(
+        "recompute each block in the backward pass: less memory", False
+    )
+    deterministic: bool = setting(
+        "the same bits every time, also where a GPU or a compiled model needs slower kernels for "
+        "it",
+        True,
+    )
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
     lr: float = setting("the peak learning rate", range=POSITIVE)
-    name: Literal["adamw", "muon"] = setting("muon: for the matrices in the blocks", "adamw")
-    weight_decay: float = setting("of matrices only", 0.1, NOT_NEGATIVE)
+    name: Literal["adamw", "muon"] = setting(
+        "`muon`: Muon for the matrices inside the blocks, AdamW for the rest", "adamw"
+    )
+    weight_decay: float = setting(
+        "of matrices and embeddings; with Muon, of its matrices only", 0.1, NOT_NEGATIVE
+    )
     betas: tuple[float, float] = setting("of AdamW", (0.9, 0.95), PROBABILITY)
     eps: float = setting("of AdamW", 1e-8, POSITIVE)
-    clip_norm: float = setting("of the whole gradient; 0: no clipping", 1.0, NOT_NEGATIVE)
-    muon_lr: float | None = setting("peak rate of Muon's matrices; default: lr", None, POSITIVE)
+    clip_norm: float = setting(
+        "largest norm of the whole gradient; 0: no clipping", 1.0, NOT_NEGATIVE
+    )
+    muon_lr: float | None = setting("peak rate of Muon's matrices", None, POSITIVE, unset="`lr`")
     muon_momentum: float = setting("of Muon", 0.95, PROBABILITY)
 
 
 @dataclass(frozen=True)
 class ScheduleSettings:
     name: Literal["cosine", "linear", "constant", "wsd", "step"] = setting(
-        "how the rate falls", "cosine"
+        "how the rate falls after its peak", "cosine"
     )
     warmup_steps: int = setting("steps in which the rate rises to its peak", 0, NOT_NEGATIVE)
     min_lr_ratio: float = setting("the lowest rate, as a share of the peak", 0.1, RATIO)
-    decay_ratio: float = setting("wsd: share of all steps in which the rate falls", 0.2, RATIO)
+    decay_ratio: float = setting("`wsd`: share of all steps in which the rate falls", 0.2, RATIO)
     milestones: tuple[int, ...] = setting(
-        "step: where the rate is multiplied by gamma", (), NOT_NEGATIVE
+        "`step`: after each of these steps the rate is multiplied by `gamma`; with several, set a "
+        "lower `min_lr_ratio`",
+        (),
+        NOT_NEGATIVE,
     )
-    gamma: float = setting("step: the factor at each milestone", 0.1, POSITIVE)
+    gamma: float = setting("`step`: the factor at each milestone", 0.1, POSITIVE)
 
 
 @dataclass(frozen=True)
 class PrecisionSettings:
     dtype: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = setting(
-        "of matrix products; auto: bf16 where the device has it", "auto"
+        "of matrix products; `auto`: bf16 where the device has it, else fp16 on a GPU and fp32 on "
+        "a CPU; fp16 scales the loss; fp64 is for checks",
+        "auto",
     )
-    compile: bool = setting("torch.compile for each block", False)
+    compile: bool = setting(
+        "torch.compile for each block; eager with a warning where there is no compiler", False
+    )
 
 
 @dataclass(frozen=True)
 class DistributedSettings:
     strategy: Literal["auto", "ddp", "zero2", "fsdp", "hsdp"] = setting(
-        "auto: ddp where the training state fits a rank, else fsdp", "auto"
+        "on several ranks: `ddp` (a whole copy on each), `zero2` (sharded, gathered from forward "
+        "to backward), `fsdp` (sharded, gathered block by block), `hsdp` (sharded within groups, "
+        "copied across); `auto`: `ddp` where 16 bytes a parameter (4 for a frozen one) are at most "
+        "40% of a rank's memory, else `fsdp`",
+        "auto",
     )
     shard_size: int | None = setting(
-        "hsdp: ranks that share one copy; default: those of a machine", None, POSITIVE
+        "`hsdp`: ranks that share one copy", None, POSITIVE, unset="those of a machine"
     )
     timeout_minutes: float = setting(
         "how long to wait for a rank that doesn't answer", 10.0, Range(above=0, at_most=10_000)
@@ -200,21 +286,29 @@ class DistributedSettings:
 @dataclass(frozen=True)
 class CheckpointSettings:
     every_steps: int | None = setting("save at multiples of this step", None, POSITIVE)
-    every_minutes: float = setting("save after so many minutes; 0: never", 15.0, NOT_NEGATIVE)
-    keep_last: int = setting("keep so many of the newest checkpoints", 2, POSITIVE)
-    keep_best: bool = setting("keep the one with the lowest validation loss", True)
-    keep_every: int | None = setting("keep those at multiples of this step", None, POSITIVE)
-    asynchronous: bool = setting("train on while a copy in memory is written", True)
+    every_minutes: float = setting(
+        "save when this many minutes have passed since the last save; 0: never", 15.0, NOT_NEGATIVE
+    )
+    keep_last: int = setting("how many of the newest checkpoints to keep", 2, POSITIVE)
+    keep_best: bool = setting("also keep the one with the lowest validation loss", True)
+    keep_every: int | None = setting("also keep those at multiples of this step", None, POSITIVE)
+    asynchronous: bool = setting(
+        "train on while a copy in memory is written; `false` saves that memory (the size of a "
+        "rank's checkpoint)",
+        True,
+    )
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    every_steps: int | None = setting("default: only at the end", None, POSITIVE)
-    windows: int = setting("validation sequences, the same ones every time", 64, POSITIVE)
-    patience: int | None = setting(
-        "stop after so many evaluations without a new best", None, POSITIVE
+    every_steps: int | None = setting(
+        "evaluate at multiples of this step, and at the end", None, POSITIVE, unset="at the end"
     )
-    prompts: tuple[str, ...] = setting("completed at each evaluation", ())
+    windows: int = setting("number of validation sequences, the same each time", 64, POSITIVE)
+    patience: int | None = setting(
+        "stop after this many evaluations without a new best", None, POSITIVE
+    )
+    prompts: tuple[str, ...] = setting("completed at each evaluation, greedily", ())
     prompt_tokens: int = setting("tokens to add to each prompt", 48, POSITIVE)
 
 
@@ -223,13 +317,22 @@ class GuardSettings:
     """Loss and gradient spikes; by default they are not looked for."""
 
     spike_sigma: float | None = setting(
-        "a spike lies so many standard deviations above the mean", None, POSITIVE
+        "skip the update of a step whose loss or gradient norm is more than this many standard "
+        "deviations above the mean; 6 is usual",
+        None,
+        POSITIVE,
     )
     spike_window: int = setting(
-        "mean and deviation are of so many ordinary steps", 128, Range(at_least=8, at_most=100_000)
+        "how many of the last ordinary steps mean and deviation are taken over; nothing counts as "
+        "a spike before half of them are there",
+        128,
+        Range(at_least=8, at_most=100_000),
     )
     rollback_after: int = setting(
-        "so many spikes in a row: back to the last checkpoint", 3, POSITIVE
+        "after this many such steps in a row, go back to the last checkpoint and skip the data "
+        "since then",
+        3,
+        POSITIVE,
     )
 
 
@@ -245,8 +348,10 @@ class AdapterSettings:
     rank: int = setting("rows of A, columns of B", 16, POSITIVE)
     alpha: float = setting("the adapter's output is multiplied by alpha / rank", 32.0, POSITIVE)
     dropout: float = setting("of the adapter's input", 0.0, PROBABILITY)
-    target_modules: tuple[str, ...] = setting("or names as q_proj, attn.c_proj", ("all-linear",))
-    use_rslora: bool = setting("alpha / sqrt(rank) instead (Kalajdzievski 2023)", False)
+    target_modules: tuple[str, ...] = setting(
+        "or the ends of layers' names, as in PEFT: `q_proj`, `attn.c_proj`", ("all-linear",)
+    )
+    use_rslora: bool = setting("scale by alpha / sqrt(rank) (Kalajdzievski 2023)", False)
     use_dora: bool = setting("also train the length of each row (Liu et al. 2024)", False)
 
     @property
@@ -259,7 +364,10 @@ class AdapterSettings:
 class LoraSettings(AdapterSettings):
     """An adapter, and the base model that it is trained on."""
 
-    base: str = setting("a Hugging Face directory, a Hub id or a run")
+    base: str = setting(
+        "the model that the adapters are for: a Hugging Face directory, a name on the Hub or a "
+        "run; then leave out `[model]`"
+    )
 
     @property
     def adapter(self) -> AdapterSettings:

@@ -2,20 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from minigpt_cli.recipe.schema import DataTokenizer, Range, Recipe
 
 
-def find_problems(recipe: Recipe) -> list[str]:
+def find_problems(recipe: Recipe, locate: Callable[[str, str], str]) -> list[str]:
     """Return one line for each setting out of range and each contradiction; empty when all is well.
 
     Args:
         recipe: every value has the right type already.
+        locate: returns the place of (section, key), for messages.
     """
     problems = [
-        *_out_of_range(recipe, ""),
+        *_all_out_of_range(recipe, "", locate),
         *_base_problems(recipe),
         *_length_problems(recipe),
         *_data_problems(recipe),
@@ -29,21 +30,37 @@ def find_problems(recipe: Recipe) -> list[str]:
     return problems
 
 
-def _out_of_range(section: Any, name: str) -> Iterator[str]:
+def _all_out_of_range(section: Any, name: str, locate: Callable[[str, str], str]) -> Iterator[str]:
     """Compare every number in a section, and in those below it, with its ``Range``."""
+    for key, problem in out_of_range(type(section), section):
+        yield f"{locate(name, key)}: {problem}"
     for field in dataclasses.fields(section):
-        value, key = getattr(section, field.name), field.name
+        value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _out_of_range(value, f"{name}.{key}" if name else key)
+            inner = f"{name}.{field.name}" if name else field.name
+            yield from _all_out_of_range(value, inner, locate)
+
+
+def out_of_range(section: type, values: object) -> Iterator[tuple[str, str]]:
+    """Compare numbers with the ``Range`` of their setting.
+
+    Args:
+        section: a section's class, for the ranges.
+        values: has an attribute for each setting of the section that has a range.
+
+    Returns:
+        (setting, problem) for each that is out of its range.
+    """
+    for field in dataclasses.fields(section):
         allowed: Range | None = field.metadata.get("range")
-        if allowed is None or value is None:
+        if allowed is None:
             continue
-        several = isinstance(value, tuple)
-        for index, number in enumerate(value if several else (value,)):
-            if number not in allowed:
-                place = f"{key}[{index}]" if several else key
-                finite = "a" if math.isfinite(number) else "a finite"
-                yield f"[{name}] {place}: expected {finite} {allowed}, got {number}"
+        value = getattr(values, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number not in allowed:
+                kind = "an integer" if isinstance(number, int) else "a number"
+                kind = kind if math.isfinite(number) else "a finite number"
+                yield field.name, f"expected {kind} {allowed}, got {number}"
 
 
 def _base_problems(recipe: Recipe) -> Iterator[str]:
