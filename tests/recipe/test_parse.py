@@ -111,8 +111,8 @@ def test_what_types_cannot_say(override: str, part: str):
 def test_a_range_names_the_line():
     text = BASE.replace("lr = 3e-4", "lr = 0.0").replace("steps = 100", "steps = -1")
     assert problems(text).split("\n  ")[1:] == [
-        "r.toml:9: [train] steps: expected an integer above 0, got -1",
-        "r.toml:13: [optimizer] lr: expected a number above 0, got 0.0",
+        "r.toml:10: [train] steps: expected an integer above 0, got -1",
+        "r.toml:14: [optimizer] lr: expected a number above 0, got 0.0",
     ]
 
 
