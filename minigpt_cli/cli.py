@@ -75,6 +75,10 @@ def _run(arguments: list[str]) -> int:
         stop_at_signals()
         code = app(arguments, prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer has replaced it
+            raise end.__context__ from None
+        raise
     finally:
         ignore_signals()
     return code if isinstance(code, int) else 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import refused
-from tests.helpers.processes import ROOT, SHARED, environment, minigpt
+from tests.helpers.processes import ROOT, SHARED, command, environment, minigpt
 from tests.helpers.recipes import TINY
 from tests.helpers.runs import tensors
 
@@ -158,6 +158,32 @@ def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_with_room(
         assert minigpt("resume", place / "run").returncode == 0
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+def test_a_reader_that_has_gone(run: Path):
+    """``minigpt ... | head``: who reads the output decides how much is enough."""
+    for arguments in (("verify", run), ("sample", run, "--prompt", "x"), ("-h",)):
+        process = subprocess.Popen(
+            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        process.stdout.close()
+        assert "minigpt: " not in process.stderr.read()
+        assert process.wait() == 0
+
+
+def test_training_goes_on_when_nobody_reads_its_log(recipe_file: Path):
+    """``minigpt pretrain ... 2>&1 | tee log``, and tee is killed."""
+    process = subprocess.Popen(
+        command("pretrain", recipe_file, "--set", "log.every_steps=1"), cwd=recipe_file.parent,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+    )  # fmt: skip
+    while not process.stdout.readline().startswith("step 1/"):
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait() == 0
+    status = json.loads((recipe_file.parent / "runs/tiny/status.json").read_text())
+    assert (status["status"], status["step"]) == ("finished", 12)
+    assert (recipe_file.parent / "runs/tiny/final/config.json").exists()
 
 
 def test_usage_errors():

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, ModelPath, Version, option
-from minigpt_cli.core.console import print_json
+from minigpt_cli.core.console import log, print_json
 from minigpt_cli.core.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ DEFAULT_LENGTH = 1024  # tokens per sequence if no recipe says how many
 
 Data = Annotated[
     Path | None,
-    option("--data", "DIR", "A token dataset; default: the one that MODEL was trained on.", DATA),
+    option("--data", "DIR", "A token dataset; default: MODEL's, or the first adapter's.", DATA),
 ]
 Split = Annotated[str, option("--split", "NAME", "The split of the dataset.", DATA)]
 Text = Annotated[Path | None, option("--text", "FILE", "A text file, instead of a dataset.", DATA)]
@@ -48,7 +48,8 @@ def eval_command(
 ) -> None:
     """Measure loss, perplexity and bits per byte.
 
-    Every token of a dataset's split or of a text is predicted once.
+    Every token of a dataset's split or of a text is predicted once; in instructions, only those of
+    the answers.
     """
     if text is not None and data is not None:
         raise UserError("--data and --text can't be combined: give one of them")
@@ -92,6 +93,7 @@ def _open_data(
         if recipe is None:
             raise UserError(f"{model}: no run, so its data is not known; give --data or --text")
         data = Path(recipe.data_path)
+        log(f"dataset: {data}")
     return open_eval_sequences(data, split, length, tokenizer_fingerprint(trained.tokenizer))
 
 
@@ -132,7 +134,12 @@ def _set_dtype(trained: "TrainedModel", name: Dtype) -> "torch.dtype":
     if name == "auto":
         recipe = trained.recipe
         return compute_dtype(PrecisionSettings() if recipe is None else recipe.precision, device)
-    dtype = compute_dtype(PrecisionSettings(dtype=name), device)
+    try:
+        dtype = compute_dtype(PrecisionSettings(dtype=name), device)
+    except UserError:
+        raise UserError(
+            f"--dtype {name}: the device has no {name}; use --dtype fp16 or fp32"
+        ) from None
     trained.model.to(weights_dtype(dtype))
     return dtype
 

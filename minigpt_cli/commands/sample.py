@@ -158,13 +158,12 @@ def _result(
 
 
 def _set_dtype(model: "GPT", dtype: str) -> None:
-    import torch
+    from minigpt_cli.model.precision import DTYPES
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype == "auto" and next(model.parameters()).device.type == "cuda":
         dtype = "bf16"
     if dtype != "auto":
-        model.to(dtypes[dtype])
+        model.to(DTYPES[dtype])
 
 
 def _text_ids(trained: "TrainedModel", prompt: str) -> list[int]:

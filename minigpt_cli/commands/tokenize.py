@@ -7,11 +7,11 @@ import typer
 
 from minigpt_cli.commands.options import OUTPUT, PROCESSES, Debug, Json, Version, option
 from minigpt_cli.core.console import print_json
+from minigpt_cli.core.constants import SHARD_TOKENS
 from minigpt_cli.core.errors import UserError
 
 EXAMPLE = "minigpt tokenize 'corpus/**/*.txt' --vocab-size 16384 -o data/mine"
 
-SHARD_TOKENS = 100_000_000
 SOURCE, TOKENIZER, INSTRUCTIONS = "Source", "Tokenizer", "Instructions"
 
 Sources = Annotated[

@@ -27,7 +27,12 @@ def console() -> "Console":
     """Return the one console for standard error. It prints lines above a live display."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=_quiet)
+    class LogConsole(Console):
+        def on_broken_pipe(self) -> None:
+            """Print no more when the reader has gone, where rich would end the program."""
+            self.quiet = True
+
+    return LogConsole(stderr=True, highlight=False, soft_wrap=True, quiet=_quiet)
 
 
 def log(message: str, style: str | None = None) -> None:

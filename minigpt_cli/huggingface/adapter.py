@@ -23,7 +23,7 @@ from minigpt_cli.huggingface.base_model import (
     weights_fingerprint,
     with_tokenizer,
 )
-from minigpt_cli.huggingface.origin import read_origin
+from minigpt_cli.huggingface.origin import ORIGIN, read_origin
 from minigpt_cli.huggingface.peft import is_peft_adapter, peft_base, read_peft
 from minigpt_cli.huggingface.weights import CONFIG
 from minigpt_cli.model import lora
@@ -71,7 +71,7 @@ def trained_by_minigpt(base: BaseModel, adapter: LoadedAdapter | None) -> bool:
     """Whether minigpt trained the model last. It trains without special tokens before a text."""
     if adapter is not None:
         return adapter.recipe is not None or adapter.trained_on is not None
-    return base.recipe is not None or read_origin(base.directory) is not None
+    return base.recipe is not None or (base.directory / ORIGIN).is_file()
 
 
 def origin_of(base: BaseModel, adapter: LoadedAdapter | None) -> dict[str, str]:
@@ -173,8 +173,8 @@ def open_adapter(path: Path, config: ModelConfig) -> LoadedAdapter:
         names = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
         name = names[0]
         raise UserError(
-            f"{path}: {name}: the base needs shape {wanted.get(name, 'absent')}, but it is "
-            f"{found.get(name, 'absent')} ({len(names)} such tensors)"
+            f"{path}: {name}: expected shape {wanted.get(name, 'absent')} for this base and the "
+            f"adapter's settings, got {found.get(name, 'absent')} ({len(names)} such tensors)"
         )
     return adapter
 

@@ -36,11 +36,11 @@ from minigpt_cli.huggingface.weights import CONFIG, INDEX
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import meta_model
 from minigpt_cli.model.hf_names import huggingface_config, huggingface_name, is_transposed
+from minigpt_cli.model.precision import DTYPES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SHARD_BYTES = 5_000_000_000
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

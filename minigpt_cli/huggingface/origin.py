@@ -33,5 +33,8 @@ def read_origin(directory: Path) -> dict[str, Any] | None:
     origin = read_json(file)
     found = origin.pop("format", _FORMAT)  # the first versions wrote no format
     if found != _FORMAT:
-        raise UserError(f"{file}: format {found!r}; this version of minigpt reads {_FORMAT}")
+        raise UserError(
+            f"{file}: format {found!r}, but this version of minigpt reads {_FORMAT}: upgrade "
+            "minigpt, or remove this file"
+        )
     return origin

@@ -51,7 +51,7 @@ def read_peft(path: Path, model: GPT) -> tuple[AdapterSettings, dict[str, Tensor
 
     Args:
         path: A directory in PEFT's format.
-        model: The base, perhaps on the meta device; it tells the layers' names.
+        model: The base, perhaps on the meta device; it gives the layers' names.
 
     Returns:
         The adapter's settings, and its tensors by our parameter names. Shapes are not checked.

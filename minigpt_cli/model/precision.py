@@ -8,7 +8,7 @@ import torch
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.recipe import PrecisionSettings
 
-_DTYPES = {
+DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp32": torch.float32,
@@ -33,7 +33,7 @@ def compute_dtype(precision: PrecisionSettings, device: torch.device) -> torch.d
                 f"[precision] dtype bf16: {torch.cuda.get_device_name(device)} has no bf16; "
                 "set precision.dtype=fp16"
             )
-        return _DTYPES[precision.dtype]
+        return DTYPES[precision.dtype]
     if on_gpu:
         return torch.bfloat16 if gpu_has_bf16 else torch.float16
     capabilities = torch.cpu.get_capabilities()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.constants import SHARD_TOKENS
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import CHATML, ModelTemplate, template_and_tokens
 from minigpt_cli.data.dataset_manifest import DatasetManifest
@@ -23,7 +24,7 @@ def make_dataset(
     chat_template: str | None = None,
     model_template: ModelTemplate | None = None,
     val_fraction: float = 0.05,
-    shard_tokens: int = 100_000_000,
+    shard_tokens: int = SHARD_TOKENS,
     strict: bool = False,
     workers: int | None = None,
 ) -> DatasetManifest:

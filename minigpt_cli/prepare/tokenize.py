@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt_cli import __version__
 from minigpt_cli.core.console import error_line
+from minigpt_cli.core.constants import SHARD_TOKENS
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import locked, sha256_of, write_atomically
 from minigpt_cli.data.dataset_manifest import (
@@ -50,7 +51,7 @@ def tokenize(
     tokenizer_path: str | Path | None = None,
     train_vocab: int | None = None,
     val_fraction: float = 0.05,
-    shard_tokens: int = 100_000_000,
+    shard_tokens: int = SHARD_TOKENS,
     strict: bool = False,
     workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,

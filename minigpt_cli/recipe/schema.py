@@ -23,7 +23,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            not (isinstance(value, float) and not math.isfinite(value))
             and (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.below is None or value < self.below)
@@ -31,10 +31,10 @@ class Range:
         )
 
     def __str__(self) -> str:
-        names = {"above": "above", "at_least": "at least", "below": "below", "at_most": "at most"}
+        words = {"at_least": "of at least", "at_most": "at most"}
         bounds = [
-            f"{words} {bound:g}"
-            for name, words in names.items()
+            f"{words.get(name, name)} {bound:g}"
+            for name in ("above", "at_least", "below", "at_most")
             if (bound := getattr(self, name)) is not None
         ]
         return " and ".join(bounds)

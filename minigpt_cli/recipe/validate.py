@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from minigpt_cli.recipe.schema import DataTokenizer, Range, Recipe
 
@@ -48,8 +48,8 @@ def out_of_range(section: type, values: object) -> Iterator[tuple[str, str]]:
         section: a section's class, for the ranges.
         values: has an attribute for each setting of the section that has a range.
 
-    Returns:
-        (setting, problem) for each that is out of its range.
+    Yields:
+        (setting, problem) for each number that is out of its range.
     """
     for field in dataclasses.fields(section):
         allowed: Range | None = field.metadata.get("range")
@@ -58,8 +58,9 @@ def out_of_range(section: type, values: object) -> Iterator[tuple[str, str]]:
         value = getattr(values, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number not in allowed:
-                kind = "an integer" if isinstance(number, int) else "a number"
-                kind = kind if math.isfinite(number) else "a finite number"
+                kind = "an integer" if int in (field.type, *get_args(field.type)) else "a number"
+                if isinstance(number, float) and not math.isfinite(number):
+                    kind = "a finite number"
                 yield field.name, f"expected {kind} {allowed}, got {number}"
 
 

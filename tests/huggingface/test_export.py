@@ -237,7 +237,7 @@ def test_origin_reads_back(tmp_path: Path):
         assert read_origin(tmp_path) == origin
     (tmp_path / "minigpt.json").write_text('{"format": 2}')
     with pytest.raises(
-        UserError, match=r"minigpt\.json: format 2; this version of minigpt reads 1"
+        UserError, match=r"minigpt\.json: format 2, but this version of minigpt reads 1"
     ):
         read_origin(tmp_path)
 

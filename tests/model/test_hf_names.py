@@ -245,6 +245,8 @@ def test_what_transformers_leaves_out_is_its_own_default(tmp_path):
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window True"),
         ({"model_type": "llama", "hidden_size": "wide"}, "not the configuration of a model"),
+        ({"model_type": "gpt2", "layer_norm_epsilon": -1},
+         "norm_eps: expected a number above 0, got -1"),
         ({"model_type": "llama", "num_attention_heads": 0},
              "num_attention_heads: expected an integer above 0, got 0"),
         ({"model_type": "llama", "hidden_size": 64.0}, "not the configuration of a model"),

@@ -83,7 +83,7 @@ def test_every_problem_is_listed_at_once_with_its_place_and_the_nearest_name():
         ("train.sequence_length=0", "sequence_length: expected an integer above 0, got 0"),
         ("model.max_position_embeddings=64", "longer than [model] max_position_embeddings 64"),
         ("schedule.warmup_steps=101", "more than the 100 steps"),
-        ("schedule.min_lr_ratio=1.5", "expected a number at least 0 and at most 1, got 1.5"),
+        ("schedule.min_lr_ratio=1.5", "expected a number of at least 0 and at most 1, got 1.5"),
         ("optimizer.lr=-1", "--set optimizer.lr: expected a number above 0, got -1"),
         ("schedule.name=step", "milestones: name = step needs them"),
         ("data.source.kind=files", "needs a path"),
@@ -97,10 +97,10 @@ def test_every_problem_is_listed_at_once_with_its_place_and_the_nearest_name():
         ("lr=1", "--set section.key=value"),
         ("train=3", "--set section.key=value"),
         ("optimizer.lr=inf", "lr: expected a finite number above 0, got inf"),
-        ("optimizer.betas=[0.9, 1.0]", "--set optimizer.betas: expected a number at least 0"),
+        ("optimizer.betas=[0.9, 1.0]", "--set optimizer.betas: expected a number of at least 0"),
         (
             "schedule.milestones=[5, -1]",
-            "--set schedule.milestones: expected an integer at least 0",
+            "--set schedule.milestones: expected an integer of at least 0",
         ),
     ],
 )
@@ -114,6 +114,13 @@ def test_a_range_names_the_line():
         "r.toml:10: [train] steps: expected an integer above 0, got -1",
         "r.toml:14: [optimizer] lr: expected a number above 0, got 0.0",
     ]
+
+
+def test_a_huge_integer_is_a_number():
+    assert parse_recipe(BASE, [f"train.seed=1{'0' * 400}"]).train.seed == 10**400
+    assert "expected an integer of at least 0, got -1" in problems(
+        BASE, f"train.seed=-1{'0' * 400}"
+    )
 
 
 def test_missing_sections_and_files():

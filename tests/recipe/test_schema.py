@@ -33,9 +33,9 @@ def test_the_table_is_made_from_the_schema():
     page = recipe_table.PAGE.read_text()
     assert recipe_table.with_table(page) == page, "run: python scripts/recipe_table.py"
     for row in (
-        "| `train.seed` | integer at least 0 | `1337` | of weights, data order and dropout |",
+        "| `train.seed` | integer of at least 0 | `1337` | of weights, data order and dropout |",
         '| `optimizer.name` | `"adamw"` or `"muon"` | `"adamw"` | ',
-        "| `optimizer.betas` | 2 numbers at least 0 and below 1 | `[0.9, 0.95]` | of AdamW |",
+        "| `optimizer.betas` | 2 numbers of at least 0 and below 1 | `[0.9, 0.95]` | of AdamW |",
         "| `model.num_key_value_heads` | integer above 0 | `num_attention_heads` | ",
         "| `data.source.kind` | ",
     ):
