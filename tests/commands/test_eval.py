@@ -18,7 +18,9 @@ def test_dataset_and_text(run: Path, tmp_path: Path):
 
 def test_device_and_dtype(run: Path):
     default = json.loads(finished("eval", run, "--json"))
-    assert json.loads(finished("eval", run, "--device", "cpu", "--json")) == default
+    on_cpu = json.loads(finished("eval", run, "--device", "cpu", "--json"))
+    assert on_cpu["loss"] == pytest.approx(default["loss"], rel=1e-2)
+    assert on_cpu == default or torch.cuda.is_available()
     exact, rounded = (
         json.loads(finished("eval", run, "--dtype", dtype, "--json"))["loss"]
         for dtype in ("fp32", "bf16")
