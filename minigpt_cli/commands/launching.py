@@ -6,7 +6,8 @@ from pathlib import Path
 
 from minigpt_cli.core.console import set_quiet
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.distributed.join import find_rank_info, is_rank0, session
+from minigpt_cli.distributed.join import is_rank0, session
+from minigpt_cli.distributed.rank_info import find_rank_info
 
 
 def is_launcher(nproc: int | None) -> bool:

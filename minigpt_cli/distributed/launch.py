@@ -27,7 +27,8 @@ from minigpt_cli.distributed.exit_status import (
     report_order,
     resume_hint,
 )
-from minigpt_cli.distributed.join import LAUNCHER_PID, LOOPBACK, STORE_FD
+from minigpt_cli.distributed.join import LAUNCHER_PID, STORE_FD
+from minigpt_cli.distributed.rank_info import LOOPBACK
 
 # A second signal within these seconds is taken for the first one's echo. Later it is passed on: the
 # first may have got lost in a worker, and workers that are saving ignore it.

@@ -21,14 +21,13 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed.device import find_device
 from minigpt_cli.distributed.failure import rank_lost, set_run_directory, start_watch
 from minigpt_cli.distributed.join import (
-    RankInfo,
     call_with_timeout,
     choose_interface,
     connect,
-    find_rank_info,
     session,
     wait_for_all,
 )
+from minigpt_cli.distributed.rank_info import RankInfo, find_rank_info
 
 T = TypeVar("T")
 _calls = itertools.count()  # of run_on_rank0: all ranks make the same ones

@@ -15,7 +15,8 @@ import pytest
 from minigpt_cli.checkpoint import store
 from minigpt_cli.core.errors import Outcome
 from minigpt_cli.distributed import failure
-from minigpt_cli.distributed.join import RankInfo, session
+from minigpt_cli.distributed.join import session
+from minigpt_cli.distributed.rank_info import RankInfo
 from tests.helpers.processes import ROOT, command, environment, fork, minigpt
 from tests.helpers.ranks import free_port, gone, rank_environment
 from tests.helpers.runs import curve
