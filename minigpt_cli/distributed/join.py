@@ -124,13 +124,14 @@ def _open_store(address: str, port: int, seconds: float = _CONNECT_SECONDS) -> "
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()
-            return _tcp_store(address, port)
+            break
         except socket.gaierror:
             raise
         except OSError:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
+    return _tcp_store(address, port)
 
 
 def _tcp_store(address: str, port: int, **options: object) -> "TCPStore":
