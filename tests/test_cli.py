@@ -73,7 +73,7 @@ def test_bad_input_is_one_line(
     refused(code, part, *(each.format(**words) for each in arguments), cwd=tmp_path)
 
 
-def test_a_damaged_dataset_and_another_tokenizer_are_refused(
+def test_damaged_dataset_and_other_tokenizer(
     run: Path, tmp_path: Path, dataset: Path, recipe_file: Path
 ):
     damaged = tmp_path / "damaged"
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(run: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "torn"])
-def test_a_model_is_taken_from_the_newest_valid_checkpoint(run: Path, tmp_path: Path, damage: str):
+def test_newest_valid_checkpoint_is_used(run: Path, tmp_path: Path, damage: str):
     """Whichever of its files is damaged: this one is looked at first."""
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -135,9 +135,7 @@ def test_a_model_is_taken_from_the_newest_valid_checkpoint(run: Path, tmp_path: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_with_room(
-    run: Path, tmp_path: Path, recipe_file: Path
-):
+def test_full_disk(run: Path, tmp_path: Path, recipe_file: Path):
     saved = tensors(run / "checkpoints/step-00000012").values()
     size = sum(tensor.numel() * tensor.element_size() for tensor in saved)
     place = tmp_path / "disk"
@@ -203,7 +201,7 @@ def test_usage_errors():
         assert said in line
 
 
-def test_half_a_place_among_several_processes_is_refused(recipe_file: Path):
+def test_incomplete_rank_variables(recipe_file: Path):
     done = subprocess.run(
         [sys.executable, "-m", "minigpt_cli", "pretrain", recipe_file],
         env=environment() | {"WORLD_SIZE": "2", "RANK": "0"}, capture_output=True, text=True,

@@ -1,14 +1,13 @@
 """Encode batches of text in worker processes.
 
-A worker is a child process with two pipes. It ends when its input ends, so it never outlives the
-parent. It runs in its own session, so Ctrl-C reaches the parent alone. benchmarks/LOG.md compares
-this with ProcessPoolExecutor.
+A worker is a child process with one connection. It ends when its connection does, so it never
+outlives the parent. It runs in its own session, so Ctrl-C reaches the parent alone.
+ProcessPoolExecutor would wait for ever if a worker is killed while it sends a result
+(benchmarks/LOG.md).
 """
 
-import itertools
 import os
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -17,15 +16,19 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.signals import ignore_signals
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 # A worker holds the encodings of this much text at a time.
 _AT_ONCE = 64 << 10
-_F_SETPIPE_SZ = 1031  # Linux; in the fcntl module where it is supported
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,6 @@ VAL = 2  # the piece belongs to validation
 Ids = tuple[bytes, bytes]
 
 
-class _Worker:
-    """A child process; a second batch waits in its pipe while it works on the first.
-
-    A thread takes ``receiving`` before it releases ``sending``. So replies are read in the order
-    of the batches.
-    """
-
-    def __init__(self, process: "subprocess.Popen[bytes]"):
-        self.process = process
-        self.sending = threading.Lock()
-        self.receiving = threading.Lock()
-
-
 @contextmanager
 def encoders(
     workers: int, tokenizer: Path, eos: int, dtype: str
@@ -77,147 +67,111 @@ def encoders(
         A function that submits a batch. Its future gives the ids. The future raises ``UserError``
         if the worker died.
     """
-    started: list[_Worker] = []
+    started: list[subprocess.Popen[bytes]] = []
     mine = threading.local()
-    numbers = itertools.count()
     lock = threading.Lock()
     closed = False
 
     def encode(batch: TextBatch) -> Ids:
-        if not hasattr(mine, "worker"):
+        if not hasattr(mine, "process"):
             with lock:  # so that no process starts after the others were killed
                 if closed:
                     raise RuntimeError("the workers were stopped")
-                number = next(numbers) % workers  # two threads to each process
-                if number == len(started):
-                    started.append(_Worker(_start(tokenizer, eos, dtype)))
-                mine.worker = started[number]
-        return _exchange(mine.worker, batch)
+                mine.process, mine.connection = _start(tokenizer, eos, dtype)
+                started.append(mine.process)
+        return _exchange(mine.process, mine.connection, batch)
 
-    pool = ThreadPoolExecutor(2 * workers, thread_name_prefix="encode")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="encode")  # a thread for each process
     try:
         yield lambda batch: pool.submit(encode, batch)
     finally:
         with lock:
             closed = True
-            for worker in started:
-                worker.process.kill()
+            for process in started:
+                process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
-        for worker in started:
-            worker.process.communicate()
+        for process in started:
+            process.wait()
 
 
-def _start(tokenizer: Path, eos: int, dtype: str) -> "subprocess.Popen[bytes]":
+def _start(tokenizer: Path, eos: int, dtype: str) -> tuple["subprocess.Popen[bytes]", Connection]:
     package = Path(__file__).resolve().parents[2]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "TOKENIZERS_PARALLELISM": "false",  # one core each
     }
-    # -P: the working directory may be the corpus, and hold a file of a module's name.
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", __name__, str(tokenizer), str(eos), dtype],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,
-    )
-    for pipe in (process.stdin, process.stdout):
-        _widen(pipe)
-    return process
+    ours, theirs = Pipe()
+    with theirs:
+        arguments = (theirs.fileno(), tokenizer, eos, dtype)
+        # -P: the working directory may be the corpus, and hold a file of a module's name.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # prints of libraries
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,
+        )
+    return process, ours
 
 
-def _widen(pipe: object) -> None:
-    """Let a whole batch fit into the pipe, so that the processes switch less often."""
+def _exchange(process: "subprocess.Popen[bytes]", connection: Connection, batch: TextBatch) -> Ids:
     try:
-        import fcntl
-
-        fcntl.fcntl(pipe.fileno(), _F_SETPIPE_SZ, 1 << 20)  # type: ignore[attr-defined]
-    except (ImportError, OSError):
-        pass  # another system, or beyond the user's limit: only slower
-
-
-def _exchange(worker: _Worker, batch: TextBatch) -> Ids:
-    process = worker.process
-    assert process.stdin is not None
-    assert process.stdout is not None
-    lengths = array("Q", map(len, batch.pieces)).tobytes()
-    head = struct.pack("<Q", len(batch.pieces)) + lengths + batch.flags
-    try:
-        with worker.sending:
-            process.stdin.write(b"".join((head, *batch.pieces)))
-            process.stdin.flush()
-            worker.receiving.acquire()
-        try:
-            train, val, failure = struct.unpack("<QQQ", _read(process.stdout, 24))
-            if failure:
-                raise RuntimeError(f"encoding failed: {_read(process.stdout, failure).decode()}")
-            return _read(process.stdout, train), _read(process.stdout, val)
-        finally:
-            worker.receiving.release()
-    except (BrokenPipeError, EOFError):
+        connection.send((batch.pieces, batch.flags))
+        reply: Ids | str = connection.recv()
+    except (OSError, EOFError):
         code = process.wait()
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise UserError(
             f"a tokenizer process died ({reason}); if memory ran out, run the same command again "
             "with fewer --workers: it continues where it stopped"
         ) from None
+    if isinstance(reply, str):
+        raise RuntimeError(f"encoding failed: {reply}")
+    return reply
 
 
-def _read(stream: IO[bytes], size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    return data
-
-
-def _serve(requests: IO[bytes], replies: IO[bytes], file: str, eos: int, dtype: str) -> None:
+def _serve(connection: Connection, file: str, eos: int, dtype: str) -> None:
+    """Answer each batch with its ids, until the parent has gone; or once with an error."""
     from minigpt_cli.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(file)
+    try:
+        tokenizer = load_tokenizer(file)
+        while True:
+            pieces, flags = connection.recv()
+            connection.send(_encode(tokenizer, pieces, flags, eos, dtype))
+    except (OSError, EOFError):
+        os._exit(1)  # the parent is gone
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def _encode(
+    tokenizer: "Tokenizer", pieces: tuple[bytes, ...], flags: bytes, eos: int, dtype: str
+) -> Ids:
     typecode = {"uint16": "H", "uint32": "I"}[dtype]
-    while head := requests.read(8):
-        (count,) = struct.unpack("<Q", head)
-        lengths = array("Q", _read(requests, 8 * count))
-        flags = _read(requests, count)
-        texts = [_read(requests, length).decode(errors="replace") for length in lengths]
-        out: tuple[list[array[int]], list[array[int]]] = ([], [])
-        start = 0
-        while start < count:
-            stop, size = start + 1, lengths[start]
-            while stop < count and size + lengths[stop] <= _AT_ONCE:
-                size += lengths[stop]
-                stop += 1
-            encodings = tokenizer.encode_batch_fast(texts[start:stop], add_special_tokens=False)
-            for flag, encoding in zip(flags[start:stop], encodings, strict=True):
-                ids = array(typecode, encoding.ids)  # twice as fast as extending one
-                if flag & LAST:
-                    ids.append(eos)
-                if sys.byteorder == "big":
-                    ids.byteswap()
-                out[1 if flag & VAL else 0].append(ids)
-            start = stop
-        train, val = map(b"".join, out)
-        replies.write(struct.pack("<QQQ", len(train), len(val), 0))
-        replies.write(train)
-        replies.write(val)
-        replies.flush()
-
-
-def _main() -> None:
-    # The parent handles signals to the process group or the Slurm step, and then kills the workers.
-    ignore_signals()
-    file, eos, dtype = sys.argv[1:]
-    with os.fdopen(os.dup(0), "rb") as requests, os.fdopen(os.dup(1), "wb") as replies:
-        os.dup2(2, 1)  # prints of libraries go to standard error, not among the replies
-        try:
-            _serve(requests, replies, file, int(eos), dtype)
-        except (BrokenPipeError, EOFError):
-            os._exit(1)  # the parent is gone; skip the flush at exit, which would fail again
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}".encode()
-            replies.write(struct.pack("<QQQ", 0, 0, len(message)) + message)
+    out: tuple[list[array[int]], list[array[int]]] = ([], [])
+    start = 0
+    while start < len(pieces):
+        stop, size = start + 1, len(pieces[start])
+        while stop < len(pieces) and size + len(pieces[stop]) <= _AT_ONCE:
+            size += len(pieces[stop])
+            stop += 1
+        texts = [piece.decode(errors="replace") for piece in pieces[start:stop]]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for flag, encoding in zip(flags[start:stop], encodings, strict=True):
+            ids = array(typecode, encoding.ids)  # twice as fast as extending one
+            if flag & LAST:
+                ids.append(eos)
+            if sys.byteorder == "big":
+                ids.byteswap()
+            out[1 if flag & VAL else 0].append(ids)
+        start = stop
+    return b"".join(out[0]), b"".join(out[1])
 
 
 if __name__ == "__main__":
-    _main()
+    # The parent handles signals to the process group or the Slurm step, and then kills the workers.
+    ignore_signals()
+    _serve(Connection(int(sys.argv[1])), sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -89,7 +89,7 @@ def test_bad_options(tmp_path: Path, part: str, arguments: tuple[object, ...]):
     refused(2, part, "tokenize", "a.txt", "-o", "d", *arguments, cwd=tmp_path)
 
 
-def test_nothing_is_imported_from_the_working_directory(tmp_path: Path):
+def test_working_directory_is_not_imported(tmp_path: Path):
     """A corpus may hold a file of a module's name; the encoding workers must not run it."""
     (tmp_path / "tokenizers.py").write_text("raise RuntimeError('the wrong module')")
     (tmp_path / "a.txt").write_text("some text " * 100)

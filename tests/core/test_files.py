@@ -73,9 +73,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path):
 
 
 @pytest.mark.parametrize("before_writing", [False, True])
-def test_stale_directories_are_removed_and_a_moved_one_is_restored(
-    tmp_path: Path, before_writing: bool
-):
+def test_stale_directories(tmp_path: Path, before_writing: bool):
     alive = f".out-{os.getpid()}-abc"
     for name in (f".out-{DEAD}-abc", alive, ".out-notes", f".other-{DEAD}-a"):
         (tmp_path / name).mkdir()
@@ -90,7 +88,7 @@ def test_stale_directories_are_removed_and_a_moved_one_is_restored(
     assert set(os.listdir(tmp_path)) == {"out", alive, ".out-notes", f".other-{DEAD}-a"}
 
 
-def test_a_place_that_cannot_be_written_to_is_an_error_of_the_user(tmp_path: Path):
+def test_unwritable_place(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/out: can't be written to: "):
         whole_directory(tmp_path / "file" / "out").__enter__()

@@ -32,7 +32,7 @@ def send(signum: int) -> None:
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
 )
-def test_a_signal_that_is_held_raises_once_it_is_handled(signum: signal.Signals, code: int):
+def test_held_signal_raises_later(signum: signal.Signals, code: int):
     signals.block_signals()
     send(signum)
     with pytest.raises(Stopped, match=f"stopped by {signum.name}; run the same command") as stopped:
@@ -40,7 +40,7 @@ def test_a_signal_that_is_held_raises_once_it_is_handled(signum: signal.Signals,
     assert stopped.value.exit_code == code
 
 
-def test_the_second_does_nothing_until_the_first_had_its_time(monkeypatch: pytest.MonkeyPatch):
+def test_second_signal_waits(monkeypatch: pytest.MonkeyPatch):
     signals.stop_at_signals()
     with pytest.raises(Stopped):
         send(signal.SIGTERM)
@@ -51,14 +51,14 @@ def test_the_second_does_nothing_until_the_first_had_its_time(monkeypatch: pytes
         send(signal.SIGINT)
 
 
-def test_what_catches_exceptions_does_not_take_a_signal_for_one():
+def test_stopped_is_no_exception():
     """A signal that came while a tokenizer was read had made the dataset a damaged one."""
     signals.stop_at_signals()
     with pytest.raises(Stopped), contextlib.suppress(Exception):
         send(signal.SIGUSR1)
 
 
-def test_one_whose_exception_was_swallowed_stops_the_training_loop():
+def test_swallowed_signal_stops_training():
     signals.stop_at_signals()
     with contextlib.suppress(BaseException):
         send(signal.SIGUSR1)
@@ -66,7 +66,7 @@ def test_one_whose_exception_was_swallowed_stops_the_training_loop():
         assert stop.signum == signal.SIGUSR1
 
 
-def test_what_is_ignored_stays_so_and_at_the_end_all_is():
+def test_ignored_signals():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
     signals.stop_at_signals()
     send(signal.SIGINT)
@@ -90,7 +90,7 @@ except Stopped as error:
 """
 
 
-def test_a_signal_while_an_object_is_deleted_is_not_lost():
+def test_signal_in_del():
     """Python ignores what __del__ raises, and prints a traceback of it."""
     deleting = """
 class Large:

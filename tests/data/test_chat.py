@@ -130,7 +130,7 @@ content = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
 
 
 @given(st.lists(content, min_size=2, max_size=7), st.sampled_from(sorted(TEMPLATES)))
-def test_parts_are_the_text_cut_where_answers_begin_and_end(contents: list[str], name: str) -> None:
+def test_parts_are_cut_at_answers(contents: list[str], name: str) -> None:
     messages = talk(*contents)
     last = len(contents) // 2 * 2 - 1  # of the assistant's
     template = TEMPLATES[name]
@@ -157,7 +157,7 @@ def test_parts_are_the_text_cut_where_answers_begin_and_end(contents: list[str],
         assert [text for text, trained in pieces if trained] == shown
 
 
-def test_trained_tokens_are_those_of_transformers_assistant_mask(reference: Any) -> None:
+def test_assistant_mask_of_transformers(reference: Any) -> None:
     messages = [{"role": "system", "content": "Be <|kind|>."}, *FOUR]
     expected = reference.apply_chat_template(
         messages,
@@ -176,7 +176,7 @@ def test_trained_tokens_are_those_of_transformers_assistant_mask(reference: Any)
     assert mask == expected["assistant_masks"]
 
 
-def test_an_answer_that_is_shown_in_another_way_later_is_not_trained() -> None:
+def test_answer_that_changes_later() -> None:
     pieces = masked_parts(THINKING, THOUGHTS)
     assert [text for text, trained in pieces if trained] == [
         "<think>\nso\n</think>\n\nB.<|im_end|>\n"
@@ -189,7 +189,7 @@ def test_an_answer_that_is_shown_in_another_way_later_is_not_trained() -> None:
     ]
 
 
-def test_an_answer_before_any_question_is_not_trained_where_the_template_refuses_it() -> None:
+def test_answer_before_any_question() -> None:
     template = "{{ messages[0].role.upper() }}" + CHATML
     pieces = masked_parts(template, talk("Hello!", "Hi", "Bye", first="assistant"))
     assert [text for text, trained in pieces if trained] == ["Bye<|im_end|>\n"]
@@ -197,7 +197,7 @@ def test_an_answer_before_any_question_is_not_trained_where_the_template_refuses
         masked_parts(template, talk("Hello!", first="assistant"))
 
 
-def test_a_template_that_hides_the_last_answer_is_refused() -> None:
+def test_template_hides_last_answer() -> None:
     upside_down = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match="differently from its generation prompt"):
         masked_parts(upside_down, FOUR)
@@ -336,9 +336,7 @@ def test_a_folder_without_a_tokenizer_brings_nothing(tmp_path: Path) -> None:
         (b"\xff", r"tokenizer_config\.json can't be read"),
     ],
 )
-def test_files_that_are_not_a_tokenizer_config_are_named(
-    tmp_path: Path, config: str | bytes, message: str
-) -> None:
+def test_invalid_tokenizer_config(tmp_path: Path, config: str | bytes, message: str) -> None:
     data = config if isinstance(config, bytes) else config.encode()
     (tmp_path / "tokenizer_config.json").write_bytes(data)
     with pytest.raises(UserError, match=message):

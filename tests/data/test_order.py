@@ -53,7 +53,7 @@ def test_an_epoch_covers_each_window_once(seed: int, sequences: int, batch: int)
 
 
 @given(step=st.integers(0, 10**6), batch=st.integers(1, 64), cut=st.integers(1, 64))
-def test_the_order_does_not_depend_on_how_it_is_cut_into_steps(step: int, batch: int, cut: int):
+def test_order_is_independent_of_steps(step: int, batch: int, cut: int):
     whole = sample_ids(7, step, batch * cut, 1000)
     parts = [sample_ids(7, step * cut + i, batch, 1000) for i in range(cut)]
     assert np.array_equal(whole, np.concatenate(parts))

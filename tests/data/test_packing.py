@@ -72,7 +72,7 @@ def test_every_document_that_fits_is_in_one_sequence(
     assert packed.fill == (positions / (packed.num_sequences * length) if expected else 0)
 
 
-def test_sequences_are_gathered_in_the_order_of_the_ids() -> None:
+def test_gather_keeps_order() -> None:
     packed = pack(split_of([9, 8, 7, 6, 5, 9]), 10, 0)
     assert packed.num_sequences > 3
     alone = [packed.gather(np.array([index])) for index in (2, 0, 2)]
@@ -122,7 +122,7 @@ def test_random_lengths_leave_little_padding(draw: object) -> None:
     assert pack(split_of(lengths), 1024, 0).fill > 0.98
 
 
-def test_documents_that_are_all_too_long_make_no_sequence() -> None:
+def test_all_documents_too_long() -> None:
     packed = pack(split_of([12, 13]), 10, 0)
     assert (packed.num_sequences, packed.num_documents, packed.num_too_long, packed.fill) == (
         0,

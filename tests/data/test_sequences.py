@@ -71,7 +71,7 @@ def test_every_target_of_a_text_once_in_order(tokens: int, length: int, batch: i
     assert np.array_equal(targets, stream[1:])
 
 
-def test_evaluation_of_instructions_counts_each_completion_once(instructions: Path) -> None:
+def test_instructions_count_completions_once(instructions: Path) -> None:
     dataset = open_dataset(instructions)
     fingerprint = dataset.manifest.tokenizer_fingerprint
     data = open_eval_sequences(instructions, "val", 64, fingerprint)

@@ -102,18 +102,18 @@ def test_training_uses_only_the_beginning(monkeypatch: pytest.MonkeyPatch) -> No
     assert taken == 4
 
 
-def test_training_on_a_long_run_without_spaces_is_quick() -> None:
+def test_training_on_text_without_spaces() -> None:
     tokenizer = train_bpe(iter(["ab" * 1_000_000]), 300)
     assert tokenizer.token_to_id("abab") is not None
 
 
-def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
+def test_too_small_vocabulary() -> None:
     train_bpe(iter(["a"]), 257)
     with pytest.raises(UserError, match="at least 257"):
         train_bpe(iter(["a"]), 256)
 
 
-def test_the_name_of_the_special_token_in_a_text_is_text(small: Tokenizer, tmp_path: Path) -> None:
+def test_special_token_name_in_text(small: Tokenizer, tmp_path: Path) -> None:
     small.save(str(tmp_path / "tokenizer.json"))
     for tokenizer in (small, load_tokenizer(tmp_path)):
         ids = encode(tokenizer, f"a{EOS}b")
@@ -207,9 +207,7 @@ def test_end_of_text_by_other_names_or_none() -> None:
         eos_id(Tokenizer(models.WordLevel({"a": 0})))
 
 
-def test_the_fingerprint_tells_tokenizers_apart_and_survives_rewriting(
-    small: Tokenizer, tmp_path: Path
-) -> None:
+def test_fingerprint(small: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text(small.to_str(pretty=True))
     assert tokenizer_fingerprint(load_tokenizer(file)) == tokenizer_fingerprint(small)

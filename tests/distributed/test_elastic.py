@@ -82,7 +82,7 @@ def test_two_ranks_then_one_then_four_then_two(runs: Path, precision: str):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_data_order_is_that_of_the_uninterrupted_run(runs: Path, precision: str):
+def test_data_order_is_uninterrupted(runs: Path, precision: str):
     (straight,) = json.loads((runs / f"{precision}-straight/ranks.json").read_text())
     expected = {int(step): rows for step, rows in straight["rows"].items()}
     assert sorted(expected) == list(range(STEPS))

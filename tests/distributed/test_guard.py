@@ -56,7 +56,7 @@ def test_ranks_roll_back_together_as_one_process_does(runs: Path, strategy: str)
     assert states[0]["data_offset"] == 7
 
 
-def test_what_is_not_finite_on_one_rank_ends_all_and_names_it(tmp_path: Path, regular: Path):
+def test_nonfinite_on_one_rank(tmp_path: Path, regular: Path):
     (tmp_path / "tiny.toml").write_text(TINY.format(data="replaced"))
     token = unused_token(regular)
     data = poisoned(regular, tmp_path / "bad", [24], token, rows=slice(4, 8))  # rank 1's

@@ -206,7 +206,7 @@ def test_workers_that_hang_are_killed(tmp_path: Path, start: Start):
         wait_until(lambda: gone(int((folder / "child").read_text())))  # noqa: B023
 
 
-def test_a_stopped_worker_waits_longer_than_a_failed_one(start: Start):
+def test_stopped_worker_waits_longer(start: Start):
     _, errors = (launcher := start("exit:75", "sleep:2,75", timeouts=HURRY)).communicate()
     assert (launcher.returncode, errors) == (75, "")
     began = time.monotonic()

@@ -127,9 +127,7 @@ def test_two_nodes_give_the_losses_of_one_process(straight: Path, folder: Path):
         assert line == pytest.approx(expected, rel=1e-10 if "grad_norm" in line else 1e-12)
 
 
-def test_faults_one_after_another_and_the_run_is_as_if_undisturbed(
-    nodes: Nodes, straight: Path, folder: Path
-):
+def test_faults_change_nothing(nodes: Nodes, straight: Path, folder: Path):
     run = folder / "disturbed"
 
     # Saving at every step: the cut finds a save in flight.
@@ -188,7 +186,7 @@ def assert_failed(run: Path) -> int:
     return step(run)
 
 
-def test_where_nobody_answers_it_is_an_error_within_a_minute(unanswered: Any):
+def test_nobody_answers(unanswered: Any):
     for process, log, since in unanswered:
         assert process.wait(timeout=60 - (time.monotonic() - since)) == 2
         print(log.read_text())
@@ -245,9 +243,7 @@ def test_a_link_is_cut_while_training_waits_for_a_save(nodes: Nodes, straight: P
     assert_same(run, straight)
 
 
-def test_gloo_takes_the_cable_where_a_host_knows_itself_as_a_loopback_address(
-    nodes: Nodes, folder: Path
-):
+def test_gloo_avoids_loopback(nodes: Nodes, folder: Path):
     """As Debian's /etc/hosts has it: 127.0.1.1, which is nobody else's way to it."""
     program = (
         "import os; from minigpt_cli.cli import _leave; "
@@ -280,9 +276,7 @@ def test_torchrun_starts_the_workers_anew(nodes: Nodes, straight: Path, folder: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("node", [0, 1])
-def test_workers_whose_torchrun_was_killed_save_and_stop(
-    nodes: Nodes, straight: Path, folder: Path, node: int
-):
+def test_killed_torchrun(nodes: Nodes, straight: Path, folder: Path, node: int):
     run = copy_from(straight, f"orphans-{node}", 10)
     job = Job(nodes, folder, "resume", run)
     wait_until(lambda: step(run) >= 20)

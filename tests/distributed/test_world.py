@@ -70,7 +70,7 @@ def test_one_rank_s_error_ends_all_and_is_shown_once(when: str, code: int, messa
     assert "Traceback" not in said
 
 
-def test_a_rank_that_waits_for_one_that_failed_ends_too(tmp_path: Path):
+def test_waiting_rank_ends_too(tmp_path: Path):
     """As with NCCL, whose collectives nothing interrupts; srun kills nobody by itself."""
     with started(FAILS, "hangs", "fail", cwd=tmp_path) as (waiting, _):
         assert waiting.communicate(timeout=240)[1] == ""  # said by the one that failed
@@ -80,7 +80,7 @@ def test_a_rank_that_waits_for_one_that_failed_ends_too(tmp_path: Path):
     assert status["message"] == "rank 1: the GPU of this one is gone"
 
 
-def test_a_rank_that_has_heard_why_ends_so_though_the_store_has_gone(tmp_path: Path):
+def test_failure_outlives_the_store(tmp_path: Path):
     """As rank 0 would have, which is gone: not with the error that this has caused."""
     with started(FAILS, "told", "fail", cwd=tmp_path) as (_, other):
         said = other.communicate(timeout=240)[1]
@@ -96,7 +96,7 @@ def test_a_rank_ends_soon_after_rank_0_has_died():
     assert line.endswith("; run the same command again")  # there is no checkpoint
 
 
-def test_a_rank_that_has_no_memory_for_a_copy_fails_the_save_of_all(tmp_path: Path):
+def test_no_memory_fails_the_save_of_all(tmp_path: Path):
     """And not the run, nor are the others left waiting in the engine."""
     with started(WITHOUT_MEMORY, tmp_path, stdout=subprocess.PIPE) as ranks:
         said = [process.communicate(timeout=240) for process in ranks]
@@ -108,7 +108,7 @@ def test_a_rank_that_has_no_memory_for_a_copy_fails_the_save_of_all(tmp_path: Pa
     assert store.verify(tmp_path / "checkpoints/step-00000002") == []
 
 
-def test_workers_whose_torchrun_was_killed_save_and_stop(tmp_path: Path, recipe_file: Path):
+def test_killed_torchrun(tmp_path: Path, recipe_file: Path):
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                 "1", *command()[1:]]  # fmt: skip
@@ -128,7 +128,7 @@ def test_workers_whose_torchrun_was_killed_save_and_stop(tmp_path: Path, recipe_
             os.kill(status["pid"], signal.SIGKILL)
 
 
-def test_an_error_that_all_share_is_shown_once_without_a_rank(tmp_path: Path):
+def test_shared_error_has_no_rank(tmp_path: Path):
     for arguments, line in (
         (
             ("-m", "minigpt_cli", "pretrain", "nowhere.toml"),
@@ -153,14 +153,14 @@ def test_a_forged_failure_is_refused(forged: bytes, monkeypatch: pytest.MonkeyPa
         failure._read_failure(forged)
 
 
-def test_control_characters_from_the_store_are_not_printed(monkeypatch: pytest.MonkeyPatch):
+def test_no_control_characters_from_the_store(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(session, "info", RankInfo(0, 2, 0, 2, "127.0.0.1", 1))
     told = {"rank": 1, "code": 3, "message": "a\x1b[2Jb\r\u202ec\nd\u00e9"}
     outcome = failure._read_failure(json.dumps(told).encode())
     assert outcome == Outcome(3, "a[2Jbc\nd\u00e9", is_shown_here=False)
 
 
-def test_several_ranks_on_one_machine_as_a_user_starts_them(tmp_path: Path, recipe_file: Path):
+def test_ranks_on_one_machine(tmp_path: Path, recipe_file: Path):
     """--nproc prepares, trains, evaluates, saves, and resumes on another number of processes."""
     run = tmp_path / "run"
     fp64 = ("--set", "precision.dtype=fp64")
@@ -188,9 +188,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path, recipe_fil
     assert refused.stderr.count("global_batch_size 8 can't be divided among 3 ranks") == 1
 
 
-def test_ranks_that_would_compute_in_unlike_precisions_are_refused(
-    tmp_path: Path, recipe_file: Path
-):
+def test_unlike_precisions(tmp_path: Path, recipe_file: Path):
     """What ``auto`` means hangs on the device; here the ranks themselves are told differently."""
     port = free_port()
     ranks = [

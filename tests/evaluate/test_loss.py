@@ -47,7 +47,7 @@ def test_fixed_windows_are_spread_over_all(available: int, wanted: int):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_each_token_counts_the_same_and_bytes_are_the_targets(model: GPT, batch: int):
+def test_loss_by_token_and_byte(model: GPT, batch: int):
     stream = np.random.default_rng(0).integers(0, 50, 30)  # 3 windows of 8, a tail of 5
     result = evaluate(
         model,
@@ -72,7 +72,7 @@ def test_each_token_counts_the_same_and_bytes_are_the_targets(model: GPT, batch:
     assert result.bits_per_byte == pytest.approx(sum(losses) / math.log(2) / text_bytes, rel=1e-12)
 
 
-def test_dropout_is_off_the_mode_is_put_back_and_no_random_number_is_drawn(model: GPT):
+def test_evaluation_leaves_no_trace(model: GPT):
     stream = np.arange(40) % 50
 
     def run() -> float:

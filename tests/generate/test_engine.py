@@ -46,7 +46,7 @@ def texts(model, options=GREEDY, prompt=PROMPT, **settings):
 
 @pytest.mark.parametrize("options", [GREEDY, VARIED])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_cache_changes_nothing_even_where_the_context_overflows(family, options):
+def test_cache_changes_nothing(family, options):
     model = small_model(family)
     for prompt in (PROMPT, list(range(16)), list(range(40))):  # short, full, too long
         settings = {"prompt": prompt, "num_samples": 3, "seed": 7}
@@ -94,7 +94,7 @@ def test_greedy_equals_transformers(family):
         assert texts(model, options, max_new_tokens=50)[0] == expected
 
 
-def test_a_sample_depends_on_the_seed_and_its_number_alone():
+def test_sample_by_seed_and_number():
     model = small_model("qwen3")
     alone = texts(model, VARIED, seed=1)
     five = texts(model, VARIED, seed=1, num_samples=5)
@@ -104,7 +104,7 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone():
     assert texts(model, VARIED, seed=2) != alone
 
 
-def test_samples_end_at_eos_and_leave_the_rest_untouched():
+def test_samples_end_at_eos():
     model = small_model("gpt2")
     free = texts(model, VARIED, num_samples=8, max_new_tokens=40)
     eos = max(range(61), key=lambda token: sum(token in text for text in free))
@@ -155,7 +155,7 @@ def test_an_empty_prompt_starts_from_eos():
         generate(model, [], GREEDY, max_new_tokens=1)
 
 
-def test_ids_beyond_the_tokenizers_vocabulary_are_never_chosen():
+def test_padding_ids_are_never_chosen():
     model = small_model("gpt2")
     drawn = texts(model, VARIED, num_samples=4, vocab_size=20)
     assert max(max(text) for text in drawn) == 19
@@ -166,7 +166,7 @@ def test_a_context_of_one_token_works():
     assert len(texts(small_model("llama", context=1), max_new_tokens=5)[0]) == 5
 
 
-def test_training_can_go_on_after_generation_and_nothing_else_has_changed():
+def test_generation_changes_nothing():
     model = small_model("llama")
     tokens = torch.tensor([PROMPT])
     before = torch.get_rng_state()
@@ -233,7 +233,7 @@ def test_a_diverged_model_is_named_as_such():
         ({"prompt_ids": [-1]}, "token -1"),
     ],
 )
-def test_bad_requests_are_refused_before_the_first_step(settings, message):
+def test_bad_requests(settings, message):
     arguments = {"prompt_ids": PROMPT, "max_new_tokens": 5, **settings}
     with pytest.raises(UserError, match=message):
         generate(small_model("gpt2"), options=GREEDY, **arguments)

@@ -85,7 +85,7 @@ def test_the_chain_equals_that_of_transformers(logits, history):
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=30), st.integers(1, 40))
-def test_top_k_keeps_exactly_k_among_ties_the_lowest_ids(values, k):
+def test_top_k_with_ties(values, k):
     kept = keep_top_k(torch.tensor([values], dtype=torch.float32), k)[0].isfinite()
     expected = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
     assert kept.nonzero().flatten().tolist() == sorted(expected)
@@ -105,7 +105,7 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(values, p):
         assert probs[kept].min() >= probs[~kept].max()
 
 
-def test_greedy_takes_the_largest_and_heeds_the_penalty(logits, history):
+def test_greedy_with_penalty(logits, history):
     _, seen = history
     uniforms = torch.rand(ROWS, dtype=torch.float64)
     greedy = SamplingOptions(temperature=0, top_k=3)
@@ -127,7 +127,7 @@ def test_frequencies_match_the_probabilities():
 
 
 @given(st.sampled_from([0.0, 0.5, 1 - 2**-53, 1.0]), st.integers(0, 100))  # 1 is float32's
-def test_a_filtered_token_is_never_drawn_at_the_ends_of_the_interval(uniform, seed):
+def test_filtered_tokens_are_never_drawn(uniform, seed):
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(seed))
     options = SamplingOptions(temperature=1.0, top_k=3)
     token = next_tokens(logits, options, torch.tensor([uniform], dtype=torch.float64))
@@ -149,7 +149,7 @@ def test_rows_that_are_not_finite_are_marked(logits, temperature, bad):
     assert (tokens == NOT_FINITE).tolist() == [False, False, True, False, False]
 
 
-def test_a_rows_uniforms_depend_on_the_seed_and_the_row_alone():
+def test_uniforms_by_seed_and_row():
     few, many = draw_uniforms(5, 2, 10), draw_uniforms(5, 4, 30)
     assert torch.equal(few, many[:2, :10])
     assert len(many.flatten().unique()) == 120
@@ -162,7 +162,7 @@ def test_drawing_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_options_out_of_range_are_all_named_in_one_line():
+def test_options_out_of_range():
     with pytest.raises(UserError) as error:
         SamplingOptions(temperature=-1, top_k=0, top_p=0.0, min_p=1.0, repetition_penalty=0.0)
     message = str(error.value)

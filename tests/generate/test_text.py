@@ -83,7 +83,7 @@ TEXTS = st.text(
 
 
 @given(TEXTS, TEXTS)
-def test_text_comes_back_whole_in_pieces_without_broken_characters(prompt, text):
+def test_text_is_whole(prompt, text):
     encode = lambda t: TOKENIZER.encode(t, add_special_tokens=False).ids  # noqa: E731
     pieces = pushed(TOKENIZER, encode(text), encode(prompt))
     assert "".join(pieces) == text
@@ -93,7 +93,7 @@ def test_text_comes_back_whole_in_pieces_without_broken_characters(prompt, text)
 
 
 @given(st.lists(st.integers(0, vocabulary_size(TOKENIZER) - 1), max_size=120))
-def test_any_tokens_give_what_decoding_them_at_once_gives(ids):
+def test_streaming_equals_decoding_at_once(ids):
     pieces = pushed(TOKENIZER, ids)
     assert "".join(pieces) == TOKENIZER.decode(ids)
 
@@ -119,7 +119,7 @@ def test_special_tokens_are_no_text():
     assert "".join(pushed(TOKENIZER, [*emoji[:2], *[EOS_ID] * 50, *emoji[2:]])) == "😀"
 
 
-def test_decoders_that_strip_the_first_space_or_fall_back_to_bytes():
+def test_unusual_decoders():
     """As in Llama 2's tokenizer: the first token's space goes, bytes stand for rare characters."""
     vocab = {"▁the": 0, "▁cat": 1, "s": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
@@ -142,7 +142,7 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 
 
 @given(st.lists(ABC, max_size=8), STOPS)
-def test_stop_strings_do_not_depend_on_where_the_pieces_end(pieces, stop):
+def test_stop_strings_across_pieces(pieces, stop):
     shown, held, stopped = "", "", False
     for piece in pieces:
         new, held, stopped = split_at_stop(held + piece, stop)
@@ -179,7 +179,7 @@ def test_a_learned_text_streams_up_to_its_stop_string(text, data):
     assert not any("\ufffd" in piece.text for piece in pieces)
 
 
-def test_a_learned_text_ends_with_eos_and_streams_as_it_comes():
+def test_learned_text_streams_to_eos():
     text = "the end 👩‍👩‍👧 of naïve cats"
     model, _ = teach(text)
     pieces = stream(model)

@@ -31,7 +31,7 @@ def expected(q, k, v):
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("tokens", LENGTHS)
-def test_causal_attention_and_its_gradients_follow_the_definition(tokens, heads):
+def test_causal_attention(tokens, heads):
     parts = inputs(tokens, *heads)
     weights = torch.randn(2, heads[0], tokens, 8, dtype=torch.float64)
     for ours, theirs in zip(

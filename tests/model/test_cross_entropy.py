@@ -86,7 +86,7 @@ def test_one_side_may_be_frozen(frozen):
     torch.testing.assert_close(other.grad, grad, rtol=0, atol=1e-12)
 
 
-def test_bf16_activations_with_float32_weights_come_close():
+def test_bf16_activations_float32_weights():
     """The way it runs under autocast: the weight's gradient comes back in float32."""
     hidden, weight, targets = data(torch.bfloat16, n=300, h=64, v=500)
     weight = weight.detach().float().requires_grad_()
@@ -133,7 +133,7 @@ def test_the_logits_of_all_tokens_never_exist_at_once():
     assert ours.elements == chunk * v
 
 
-def test_what_is_kept_for_backward_does_not_grow_with_tokens_times_vocabulary():
+def test_memory_kept_for_backward():
     n, v = 1000, 200
     hidden, weight, targets = data(torch.float32, n=n, h=H, v=v)
     loss = projected_cross_entropy(hidden, weight, targets)
@@ -141,7 +141,7 @@ def test_what_is_kept_for_backward_does_not_grow_with_tokens_times_vocabulary():
     assert kept == n * H + v * H
 
 
-def test_a_loss_without_gradients_takes_one_matrix_product():
+def test_one_product_without_gradients():
     products = []
 
     class Count(TorchDispatchMode):
@@ -156,7 +156,7 @@ def test_a_loss_without_gradients_takes_one_matrix_product():
 
 
 @pytest.mark.parametrize("valid", [600, 786, 2048])
-def test_dividing_by_the_number_of_targets_is_not_rounded_to_bf16(valid: int):
+def test_division_by_targets_is_float32(valid: int):
     """Else all gradients but the head's would be scaled by up to 0.2%."""
     torch.manual_seed(0)
     hidden = torch.randn(64, 32).bfloat16().requires_grad_()

@@ -116,7 +116,7 @@ def test_initial_weights_have_the_papers_spread(family):
             assert abs(parameter.mean().item()) < 5 * expected / math.sqrt(parameter.numel()), name
 
 
-def test_initial_weights_depend_on_the_seed_and_the_name_alone():
+def test_initial_weights_by_seed_and_name():
     wide = dict(small_model("llama", num_hidden_layers=2).named_parameters())
     other = dict(small_model("llama", seed=1, num_hidden_layers=2).named_parameters())
     qwen3 = dict(small_model("qwen3", num_hidden_layers=2).named_parameters())
@@ -131,7 +131,7 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone():
     assert not torch.equal(wide[first], wide[second])
 
 
-def test_initializing_leaves_the_global_generator_alone():
+def test_initializing_keeps_global_generator():
     model = GPT(small_config("gpt2"))
     before = torch.get_rng_state()
     initialize_weights(model, 0)
@@ -216,7 +216,7 @@ def test_positions_beyond_the_context_are_refused(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_loss_is_the_sum_over_the_targets_that_count(family):
+def test_loss_sums_valid_targets(family):
     model = small_model(family, initializer_range=0.3).double()
     ids, targets = tokens()
     targets[0, 3:9] = -100
@@ -244,7 +244,7 @@ def test_the_loss_is_in_the_models_precision(dtype):
 
 @pytest.mark.filterwarnings("error")  # a user would see them at every run
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_autocast_gives_a_float32_loss_and_gradients_close_to_float32s(family):
+def test_bf16_autocast(family):
     model = small_model(family, initializer_range=0.1)
     exact = gradients(model)
     with torch.autocast("cpu", torch.bfloat16):

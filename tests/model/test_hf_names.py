@@ -191,7 +191,7 @@ def test_what_is_saved_loads_with_from_pretrained(config, tmp_path):
     assert theirs.config.get_text_config().max_position_embeddings == config.max_position_embeddings
 
 
-def test_the_configuration_carries_dropout_and_the_initial_std():
+def test_config_has_dropout_and_initial_std():
     for family in ("gpt2", "llama", "qwen3"):
         config = model_config(family=family, dropout=0.25, **BASE)
         theirs = AutoConfig.for_model(**huggingface_config(config))
@@ -211,7 +211,7 @@ def test_the_configuration_reads_back(config, tmp_path):
     assert config_from_huggingface(theirs, "config.json") == config
 
 
-def test_what_transformers_leaves_out_is_its_own_default(tmp_path):
+def test_defaults_of_transformers(tmp_path):
     for family in ("gpt2", "llama", "qwen3"):
         theirs = AutoConfig.for_model(family)
         config = config_from_huggingface({"model_type": family}, "config.json")

@@ -99,7 +99,7 @@ def test_at_first_the_model_is_the_base_bit_for_bit(family: str, kind: AdapterSe
     assert weights_of(model).keys() == weights.keys()
 
 
-def test_a_is_drawn_as_peft_draws_it_from_seed_and_name():
+def test_initial_a_is_as_in_peft():
     model = small()
     weights = weights_of(model)
     drawn = []
@@ -204,7 +204,7 @@ def test_a_length_that_grows_a_little_shows_in_bf16():
     assert ratio == pytest.approx(1.003, abs=5e-4)
 
 
-def test_only_adapters_get_gradients_and_dropout_only_in_training():
+def test_gradients_and_dropout():
     model = small()
     lora.attach(model, AdapterSettings(rank=2, dropout=0.5))
     randomize(model)

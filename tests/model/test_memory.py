@@ -88,7 +88,7 @@ def test_the_peak_is_the_allocators(strategy: str, accumulation: int, recompute:
     [("ddp", 64, 1, "adamw"), ("zero2", 512, 2, "adamw"), ("fsdp", 64, 2, "muon"),
      ("fsdp", 512, 1, "adamw"), ("hsdp", 64, 1, "adamw"), ("hsdp", 512, 2, "muon")],
 )  # fmt: skip
-def test_64_and_512_fake_ranks_hold_and_send_what_was_expected(
+def test_64_and_512_fake_ranks(
     model: str, strategy: str, ranks: int, accumulation: int, optimizer: str
 ):
     """The shapes of docs/scale.md, two blocks of them: bytes to the byte, the peak within 1%."""
@@ -110,7 +110,7 @@ def test_64_and_512_fake_ranks_hold_and_send_what_was_expected(
 
 
 @pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(1, 1), (4, 1), (1, 2)])
-def test_recomputing_leaves_a_peak_within_a_few_percent(micro_batch_size: int, accumulation: int):
+def test_peak_with_recomputing(micro_batch_size: int, accumulation: int):
     eight_blocks = replace(scale_tables.MODELS["7B"], num_hidden_layers=8)
     work = Workload(
         "fsdp", 64, micro_batch_size, 4096, accumulation, activation_checkpointing=True

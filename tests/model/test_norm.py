@@ -21,7 +21,7 @@ def inputs(shape, dtype=torch.float64):
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rms_norm_and_its_gradients_follow_the_definition(shape, eps):
+def test_rms_norm(shape, eps):
     x, weight = inputs(shape)
     grad = torch.randn(shape, dtype=torch.float64)
     ours, theirs = rms_norm(x, weight, eps), definition(x, weight, eps)

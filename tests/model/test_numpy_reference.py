@@ -48,7 +48,7 @@ def numpy_weights(model):
 
 
 @pytest.mark.parametrize("mean", [False, True])
-def test_loss_and_every_gradient_agree_with_the_reference(model, batch, mean):
+def test_loss_and_gradients(model, batch, mean):
     ids, targets = batch
     expected, gradients = gpt2_loss_and_gradients(
         numpy_weights(model), ids, targets, heads=HEADS, mean=mean
@@ -66,7 +66,7 @@ def test_loss_and_every_gradient_agree_with_the_reference(model, batch, mean):
         assert np.abs(gradient).max() > 1e-3, f"{name} has no gradient to compare"
 
 
-def test_the_references_gradients_are_the_slopes_of_its_loss(model, batch):
+def test_reference_gradients_are_slopes(model, batch):
     ids, targets = batch
     weights = numpy_weights(model)
 

@@ -111,7 +111,7 @@ def test_text_files_are_documents_as_they_are(folder: Path) -> None:
     assert read_documents(detect_source(["*.txt"])) == ["one\r\ntwo\n\n", "zażółć"]
 
 
-def test_invalid_utf8_is_replaced_and_each_file_counted_once(folder: Path) -> None:
+def test_invalid_utf8(folder: Path) -> None:
     (folder / "a.txt").write_bytes(b"good \xff bad \xfe" + b" word" * LONG_DOCUMENT + b"\xfd")
     (folder / "b.txt").write_bytes(b"fine")
     source = detect_source(["*.txt"])
@@ -282,7 +282,7 @@ def test_reading_goes_on_from_any_position(folder: Path) -> None:
             assert list(documents(source, start=Position(*plain))) == whole[index + 1 :]
 
 
-def test_positions_hold_the_bytes_of_the_current_document(folder: Path) -> None:
+def test_positions_of_the_current_document(folder: Path) -> None:
     for source in sources(folder):
         inside = 0
         for piece in documents(source):

@@ -21,7 +21,7 @@ def prepare(folder: Path, *overrides: str) -> None:
     prepare_data(parse_recipe(text, [*source, "data.tokenizer.train_vocab=300", *overrides]))
 
 
-def test_the_dataset_is_made_once_and_refused_to_other_settings(tmp_path: Path):
+def test_dataset_is_made_once(tmp_path: Path):
     (tmp_path / "a.txt").write_text((ROOT / "LICENSE").read_text())
     prepare(tmp_path)
     manifest = (tmp_path / "data/dataset.json").read_bytes()
@@ -34,9 +34,7 @@ def test_the_dataset_is_made_once_and_refused_to_other_settings(tmp_path: Path):
         prepare(tmp_path)
 
 
-def test_a_dataset_whose_text_is_elsewhere_is_used_as_it_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_dataset_without_its_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a.txt").write_text((ROOT / "LICENSE").read_text())
     prepare(tmp_path)
     (tmp_path / "a.txt").unlink()
@@ -49,7 +47,7 @@ def test_missing_text_without_a_dataset_is_an_error(tmp_path: Path):
         prepare(tmp_path)
 
 
-def test_the_models_template_renders_a_recipes_conversations(tmp_path: Path):
+def test_model_template_of_a_recipe(tmp_path: Path):
     tokenizer = tmp_path / "tokenizer.json"
     train_bpe(iter(["some text"]), 260).save(str(tokenizer))
     answer = {"role": "assistant", "content": "b"}

@@ -384,7 +384,7 @@ def test_a_malformed_record_is_skipped_and_named(
     assert "\n" not in line
 
 
-def test_a_template_that_refuses_a_conversation_skips_it(quick: Path, tokenizer: Path) -> None:
+def test_template_refuses_a_conversation(quick: Path, tokenizer: Path) -> None:
     template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
     warnings: list[str] = []
     without = {"messages": TALKS[0]["messages"][1:]}
@@ -480,7 +480,7 @@ def test_damage_of_each_file_is_found_and_named(dataset: Path, file: str) -> Non
     assert verify_dataset(dataset) == []
 
 
-def test_offsets_that_do_not_divide_the_tokens_are_found_without_reading_all(dataset: Path) -> None:
+def test_invalid_offsets(dataset: Path) -> None:
     offsets = np.load(dataset / "train-offsets.npy", mmap_mode="r+")
     offsets[3] = offsets[2]
     offsets.flush()

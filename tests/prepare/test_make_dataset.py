@@ -51,7 +51,7 @@ def test_the_template_beside_the_tokenizer_is_used(tmp_path: Path, model: Path) 
     assert make(tmp_path, model, "file", tokenizer_path=model / "tokenizer.json") == expected
 
 
-def test_the_models_template_goes_before_the_tokenizers(tmp_path: Path, model: Path) -> None:
+def test_model_template_comes_first(tmp_path: Path, model: Path) -> None:
     template = "{% for m in messages %}{{ m.content }}{{ x }}{% endfor %}"
     assert make(tmp_path, model, model_template=(template, {"x": "?"})) == "a?b?"
 

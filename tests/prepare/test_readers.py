@@ -80,9 +80,7 @@ def test_only_chosen_columns_are_read(tmp_path: Path, dataset: "Dataset") -> Non
         assert record.content == {"prompt": b"p0"}
 
 
-def test_what_can_not_be_read_is_a_record_that_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE", 100)
     (tmp_path / "a.jsonl").write_text(json_lines({"a": 1}, {"a": "b" * 500}, "{", {"a": 2}))
     source = Source("jsonl", (str(tmp_path / "a.jsonl"),))

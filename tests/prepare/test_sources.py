@@ -96,7 +96,7 @@ def test_a_source_is_checked_when_it_is_made() -> None:
             Source(kind, path)
 
 
-def test_the_listing_covers_names_and_sizes_but_not_where(folder: Path) -> None:
+def test_listing_has_names_and_sizes(folder: Path) -> None:
     for place in ("one", "two"):
         (folder / place).mkdir()
         (folder / place / "a.txt").write_text("aaaa")

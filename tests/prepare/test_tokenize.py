@@ -138,9 +138,7 @@ def many_texts() -> list[str]:
 # What is in the shards
 
 
-def test_every_document_is_where_its_hash_says_and_ends_with_eos(
-    quick: Path, tokenizer_file: str, tokenizer: Tokenizer
-) -> None:
+def test_documents_by_hash_and_eos(quick: Path, tokenizer_file: str, tokenizer: Tokenizer) -> None:
     texts = many_texts()
     source = write_jsonl(quick / "x.jsonl", texts)
     manifest = tokenize(
@@ -165,7 +163,7 @@ def test_every_document_is_where_its_hash_says_and_ends_with_eos(
     assert not (quick / "out" / "journal.json").exists()
 
 
-def test_the_tokenizer_is_trained_on_training_documents_only(quick: Path) -> None:
+def test_tokenizer_sees_training_split_only(quick: Path) -> None:
     texts = many_texts()[:300]
     source = write_jsonl(quick / "x.jsonl", texts)
     manifest = tokenize(source, quick / "out", train_vocab=500, val_fraction=0.5)
@@ -199,7 +197,7 @@ def test_a_single_document_is_cut_near_its_end(
 
 
 @pytest.mark.skipif(not (SHAKESPEARE.exists() and GPT2.exists()), reason="needs ../shared/data")
-def test_tiny_shakespeare_has_the_known_number_of_tokens(quick: Path) -> None:
+def test_tiny_shakespeare(quick: Path) -> None:
     tokenize(Source("files", (str(SHAKESPEARE),)), quick / "out", tokenizer_path=GPT2)
     splits = open_dataset(quick / "out").splits
     # 301,966 + 36,059 in nanoGPT's readme; ours end each part with EOS
@@ -335,9 +333,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(quick: Path, tokenizer: Tokeniz
         assert (max(tokens_of(out, "train")) == 65_536) == (size == 65_537)
 
 
-def test_a_line_without_white_space_neither_hangs_nor_fills_memory(
-    quick: Path, tokenizer_file: str
-) -> None:
+def test_line_without_white_space(quick: Path, tokenizer_file: str) -> None:
     (quick / "x.txt").write_bytes(b"a" * 8_000_000)
     code = RUN + (
         "import resource\n"
@@ -484,7 +480,7 @@ def test_interrupted_after_each_shard_it_goes_on(
     assert content(out) == straight
 
 
-def test_killed_between_the_last_shard_and_the_manifest(
+def test_killed_before_the_manifest(
     corpus: Source, straight: dict[str, str], quick: Path, tokenizer_file: str
 ) -> None:
     out = quick / "late"
@@ -647,9 +643,7 @@ def test_settings_never_mix(
         tokenize(corpus, unfinished, tokenizer_path=tokenizer_file, **SHARDS)
 
 
-def test_with_nothing_written_other_settings_start_over(
-    corpus: Source, quick: Path, tokenizer_file: str
-) -> None:
+def test_other_settings_start_over(corpus: Source, quick: Path, tokenizer_file: str) -> None:
     out = quick / "out"
 
     def stop(_: Progress) -> None:

@@ -63,7 +63,7 @@ def test_overrides_take_toml_values(override: str, expected: object):
     assert getattr(getattr(recipe, section), key) == expected
 
 
-def test_every_problem_is_listed_at_once_with_its_place_and_the_nearest_name():
+def test_all_problems_are_listed():
     text = BASE.replace("steps = 100", "stepz = 100") + "[schedul]\n[eval]\nwindows = 'many'\n"
     message = problems(text, "model.family=lama", "optimizer.betas=[0.9]")
     assert message.startswith("r.toml: 5 problems\n")
@@ -143,7 +143,7 @@ def test_a_byte_order_mark_is_of_no_account(tmp_path: Path):
     assert load_recipe(file) == parse_recipe(BASE, [], name="tiny")
 
 
-def test_the_resolved_recipe_reads_back_with_its_origins():
+def test_resolved_recipe_reads_back():
     recipe = parse_recipe(
         BASE, ["eval.prompts=['a \"quoted\" # prompt']", "data.source.kind=python-stdlib",
                "data.tokenizer.train_vocab=512"],

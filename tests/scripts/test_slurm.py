@@ -164,9 +164,7 @@ def assert_two_ranks(run: Path) -> None:
     assert json.loads((run / "environment.json").read_text())["ranks"] == 2
 
 
-def test_signalled_a_job_saves_and_requeues_itself_and_ends_with_the_same_weights(
-    slurm: Slurm, recipe: Path, straight: Path
-):
+def test_signalled_job_requeues_itself(slurm: Slurm, recipe: Path, straight: Path):
     run = slurm.folder / "requeued"
     job = slurm.submit(recipe, run, *SETTINGS)
     wait_until(lambda: steps_logged(run) > 3, explain=lambda: slurm.log(job))
@@ -202,7 +200,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Slurm, recipe: Path
     assert (run / f"checkpoints/step-{status['step']:08d}/manifest.json").exists()
 
 
-def test_a_job_that_cannot_go_on_ends_with_the_exit_code(slurm: Slurm, tmp_path: Path):
+def test_failed_job_has_the_exit_code(slurm: Slurm, tmp_path: Path):
     job = slurm.submit(tmp_path / "nowhere.toml", tmp_path / "run")
     end = slurm.wait_for_end(job)
     assert (end["JobState"], end["ExitCode"], end["Restarts"]) == ("FAILED", "2:0", "0")

@@ -48,7 +48,7 @@ def test_a_compiled_run_equals_an_eager_one(tmp_path: Path, recipe_file: Path):
     assert names == [0, 0]
 
 
-def test_without_a_compiler_it_says_so_and_trains_eagerly(tmp_path: Path, recipe_file: Path):
+def test_no_compiler(tmp_path: Path, recipe_file: Path):
     nowhere = {
         "CXX": str(tmp_path / "no-such-compiler"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
@@ -60,7 +60,7 @@ def test_without_a_compiler_it_says_so_and_trains_eagerly(tmp_path: Path, recipe
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-6)
 
 
-def test_ranks_train_eagerly_where_one_of_them_has_no_compiler(tmp_path: Path, recipe_file: Path):
+def test_no_compiler_on_one_rank(tmp_path: Path, recipe_file: Path):
     port = free_port()
     nowhere = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": os.path.dirname(sys.executable)}
     ranks = []

@@ -221,7 +221,7 @@ def test_it_learns_in_every_setting(
     assert losses[-1] < untrained["loss"] - 0.1
 
 
-def test_a_base_kept_in_bf16_computes_what_autocast_would(
+def test_base_in_bf16_equals_autocast(
     tmp_path: Path,
     base: Path,
     license_dataset: Path,
@@ -243,7 +243,7 @@ def test_a_base_kept_in_bf16_computes_what_autocast_would(
     assert losses[0] == losses[1]
 
 
-def test_another_base_is_refused_and_a_moved_one_is_not(
+def test_other_and_moved_base(
     tmp_path: Path,
     base: Path,
     license_dataset: Path,
@@ -271,9 +271,7 @@ def test_another_base_is_refused_and_a_moved_one_is_not(
     assert "lora.rank can't change within a run" in refused.stderr
 
 
-def test_a_base_that_went_on_training_is_not_merged_into(
-    tmp_path: Path, license_dataset: Path, recipe_file: Path
-):
+def test_changed_base_is_refused(tmp_path: Path, license_dataset: Path, recipe_file: Path):
     """Its name is the same, its newest checkpoint is not; an export of it would be."""
     trained, run = tmp_path / "trained", tmp_path / "run"
     arguments = ("pretrain", recipe_file, "--set", f"data.path={license_dataset}", "--out", trained)
@@ -381,9 +379,7 @@ def test_the_loss_is_that_of_the_answers_alone(tmp_path: Path, base: Path, chats
         assert said.returncode == 0, said.stderr
 
 
-def test_a_tokenizer_s_own_template_and_training_the_whole_model(
-    tmp_path: Path, base: Path, chats: str
-):
+def test_own_template_and_full_training(tmp_path: Path, base: Path, chats: str):
     """pretrain does it from init_from; what isn't a conversation has no template."""
     settings = json.loads((base / "tokenizer_config.json").read_text())
     settings["chat_template"] = OWN_TEMPLATE
@@ -407,9 +403,7 @@ def test_a_tokenizer_s_own_template_and_training_the_whole_model(
     assert losses[-1] < losses[0] / 2
 
 
-def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
-    tmp_path: Path, base: Path, license_dataset: Path, chats: str
-):
+def test_base_without_tokenizer(tmp_path: Path, base: Path, license_dataset: Path, chats: str):
     """With the chat template beside it; what was trained brings it along."""
     mine, run = tmp_path / "mine", tmp_path / "run"
     mine.mkdir()
@@ -441,9 +435,7 @@ def test_a_base_without_a_tokenizer_takes_the_one_that_is_given(
         finished("sample", *model, "--chat", "--prompt", "The", "--max-new-tokens", 2)
 
 
-def test_special_tokens_stand_before_a_prompt_as_they_did_in_training(
-    tmp_path: Path, base: Path, license_dataset: Path
-):
+def test_special_tokens_before_a_prompt(tmp_path: Path, base: Path, license_dataset: Path):
     """Before that of others' models, and not before that of minigpt's, wherever it lies."""
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     end = tokenizer.token_to_id("<|endoftext|>")
@@ -478,9 +470,7 @@ def test_special_tokens_stand_before_a_prompt_as_they_did_in_training(
     assert written(run) == expected[1]
 
 
-def test_a_vocabulary_that_is_too_large_is_refused_before_the_data_is_made(
-    tmp_path: Path, base: Path, chats: str
-):
+def test_too_large_vocabulary(tmp_path: Path, base: Path, chats: str):
     mine = tmp_path / "mine"
     mine.mkdir()
     tokenizer = json.loads((base / "tokenizer.json").read_text())
@@ -498,9 +488,7 @@ def test_a_vocabulary_that_is_too_large_is_refused_before_the_data_is_made(
     assert not (tmp_path / "chats").exists()
 
 
-def test_a_model_is_asked_with_the_special_tokens_that_conversations_were_rendered_with(
-    tmp_path: Path, base: Path, chats: str
-):
+def test_special_tokens_of_chat(tmp_path: Path, base: Path, chats: str):
     """Those of the tokenizer that the recipe names, where nothing else came with the weights."""
     mine, run = tmp_path / "mine", tmp_path / "run"
     mine.mkdir()

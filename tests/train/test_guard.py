@@ -146,7 +146,7 @@ def test_an_fp16_overflow_is_no_spike():
     assert not read_guard(g).rollback_at
 
 
-def test_once_a_rollback_is_due_all_updates_are_skipped():
+def test_updates_skipped_until_rollback():
     g = new_guard(CPU, GuardSettings(spike_sigma=3, spike_window=8, rollback_after=2))
 
     def step(number: int, norm: float) -> bool:
@@ -214,7 +214,7 @@ def test_fp16s_skip_rate(
     assert not (tmp_path / "incidents").exists()  # overflows are ordinary
 
 
-def test_the_warning_comes_again_after_the_rate_has_fallen(
+def test_warning_returns_after_the_rate_fell(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     run, state = start_run(make_recipe("precision.dtype=fp16"), tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,16 @@ from minigpt_cli.prepare.tokenize import tokenize
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.start import start_run
-from tests.helpers.processes import ROOT, minigpt
+from tests.helpers.processes import minigpt
 
 MakeRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 1,000 tokens: many windows reach into the next one."""
+    """Shards of 1,000 tokens: many sequences reach into the next one."""
     out = tmp_path_factory.mktemp("sharded") / "data"
-    source = Source("files", (str(ROOT / "minigpt_cli" / "data" / "*.py"),))
+    source = Source("files", (f"{sysconfig.get_path('stdlib')}/json/*.py",))
     tokenize(source, out, train_vocab=320, val_fraction=0.2, workers=1, shard_tokens=1000)
     return out
 
@@ -48,9 +49,7 @@ def poison_from(run: Any, micro_batch: int) -> None:
     )
 
 
-def test_an_incident_has_the_step_and_the_text_of_its_batch(
-    tmp_path: Path, make_recipe: MakeRecipe, sharded: Path
-):
+def test_incident_has_step_and_text(tmp_path: Path, make_recipe: MakeRecipe, sharded: Path):
     recipe = make_recipe(
         "precision.dtype=fp32", "train.sequence_length=250", "train.global_batch_size=24",
         "train.micro_batch_size=24", "log.every_steps=5", data=sharded,
@@ -133,7 +132,7 @@ def test_diverging_for_real_as_a_process(tmp_path: Path, recipe_file: Path):
     assert minigpt("verify", run).returncode == 0
 
 
-def test_an_incident_that_cannot_be_written_hides_nothing(
+def test_unwritable_incident(
     tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
 ):
     run, state = start_run(make_recipe("precision.dtype=fp32"), tmp_path)

@@ -31,7 +31,7 @@ from tests.helpers.file_limit import limit_files
 MakeRecipe = Callable[..., Recipe]
 
 
-def test_the_clock_counts_everything_between_start_and_pause():
+def test_clock():
     """Bounds that hold on however busy a machine: sleep() is never shorter than asked for."""
     clock = Clock()
     began = time.perf_counter()

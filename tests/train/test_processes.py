@@ -29,9 +29,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
     return folder / "run"
 
 
-def test_a_terminal_that_is_closed_makes_it_save_and_stop(
-    tmp_path: Path, recipe_file: Path, straight: Path, start: Start
-):
+def test_closed_terminal(tmp_path: Path, recipe_file: Path, straight: Path, start: Start):
     """SIGHUP; tests/faults sends the others, at every phase."""
     run, signum, code = tmp_path / "run", signal.SIGHUP, 75
     seldom = ("--set", "checkpoint.every_steps=1000")
@@ -68,9 +66,7 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path, recipe_file: Path):
     assert steps_logged(run) == STEPS
 
 
-def test_a_signal_stops_tokenize_with_its_code_and_it_goes_on(
-    tmp_path: Path, start: Start, dataset: Path
-):
+def test_signal_stops_tokenize(tmp_path: Path, start: Start, dataset: Path):
     """The files of a dataset that was stopped halfway equal those of one that was not."""
     text = "".join(f"line {n} of a text that is long enough to be stopped in\n" for n in range(999))
     (tmp_path / "corpus").mkdir()

@@ -108,7 +108,7 @@ def test_a_bad_step_changes_nothing_and_ends_the_run(name: str, after: int, pois
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_an_fp16_overflow_only_skips_and_halves_the_scale(name: str):
+def test_fp16_overflow(name: str):
     overflowing = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     t = replace(tiny_context(torch.float16, name=name), scaler=overflowing)
     before = everything(t)
@@ -129,7 +129,7 @@ def test_fp16_gradients_are_unscaled_before_clipping():
     assert norm.item() == pytest.approx(norm32.item(), rel=1e-2)
 
 
-def test_a_loss_that_is_not_finite_ends_an_fp16_run_too():
+def test_nonfinite_loss_ends_fp16_run():
     t = tiny_context(torch.float16)
     with torch.no_grad():
         t.model.norm.weight.fill_(math.nan)
@@ -174,13 +174,13 @@ def test_no_step_waits_for_the_device():
 
 
 @pytest.mark.parametrize(("loss", "warns"), [(4.2, False), (4.9, False), (9.0, True), (0.5, True)])
-def test_the_first_loss_is_compared_with_a_uniform_guess(loss: float, warns: bool):
+def test_first_loss_against_uniform_guess(loss: float, warns: bool):
     warning = first_loss_warning(loss, VOCAB)  # ln(67) = 4.205
     assert (warning is not None) == warns
     assert warning is None or "initializer_range" in warning
 
 
-def test_fp16_overflows_without_an_end_are_a_divergence():
+def test_endless_fp16_overflows():
     t = tiny_context(torch.float16)
     t.model.norm.weight.register_hook(lambda grad: grad * math.nan)
     for step in range(MAX_OVERFLOWS_IN_A_ROW):
