@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import select
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import typer
 
@@ -19,7 +20,7 @@ from minigpt_cli.commands import (
     verify,
 )
 from minigpt_cli.commands.options import Command, Debug, Group, Version, epilog
-from minigpt_cli.core.console import error_line
+from minigpt_cli.core.console import discarded_if_closed, error_line
 from minigpt_cli.core.errors import Stopped
 from minigpt_cli.core.signals import ignore_signals, stop_at_signals
 from minigpt_cli.distributed.failure import announce_failure
@@ -64,6 +65,8 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         code = _report(error)
+    with discarded_if_closed():
+        sys.stdout.flush()
     if session.info is not None:
         _leave(code)
     sys.exit(code)
@@ -74,9 +77,10 @@ def _run(arguments: list[str]) -> int:
     try:
         stop_at_signals()
         code = app(arguments, prog_name="minigpt", standalone_mode=False)
-        sys.stdout.flush()
     except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # typer has replaced it
+        if isinstance(end.__context__, BrokenPipeError):  # typer and rich have replaced it
+            if not arguments or {"-h", "--help"} & set(arguments):
+                return 0
             raise end.__context__ from None
         raise
     finally:
@@ -104,12 +108,18 @@ def _report_usage(error: Any) -> int:
     return int(error.exit_code)
 
 
+def _is_closed(stream: IO[str]) -> bool:
+    """Return whether the reader of a pipe has gone."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
 def _report(error: Exception | Stopped) -> int:
     """Print one line for an error; return the exit code."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _report_usage(error)
-    if isinstance(error, BrokenPipeError):  # `minigpt ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):  # `minigpt sample | head`
         return 0
     outcome = announce_failure(error)
     if outcome.is_shown_here:

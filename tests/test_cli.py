@@ -158,15 +158,27 @@ def test_full_disk(run: Path, tmp_path: Path, recipe_file: Path):
         subprocess.run(["umount", place], check=True)
 
 
-def test_a_reader_that_has_gone(run: Path):
-    """``minigpt ... | head``: who reads the output decides how much is enough."""
-    for arguments in (("verify", run), ("sample", run, "--prompt", "x"), ("-h",)):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone(run: Path, tmp_path: Path, unbuffered: str):
+    """``minigpt ... | head``: that is no error, and hides none."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run / "checkpoints/step-00000012", damaged)
+    (damaged / "tokenizer.json").write_text("{}")
+    for arguments, code in (
+        (("verify", run), 0),
+        (("verify", damaged, "--json"), 4),
+        (("sample", run, "--prompt", "x"), 0),
+        (("-h",), 0),
+    ):
         process = subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment() | {"PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
         process.stdout.close()
-        assert "minigpt: " not in process.stderr.read()
-        assert process.wait() == 0
+        errors = process.stderr.read()
+        assert process.wait() == code
+        assert errors.count("minigpt: ") == (code > 0)
+        assert "BrokenPipe" not in errors
 
 
 def test_training_goes_on_when_nobody_reads_its_log(recipe_file: Path):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, ModelPath, Version, option
-from minigpt_cli.core.console import log, print_json
+from minigpt_cli.core.console import log, print_json, print_result
 from minigpt_cli.core.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def eval_command(
         return
     for result in results:
         name = f"{result['adapter']}: " if len(results) > 1 else ""
-        print(
+        print_result(
             "{name}loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte "
             "{bits_per_byte:.4f}  over {tokens:,} tokens".format(name=name, **result)
         )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from minigpt_cli.commands.options import Debug, Json, Version
-from minigpt_cli.core.console import print_json
+from minigpt_cli.core.console import print_json, print_result
 from minigpt_cli.core.errors import Damaged, UserError
 
 EXAMPLE = "minigpt verify runs/tiny"
@@ -28,7 +28,7 @@ def verify_command(
     if as_json:
         print_json({"valid": not damaged, "checked": checked, "damaged": damaged})
     elif not damaged:
-        print(f"{path}: valid ({checked} checked)")
+        print_result(f"{path}: valid ({checked} checked)")
     if damaged:
         raise Damaged(f"{path}: " + "; ".join(damaged))
 

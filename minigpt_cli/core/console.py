@@ -4,7 +4,9 @@ rich is imported when the first line is printed: commands that print nothing sta
 """
 
 import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -57,4 +59,19 @@ def print_json(value: object) -> None:
     """Print the result of ``--json``: one object on one line of standard output."""
     import json  # here, so that --help starts faster
 
-    print(json.dumps(value))
+    print_result(json.dumps(value))
+
+
+def print_result(line: str) -> None:
+    """Print a line to standard output. If its reader has gone (``| head``), the command goes on."""
+    with discarded_if_closed():
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def discarded_if_closed() -> Iterator[None]:
+    """Send standard output nowhere, from now on, if its reader has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

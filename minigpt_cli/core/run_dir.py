@@ -45,7 +45,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def run_of(path: Path) -> Path:
-    """Return the run directory that a user's path means: itself, or the one that it lies in."""
+    """Return the run directory of a path: a run, its checkpoints/, or one checkpoint."""
     path = Path(os.path.abspath(path))
     if is_checkpoint(path):
         return path.parent.parent

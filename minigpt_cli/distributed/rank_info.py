@@ -71,7 +71,7 @@ def find_rank_info() -> RankInfo | None:
 
 
 def _slurm_rank_info() -> RankInfo:
-    """Read the variables of a task of srun's. They name no meeting point: the first node is it."""
+    """Read srun's variables. They name no address to meet at: the first node is used."""
     env = os.environ
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "")  # of the step, by node, e.g. 4(x2),3
     pairs = re.findall(r"(\d+)(?:\(x(\d{1,6})\))?", tasks)

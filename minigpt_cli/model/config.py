@@ -158,6 +158,8 @@ def _scaling_problems(scaling: RopeScaling | None) -> list[str]:
     found = [
         f"rope_scaling.{name}: {problem}" for name, problem in out_of_range(RopeScaling, scaling)
     ]
+    if scaling.factor is None:  # possible in a config.json
+        found.append(f"rope_scaling of rope_type {scaling.rope_type} needs factor")
     for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         missing = getattr(scaling, name) is None
         if missing == (scaling.rope_type == "llama3"):

@@ -6,6 +6,7 @@ ProcessPoolExecutor would wait for ever if a worker is killed while it sends a r
 (benchmarks/LOG.md).
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -118,9 +119,12 @@ def _start(tokenizer: Path, eos: int, dtype: str) -> tuple["subprocess.Popen[byt
 
 def _exchange(process: "subprocess.Popen[bytes]", connection: Connection, batch: TextBatch) -> Ids:
     try:
-        connection.send((batch.pieces, batch.flags))
+        # A worker that failed reads no more, but it has answered.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.send((batch.pieces, batch.flags))
         reply: Ids | str = connection.recv()
     except (OSError, EOFError):
+        connection.close()  # so that the worker ends, if it still runs
         code = process.wait()
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise UserError(
@@ -134,17 +138,28 @@ def _exchange(process: "subprocess.Popen[bytes]", connection: Connection, batch:
 
 def _serve(connection: Connection, file: str, eos: int, dtype: str) -> None:
     """Answer each batch with its ids, until the parent has gone; or once with an error."""
-    from minigpt_cli.data.tokenizer import load_tokenizer
-
     try:
+        from minigpt_cli.data.tokenizer import load_tokenizer
+
         tokenizer = load_tokenizer(file)
-        while True:
-            pieces, flags = connection.recv()
-            connection.send(_encode(tokenizer, pieces, flags, eos, dtype))
-    except (OSError, EOFError):
-        os._exit(1)  # the parent is gone
+        while (batch := _receive(connection)) is not None:
+            _answer(connection, _encode(tokenizer, *batch, eos, dtype))
     except Exception as error:
-        connection.send(f"{type(error).__name__}: {error}")
+        _answer(connection, f"{type(error).__name__}: {error}")
+
+
+def _receive(connection: Connection) -> tuple[tuple[bytes, ...], bytes] | None:
+    """Return the pieces and flags of the next batch; None if the parent has gone."""
+    try:
+        batch: tuple[tuple[bytes, ...], bytes] = connection.recv()
+        return batch
+    except (OSError, EOFError):
+        return None
+
+
+def _answer(connection: Connection, answer: Ids | str) -> None:
+    with contextlib.suppress(OSError):  # the parent has gone: there will be no next batch
+        connection.send(answer)
 
 
 def _encode(

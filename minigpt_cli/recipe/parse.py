@@ -58,6 +58,7 @@ def parse_recipe(
     origin: dict[str, Origin] = dict.fromkeys(leaves(tables), "recipe")
     if resolved == FORMAT or OLD_FIRST_LINE in text.partition("\n")[0]:
         origin.update(_origins_in_comments(text))
+    overridden: set[str] = set()
     for override in overrides:
         key, equals, raw = (part.strip() for part in override.partition("="))
         if not equals or "." not in key:
@@ -65,10 +66,11 @@ def parse_recipe(
             continue
         _set_leaf(tables, key.split("."), _toml_value(raw))
         origin[key] = "command line"
+        overridden.add(key)
 
     if not tables.keys() & {"model", "lora"}:
         problems.append(f"{where}: the section [model] is missing")
-    locate = _Locator(where, text, origin)
+    locate = _Locator(where, text, overridden)
     recipe = _from_table(Recipe, tables, "", problems, locate)
     if recipe is not None:
         problems += find_problems(recipe, locate)
@@ -104,11 +106,11 @@ class _Locator:
 
     where: str
     text: str
-    origin: dict[str, Origin]
+    overridden: set[str]
 
     def __call__(self, section: str, key: str) -> str:
         dotted = f"{section}.{key}" if section else key
-        if self.origin.get(dotted) == "command line":
+        if dotted in self.overridden:
             return f"--set {dotted}"
         current = ""
         for number, line in enumerate(self.text.splitlines(), 1):

@@ -72,7 +72,9 @@ class DataSource:
         "where documents come from"
     )
     path: tuple[str, ...] = setting(
-        "files, globs, a dataset's directory or its id on the Hub; not for `python-stdlib`", ()
+        "files, directories, globs, a dataset's directory or its id on the Hub; not for "
+        "`python-stdlib`",
+        (),
     )
     field: str = setting("the field or column that holds the text", "text")
     split: str = setting("`huggingface` only: the split to read", "train")
@@ -323,8 +325,8 @@ class GuardSettings:
         POSITIVE,
     )
     spike_window: int = setting(
-        "how many of the last ordinary steps mean and deviation are taken over; nothing counts as "
-        "a spike before half of them are there",
+        "number of recent ordinary steps that give the mean and the deviation; no step is a spike "
+        "until half of them exist",
         128,
         Range(at_least=8, at_most=100_000),
     )

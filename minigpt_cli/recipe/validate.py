@@ -56,12 +56,14 @@ def out_of_range(section: type, values: object) -> Iterator[tuple[str, str]]:
         if allowed is None:
             continue
         value = getattr(values, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
+        several = isinstance(value, tuple)
+        for index, number in enumerate(value if several else (value,)):
             if number is not None and number not in allowed:
                 kind = "an integer" if int in (field.type, *get_args(field.type)) else "a number"
                 if isinstance(number, float) and not math.isfinite(number):
                     kind = "a finite number"
-                yield field.name, f"expected {kind} {allowed}, got {number}"
+                item = f"item {index}: " if several else ""
+                yield field.name, f"{item}expected {kind} {allowed}, got {number}"
 
 
 def _base_problems(recipe: Recipe) -> Iterator[str]:

@@ -26,7 +26,7 @@ STAY = "import time\nwhile True: time.sleep(0.1)\n"
 def test_ranks_of_nproc_wait_long_for_rank_0(monkeypatch: pytest.MonkeyPatch):
     """It may take a minute to import torch on a busy machine."""
     monkeypatch.setattr(join, "_CONNECT_SECONDS", 0.5)
-    monkeypatch.setattr(join, "_ARRIVE_SECONDS", 3)
+    monkeypatch.setattr(join, "_ARRIVE_SECONDS", 2)
     listener = socket.create_server((LOOPBACK, 0))
     rank1 = RankInfo(1, 2, 1, 2, LOOPBACK, listener.getsockname()[1])
     with pytest.raises(UserError, match="check MASTER_ADDR and MASTER_PORT"):
@@ -34,6 +34,8 @@ def test_ranks_of_nproc_wait_long_for_rank_0(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(join.session, "launched", True)
     with pytest.raises(UserError, match=r"where all ranks meet: [^;]*$"):
         connect(rank1)
+
+    monkeypatch.setattr(join, "_ARRIVE_SECONDS", 60)
 
     def host() -> None:
         monkeypatch.setenv(join.STORE_FD, str(listener.detach()))

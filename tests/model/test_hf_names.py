@@ -242,6 +242,8 @@ def test_defaults_of_transformers(tmp_path):
         ),
         ({"model_type": "llama", "rope_scaling": {"type": "llama3", "factor": 8.0}},
          "rope_scaling of rope_type llama3 needs low_freq_factor"),
+        ({"model_type": "llama", "rope_scaling": {"rope_type": "linear"}},
+         "rope_scaling of rope_type linear needs factor"),
         ({"model_type": "llama", "quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window True"),
         ({"model_type": "llama", "hidden_size": "wide"}, "not the configuration of a model"),

@@ -1,4 +1,4 @@
-"""A worker's death in the middle of an answer."""
+"""What the parent hears of a worker that fails or dies."""
 
 import os
 import re
@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from minigpt_cli.prepare.encode import LAST, TextBatch, encoders
 from tests.helpers.processes import ROOT
 from tests.helpers.waiting import wait_until
 
@@ -51,13 +54,24 @@ def test_worker_killed_while_it_answers(dataset: Path):
         [sys.executable, "-c", ENCODE, dataset / "tokenizer.json"], stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
     )  # fmt: skip
-    wait_until(lambda: children(parent.pid) or parent.poll() is not None)
-    (worker,) = children(parent.pid)
-    wait_until(lambda: written(parent.pid) > len(PIECE))
-    parent.send_signal(signal.SIGSTOP)
-    wait_until(lambda: sleeps(worker))
-    os.kill(worker, signal.SIGKILL)
-    parent.send_signal(signal.SIGCONT)
-    _, errors = parent.communicate(timeout=240)
+    try:
+        wait_until(lambda: children(parent.pid) or parent.poll() is not None)
+        (worker,) = children(parent.pid)
+        wait_until(lambda: written(parent.pid) > len(PIECE))
+        parent.send_signal(signal.SIGSTOP)
+        wait_until(lambda: sleeps(worker))
+        os.kill(worker, signal.SIGKILL)
+        parent.send_signal(signal.SIGCONT)
+        _, errors = parent.communicate(timeout=240)
+    finally:
+        parent.kill()
     assert parent.returncode == 1
     assert errors.startswith("a tokenizer process died (SIGKILL)")
+
+
+@pytest.mark.parametrize("size", [10, 5_000_000])
+def test_worker_that_fails_before_it_reads(tmp_path: Path, size: int):
+    with encoders(1, tmp_path / "missing.json", 0, "uint32") as submit:
+        future = submit(TextBatch((b"x" * size,), bytes([LAST])))
+        with pytest.raises(RuntimeError, match=r"encoding failed: UserError: .*missing\.json"):
+            future.result(timeout=240)

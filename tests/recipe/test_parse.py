@@ -97,10 +97,13 @@ def test_all_problems_are_listed():
         ("lr=1", "--set section.key=value"),
         ("train=3", "--set section.key=value"),
         ("optimizer.lr=inf", "lr: expected a finite number above 0, got inf"),
-        ("optimizer.betas=[0.9, 1.0]", "--set optimizer.betas: expected a number of at least 0"),
+        (
+            "optimizer.betas=[0.9, 1.0]",
+            "--set optimizer.betas: item 1: expected a number of at least 0",
+        ),
         (
             "schedule.milestones=[5, -1]",
-            "--set schedule.milestones: expected an integer of at least 0",
+            "--set schedule.milestones: item 1: expected an integer of at least 0",
         ),
     ],
 )
