@@ -5,7 +5,7 @@ from the default in schema.py; ``Recipe.origin`` remembers which. ``dump_recipe`
 resolved recipe with each value's origin in a comment, and ``load_recipe`` reads it back.
 """
 
-from minigpt_cli.recipe.dump import changed_settings, dump_recipe, setting_names
+from minigpt_cli.recipe.dump import dump_recipe
 from minigpt_cli.recipe.parse import load_recipe, parse_recipe
 from minigpt_cli.recipe.schema import (
     AdapterSettings,
@@ -23,6 +23,7 @@ from minigpt_cli.recipe.schema import (
     RopeScaling,
     ScheduleSettings,
 )
+from minigpt_cli.recipe.tables import changed_settings, setting_names
 from minigpt_cli.recipe.validate import out_of_range
 
 __all__ = [

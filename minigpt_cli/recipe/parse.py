@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.recipe.dump import FORMAT, OLD_FIRST_LINE, leaves, to_tables
 from minigpt_cli.recipe.schema import Origin, Recipe
+from minigpt_cli.recipe.tables import leaves, to_tables
 from minigpt_cli.recipe.validate import find_problems
+
+FORMAT = "minigpt-resolved-recipe-1"  # the `format` key of a file that dump_recipe() wrote
+# Files written before there was a `format` key have this in their first line.
+OLD_FIRST_LINE = "the resolved recipe; where each value came from"
 
 
 def load_recipe(

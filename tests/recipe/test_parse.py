@@ -161,6 +161,12 @@ def test_resolved_recipe_reads_back():
     assert changed_settings(recipe, changed) == [("optimizer.lr", 3e-4, 1e-2)]
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "a\rb\x00\x85\u2028", "\udc80", "ü # x"])
+def test_any_name_can_be_dumped(name: str):
+    recipe = parse_recipe(BASE, [], name=name)
+    assert parse_recipe(dump_recipe(recipe), [], name=name) == recipe
+
+
 def test_a_resolved_recipe_is_known_by_its_format():
     recipe = parse_recipe(BASE, ["optimizer.lr=1e-2"], name="x")
     text = dump_recipe(recipe)

@@ -63,7 +63,7 @@ def test_something_reads_every_setting():
 def reads() -> Iterator[tuple[type, str]]:
     """Find (section, setting) wherever the package reads one, besides the recipe's own checks."""
     for path in (ROOT / "minigpt_cli").rglob("*.py"):
-        if path.name in ("validate.py", "parse.py", "dump.py"):
+        if path.name in ("validate.py", "parse.py", "dump.py", "tables.py"):
             continue
         tree = ast.parse(path.read_text())
         named = annotated(tree)
