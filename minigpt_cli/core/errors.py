@@ -83,9 +83,21 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    if isinstance(error, OSError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, OSError) or is_out_of_memory(error):
         return UserError.exit_code
     return 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a device or this machine had too little memory, also below torch.compile."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if type(seen).__name__ == "OutOfMemoryError" or isinstance(seen, MemoryError):
+            return True
+        if isinstance(seen, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def describe(error: BaseException) -> str:
@@ -96,7 +108,7 @@ def describe(error: BaseException) -> str:
         return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
     if exit_code_of(error) == UserError.exit_code:
         return (
-            "out of GPU memory: try a smaller train.micro_batch_size (the result stays the same) "
+            "out of memory: try a smaller train.micro_batch_size (the result stays the same) "
             "or --set train.activation_checkpointing=true"
         )
     return f"internal error: {type(error).__name__}: {error} (--debug shows where)"

@@ -3,7 +3,7 @@
 import torch
 
 from minigpt_cli.core.console import warn
-from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.errors import UserError, first_line, is_out_of_memory
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.device import use_deterministic_kernels
 from minigpt_cli.distributed.parallel import ParallelDims
@@ -109,6 +109,9 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
         context: of ``build_context``, with weights.
         sequence_length: tokens per sequence.
         packed: whether sequences hold several examples.
+
+    Raises:
+        Exception: the device has too little memory for a pass.
     """
     model, world = context.model, context.parallel_dims.world
     shape = (context.micro_batch_size, sequence_length)
@@ -129,6 +132,10 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
             else:  # a pass has collectives, which would wait for a rank without a compiler
                 torch.compile(lambda x: x.sin() + 1)(zeros[0].float())
         except Exception as error:
+            # It may have failed in the middle of a backward pass.
+            parallel.zero_grad(model, context.parallel_dims)
+            if is_out_of_memory(error):
+                raise
             reason = first_line(error)
         if reasons := [each for each in world.all_gather_json(reason) if each]:
             warn(f"torch.compile failed, training goes on without it: {reasons[0]}")

@@ -4,11 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from minigpt_cli.distributed.world import World
+from minigpt_cli.model.gpt import initialize_weights
+from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
+from minigpt_cli.train.trainer import build_context, warm_up
 from tests.helpers.processes import command, environment, fork, minigpt
 from tests.helpers.ranks import free_port, rank_environment
 
@@ -73,3 +79,29 @@ def test_no_compiler_on_one_rank(tmp_path: Path, recipe_file: Path):
     assert ranks[0].said.count("warning: torch.compile failed, training goes on without it") == 1
     pretrain(recipe_file, tmp_path / "eager", False)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
+
+
+@pytest.mark.parametrize("reason", ["no kernel", "[enforce] DefaultCPUAllocator: can't allocate"])
+def test_a_failed_warm_up_leaves_no_gradients(
+    make_recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str], reason: str
+):
+    context = build_context(
+        make_recipe("precision.dtype=fp32"), 320, World(0, 1, torch.device("cpu"))
+    )
+    initialize_weights(context.model, seed=1)
+    for layer in context.model.layers:
+        layer.forward = layer.forward  # as compile_blocks does
+    hooked = context.model.layers[0].mlp.up_proj.weight  # among the last to get a gradient
+
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError(reason)
+
+    hooked.register_hook(fail)
+    if reason == "no kernel":
+        warm_up(context, 32)
+        warning = f"torch.compile failed, training goes on without it: {reason}"
+        assert warning in capsys.readouterr().err
+    else:
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            warm_up(context, 32)
+    assert all(parameter.grad is None for parameter in context.model.parameters())
