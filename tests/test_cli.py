@@ -255,7 +255,7 @@ def test_a_run_that_diverges_exits_with_3(tmp_path: Path, dataset: Path):
     assert not list((tmp_path / "runs/tiny").glob("checkpoints/step-*"))
     refused(3, "validation loss", "pretrain", "tiny.toml", "--set", "optimizer.lr=3e38",
             "--set", "schedule.warmup_steps=0", "--set", "train.steps=1",
-            "--set", "schedule.name=constant", cwd=tmp_path)  # fmt: skip
-    assert not list((tmp_path / "runs/tiny").glob("checkpoints/step-*"))
+            "--set", "schedule.name=constant", "--out", "second", cwd=tmp_path)  # fmt: skip
+    assert not list((tmp_path / "second").glob("checkpoints/step-*"))
     refused(2, "expected a finite number above 0, got inf", "pretrain", "tiny.toml",
             "--set", "optimizer.lr=inf", cwd=tmp_path)  # fmt: skip

@@ -20,6 +20,9 @@ STATE = "state.json"
 AUXILIARY_FILES = "huggingface.json"  # of the model that the run started from
 CHECKPOINT_MANIFEST = "manifest.json"
 
+# What a run writes beside its lock.
+RUN_FILES = (RECIPE, METRICS, TOKENIZER, ENVIRONMENT, STATUS, INCIDENTS, FINAL, CHECKPOINTS)
+
 _STEP = re.compile(r"step-(\d{8,})$")
 
 

@@ -6,6 +6,7 @@ transformers reloads it and computes the same, before it gets its name.
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _SHARD_BYTES = 5_000_000_000
+_EXPORTED = re.compile(  # names of the files of an export
+    r"README\.md|(model(-\d+-of-\d+)?|adapter_model)\.safetensors|chat_template\.jinja"
+    r"|(config|generation_config|adapter_config|minigpt|model\.safetensors\.index|tokenizer"
+    r"|tokenizer_config|special_tokens_map)\.json"
+)
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -81,7 +87,7 @@ def export_model(
         files: Name -> content, of further files: README.md.
         origin: For a model that minigpt trained, the content of minigpt.json; see
             ``origin_text``.
-        replace: Replace ``out`` if it exists.
+        replace: Replace ``out`` if it exists and holds only what an export writes.
         shard_bytes: The size limit of a safetensors file; a larger tensor gets its own file.
 
     Raises:
@@ -89,6 +95,8 @@ def export_model(
         Mismatch: transformers computes something else; ``out`` is as it was.
     """
     _refuse_in_checkpoints(out)
+    if replace:
+        _refuse_foreign_files(out)
     with whole_directory(out, replace) as folder:
         size = parameter_count(base.config) * DTYPES[dtype].itemsize
         if (free := shutil.disk_usage(folder).free) < size:
@@ -121,7 +129,7 @@ def export_adapter(
         files: Name -> content, of further files: README.md.
         origin: For an adapter that minigpt trained, more content of minigpt.json than the
             fingerprint of its base; see ``origin_text``.
-        replace: Replace ``out`` if it exists.
+        replace: Replace ``out`` if it exists and holds only what an export writes.
 
     Raises:
         UserError: ``out`` exists, lies in a run's checkpoints, or can't be written to.
@@ -129,10 +137,20 @@ def export_adapter(
     if adapter.trained_on is not None:
         origin = {"base_sha256": adapter.trained_on, **(origin or {})}
     _refuse_in_checkpoints(out)
+    if replace:
+        _refuse_foreign_files(out)
     with whole_directory(out, replace) as folder:
         write_peft(adapter.shape, adapter.tensors, base.config, _name_for_peft(base), folder)
         write_tokenizer(base, folder)
         _write_texts(folder, files, origin)
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    if not out.is_dir():
+        return
+    foreign = sorted(path.name for path in out.iterdir() if not _EXPORTED.fullmatch(path.name))
+    if foreign:
+        raise UserError(f"{out} holds {foreign[0]}, which no export writes: move it elsewhere")
 
 
 def _refuse_in_checkpoints(out: Path) -> None:

@@ -4,6 +4,7 @@ pretrain, finetune-lora and resume differ only here: in the source of weights an
 """
 
 import json
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,16 @@ from minigpt_cli.core.files import write_atomically
 from minigpt_cli.core.run_dir import (
     CHECKPOINTS,
     ENVIRONMENT,
+    FINAL,
+    METRICS,
     RECIPE,
+    RUN_FILES,
+    STATUS,
     TOKENIZER,
     checkpoints_dir,
     is_checkpoint,
 )
+from minigpt_cli.core.status import read_status
 from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.packing import PackedSequences
 from minigpt_cli.data.sequences import TrainingData, open_data, verify_data
@@ -35,7 +41,13 @@ from minigpt_cli.huggingface.base_model import complete_recipe
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.gpt import initialize_weights
 from minigpt_cli.prepare.from_recipe import prepare_data
-from minigpt_cli.recipe import DistributedSettings, Recipe, dump_recipe, load_recipe
+from minigpt_cli.recipe import (
+    DistributedSettings,
+    Recipe,
+    changed_settings,
+    dump_recipe,
+    load_recipe,
+)
 from minigpt_cli.report.metrics import MetricsFile, cut_back
 from minigpt_cli.train.base_weights import (
     auxiliary_files_of,
@@ -184,6 +196,30 @@ def _check_start(recipe: Recipe, directory: Path) -> None:
                 f"[model] vocab_size {most} is too small: {given.path} has {size} entries"
             )
     _check_directory(directory)
+    _check_files(recipe, directory)
+
+
+def _check_files(recipe: Recipe, directory: Path) -> None:
+    """Refuse a directory with files that the run would overwrite.
+
+    A run that died before its first save may start again, with the same recipe.
+    """
+    found = {name for name in RUN_FILES if os.path.lexists(directory / name)}
+    if not found:
+        return
+    is_run = read_status(directory).keys() >= {"status", "exit_code", "pid"}
+    early = {STATUS, METRICS, CHECKPOINTS}  # all that there is before the recipe is written
+    if not is_run or FINAL in found or (RECIPE not in found and found - early):
+        name = sorted(found - {STATUS} or found)[0]
+        raise UserError(
+            f"{directory} holds {name}, which the run would overwrite: choose another --out"
+        )
+    before = load_recipe(directory / RECIPE) if RECIPE in found else recipe
+    if changed := changed_settings(before, recipe):
+        raise UserError(
+            f"{directory} holds a run without a checkpoint and with another {changed[0][0]}: "
+            "delete it, or choose another --out"
+        )
 
 
 def _check_directory(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import weakref
 from collections import Counter
@@ -168,14 +169,19 @@ def test_names_alone_make_no_run(tmp_path: Path, license_dataset: Path):
 
 def test_final_as_a_link(tmp_path: Path, recipe_file: Path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    for path in (run, elsewhere):
-        path.mkdir()
+    assert minigpt("pretrain", recipe_file, "--out", run, "--set", "train.steps=4").returncode == 0
+    elsewhere.mkdir()
     (elsewhere / "precious").write_text("x")
+    shutil.rmtree(run / "final")
     (run / "final").symlink_to(elsewhere)
-    done = minigpt("pretrain", recipe_file, "--out", run)
+    done = minigpt("resume", run, "--set", "train.steps=8")
+    assert f"{run}/final holds precious, which no export writes" in done.stderr
+    assert os.listdir(elsewhere) == ["precious"]
+    (elsewhere / "precious").rename(elsewhere / "README.md")
+    done = minigpt("resume", run, "--set", "train.steps=12")
     assert f"exported {run}/final, checked" in done.stderr
     assert not (run / "final").is_symlink()
-    assert os.listdir(elsewhere) == ["precious"]
+    assert os.listdir(elsewhere) == ["README.md"]
     assert [name for name in os.listdir(run) if name.startswith(".final")] == []
 
 
@@ -193,10 +199,11 @@ def test_final_is_of_the_last_step(tmp_path: Path, recipe_file: Path):
 def test_failed_final_is_a_warning(tmp_path: Path, recipe_file: Path):
     """All is trained and saved: exit code 0."""
     run = tmp_path / "run"
-    run.mkdir()
+    assert minigpt("pretrain", recipe_file, "--out", run, "--set", "train.steps=4").returncode == 0
+    shutil.rmtree(run / "final")
     (run / "final").symlink_to(tmp_path / "nowhere/at/all")
     (tmp_path / "nowhere").write_text("a file in the way")
-    done = minigpt("pretrain", recipe_file, "--out", run, "--set", "train.steps=4")
+    done = minigpt("resume", run, "--set", "train.steps=8")
     assert done.returncode == 0, done.stderr
     assert f"warning: {run}/final was not made: " in done.stderr
     assert "make it with minigpt export" in done.stderr
