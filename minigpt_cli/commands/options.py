@@ -10,8 +10,8 @@ from minigpt_cli import __version__
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug or a lost process; 2 wrong input; 3 training diverged; 4 damaged "
-    "data or checkpoint; 75 stopped by a signal with everything saved, run it again; 130 the same "
-    "after Ctrl-C."
+    "data or checkpoint; 75 stopped by a signal with everything saved: go on with minigpt resume "
+    "(tokenize: run it again); 130 the same after Ctrl-C."
 )
 
 # Panels of --help.

@@ -122,7 +122,10 @@ def tokenize_command(
             "--workers": workers is not None,
         }
         if given := [name for name, is_given in text_only.items() if is_given]:
-            raise UserError(f"{', '.join(given)}: not allowed with --format instructions")
+            raise UserError(
+                f"{', '.join(given)}: not allowed with --format instructions, which needs an "
+                "existing tokenizer (--tokenizer)"
+            )
     elif chat_template is not None:
         raise UserError("--chat-template: only allowed with --format instructions")
     manifest = make_dataset(

@@ -250,8 +250,8 @@ def _why_not(path: Path) -> str:
         return f"there is no {MANIFEST} in it"
     where = "" if path.is_absolute() else f" in {Path.cwd()}"
     return (
-        f"no such directory{where}; make it with `minigpt tokenize`, or name where it is: "
-        "--set data.path=DIR, or --data DIR of eval"
+        f"no such directory{where}; make it with `minigpt tokenize`, or give another directory "
+        "(--set data.path=DIR; eval: --data DIR)"
     )
 
 

@@ -116,6 +116,8 @@ class _Locator:
         dotted = f"{section}.{key}" if section else key
         if dotted in self.overridden:
             return f"--set {dotted}"
+        if inner := [each for each in self.overridden if each.startswith(f"{dotted}.")]:
+            return f"--set {min(inner)}: [{dotted}]"
         current = ""
         for number, line in enumerate(self.text.splitlines(), 1):
             if header := re.match(r"\s*\[([\w.\- ]+)\]", line):
@@ -140,16 +142,16 @@ def _from_table(cls: type, table: Any, section: str, problems: list[str], locate
             problems.append(f"{locate(section, key)}: unknown; {known}")
             continue
         kind = _dataclass_in(hints[key])
+        dotted = f"{section}.{key}" if section else key
         if kind is None:
             try:
                 values[key] = _convert(hints[key], value)
             except TypeError as error:
                 problems.append(f"{locate(section, key)}: expected {error}, got {value!r}")
         elif not isinstance(value, dict):
-            problems.append(f"{locate(section, key)}: expected a table, [{key}]")
+            problems.append(f"{locate(section, key)}: expected a table, [{dotted}]")
         else:
-            inner = f"{section}.{key}" if section else key
-            values[key] = _from_table(kind, value, inner, problems, locate)
+            values[key] = _from_table(kind, value, dotted, problems, locate)
     for key, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and key not in table:

@@ -69,7 +69,7 @@ def test_help_of_a_command(name: str):
     assert f"Usage: minigpt {name} [OPTIONS]" in text
     assert f"Example: minigpt {name} " in text
     assert "Exit codes: 0 done; 1 " in text
-    assert "75 stopped by a signal with everything saved, run it again; 130 " in text
+    assert "75 stopped by a signal with everything saved: go on with minigpt resume " in text
     assert not TYPES.search(text)
     shown = {option for option in SURFACE[name] if option != "--train-vocab"}
     assert not [option for option in shown if option not in text]

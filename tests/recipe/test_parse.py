@@ -96,6 +96,8 @@ def test_all_problems_are_listed():
         ("precision.compile=1", "expected true or false"),
         ("lr=1", "--set section.key=value"),
         ("train=3", "--set section.key=value"),
+        ("tarin.steps=3", "--set tarin.steps: [tarin]: unknown; did you mean train?"),
+        ("model.rope_scaling=3", "expected a table, [model.rope_scaling]"),
         ("optimizer.lr=inf", "lr: expected a finite number above 0, got inf"),
         (
             "optimizer.betas=[0.9, 1.0]",
