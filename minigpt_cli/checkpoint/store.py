@@ -132,7 +132,10 @@ def newest_valid(
             return checkpoint, read_checkpoint_manifest(checkpoint), skipped
         skipped.append(f"{name} skipped: {'; '.join(problems)}")
     if names:
-        raise Damaged(f"{run}: no valid checkpoint. " + ". ".join(skipped))
+        raise Damaged(
+            f"{run}: no valid checkpoint: restore one from a copy, or start another run. "
+            + ". ".join(skipped)
+        )
     raise UserError(f"{run}: no checkpoint yet; repeat the command that started the run")
 
 

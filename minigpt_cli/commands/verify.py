@@ -26,23 +26,24 @@ def verify_command(
     """
     checked, damaged = _check(path)
     if as_json:
-        print_json({"valid": not damaged, "checked": checked, "damaged": damaged})
+        print_json({"valid": not damaged, "checked": checked, "damaged": list(damaged)})
     elif not damaged:
         print_result(f"{path}: valid ({checked} checked)")
     if damaged:
-        raise Damaged(f"{path}: " + "; ".join(damaged))
+        raise Damaged(f"{path}: " + "; ".join(damaged.values()))
 
 
-def _check(path: Path) -> tuple[int, list[str]]:
-    """Return how many datasets or checkpoints were compared, and a line per damaged file."""
+def _check(path: Path) -> tuple[int, dict[str, str]]:
+    """Return how many datasets or checkpoints were compared, and damaged file -> what is wrong."""
     from minigpt_cli.checkpoint import store
     from minigpt_cli.data.dataset import verify_dataset
     from minigpt_cli.data.dataset_manifest import is_dataset
 
     if is_dataset(path):
-        return 1, verify_dataset(path)
+        return 1, {name: f"{name}: {why}" for name, why in verify_dataset(path).items()}
     run, checkpoint = store.locate(path)
     checkpoints = [checkpoint] if checkpoint else [each for _, each in store.list_steps(run)]
     if not checkpoints:
         raise UserError(f"{path}: holds no checkpoint; name a run, a checkpoint or a token dataset")
-    return len(checkpoints), [problem for each in checkpoints for problem in store.verify(each)]
+    problems = [problem for each in checkpoints for problem in store.verify(each)]
+    return len(checkpoints), {problem: problem for problem in problems}

@@ -212,11 +212,11 @@ def open_dataset(
     return TokenDataset(path, manifest, splits)
 
 
-def verify_dataset(path: str | Path) -> list[str]:
+def verify_dataset(path: str | Path) -> dict[str, str]:
     """Compare every byte of a dataset with its manifest.
 
     Returns:
-        The names of the files that are missing, torn or changed.
+        The name of each file that is missing, torn or changed -> what is wrong with it.
 
     Raises:
         UserError: ``path`` isn't a dataset.
@@ -224,9 +224,9 @@ def verify_dataset(path: str | Path) -> list[str]:
     path = Path(path)
     try:
         manifest = read_dataset_manifest(path)
-    except Damaged:
-        return [manifest_file(path).name]
-    return [file for file, _ in problems(path, manifest, verify=True)]
+    except Damaged as error:
+        return {manifest_file(path).name: str(error)}
+    return dict(problems(path, manifest, verify=True))
 
 
 def split_in_memory(

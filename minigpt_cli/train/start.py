@@ -151,6 +151,11 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         before = load_recipe(source / RECIPE, name=directory.name)
         recipe = load_recipe(source / RECIPE, overrides, name=directory.name)
         check_changes(before, recipe, allow_changes)
+        if recipe.total_steps < state.step:
+            raise UserError(
+                f"{checkpoint} is already at step {state.step}: {recipe.total_steps} steps are "
+                "fewer; set more, or resume an earlier checkpoint"
+            )
         base, base_fingerprint = None, None
         if recipe.lora is not None:
             base, base_fingerprint = open_recipe_base(recipe, world)

@@ -20,5 +20,18 @@ def test_damage_is_named(run: Path, tmp_path: Path, dataset: Path):
     assert len(found["damaged"]) == 1
 
 
+def test_damage_of_a_dataset(dataset: Path, tmp_path: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    with (copy / "train-00000.npy").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff" * 8)
+    (copy / "val-00000.npy").unlink()
+    refused(4, "train-00000.npy: its content doesn't match its sha256; val-", "verify", copy)
+    refused(4, "val-00000.npy: is missing", "verify", copy)
+    found = json.loads(minigpt("verify", copy, "--json").stdout)
+    assert found["damaged"] == ["train-00000.npy", "val-00000.npy"]
+
+
 def test_nothing_to_verify(tmp_path: Path):
     refused(2, "no such run or checkpoint", "verify", tmp_path / "nowhere")

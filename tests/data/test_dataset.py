@@ -240,13 +240,13 @@ def other_length(file: Path) -> None:
 )
 def test_damage_is_found_on_opening(dataset: Path, harm: Any, message: str) -> None:
     open_dataset(dataset, verify=True)
-    assert verify_dataset(dataset) == []
+    assert list(verify_dataset(dataset)) == []
     harm(dataset / "train-00002.npy")
     with pytest.raises(Damaged, match=rf"train-00002\.npy: (its )?{message}") as caught:
         open_dataset(dataset)
     assert "make it again" in str(caught.value)
     assert caught.value.exit_code == 4
-    assert verify_dataset(dataset) == ["train-00002.npy"]
+    assert list(verify_dataset(dataset)) == ["train-00002.npy"]
 
 
 def test_a_flipped_bit_is_found_by_verifying(dataset: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_flipped_bit_is_found_by_verifying(dataset: Path) -> None:
     open_dataset(dataset)
     with pytest.raises(Damaged, match=r"train-00000\.npy: its content doesn't match its sha256"):
         open_dataset(dataset, verify=True)
-    assert verify_dataset(dataset) == ["train-00000.npy", "train-00003.npy"]
+    assert list(verify_dataset(dataset)) == ["train-00000.npy", "train-00003.npy"]
 
 
 def test_a_changed_manifest_is_damage(dataset: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_changed_manifest_is_damage(dataset: Path) -> None:
         file.write_text(content)
         with pytest.raises(Damaged, match=r"dataset\.json"):
             open_dataset(dataset)
-        assert verify_dataset(dataset) == ["dataset.json"]
+        assert list(verify_dataset(dataset)) == ["dataset.json"]
     file.write_text(json.dumps(json.loads(whole), indent=4))  # the same content in another layout
     open_dataset(dataset)
     file.write_text(json.dumps(json.loads(whole) | {"format": 3}))
@@ -289,7 +289,7 @@ def test_another_tokenizer_is_found(dataset: Path, tokenizer: Any) -> None:
     file.unlink()
     with pytest.raises(Damaged, match=r"tokenizer\.json"):
         open_dataset(dataset)
-    assert verify_dataset(dataset) == ["tokenizer.json"]
+    assert list(verify_dataset(dataset)) == ["tokenizer.json"]
 
 
 def test_what_is_no_dataset(tmp_path: Path, dataset: Path) -> None:

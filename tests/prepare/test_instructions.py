@@ -289,7 +289,7 @@ def test_another_process_is_not_disturbed(quick: Path, tokenizer: Path) -> None:
     assert (work / "tokens.spool").exists()
     make(source, quick / "out", tokenizer)  # it is gone now, and what it left is removed
     assert not work.exists()
-    assert verify_dataset(quick / "out") == []
+    assert list(verify_dataset(quick / "out")) == []
 
 
 def test_a_killed_run_leaves_nothing_behind_that_harms(quick: Path, tokenizer: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_killed_run_leaves_nothing_behind_that_harms(quick: Path, tokenizer: P
     assert (quick / ".out.unfinished").exists()
     make(source, quick / "out", tokenizer)
     assert not (quick / ".out.unfinished").exists()
-    assert verify_dataset(quick / "out") == []
+    assert list(verify_dataset(quick / "out")) == []
 
 
 def test_a_failure_leaves_nothing(quick: Path, tokenizer: Path) -> None:
@@ -461,10 +461,10 @@ def dataset(quick: Path, tokenizer: Path) -> Path:
 @pytest.mark.parametrize("file", [*FILES, "tokenizer.json", "dataset.json"])
 def test_damage_of_each_file_is_found_and_named(dataset: Path, file: str) -> None:
     whole = (dataset / file).read_bytes()
-    assert verify_dataset(dataset) == []
+    assert list(verify_dataset(dataset)) == []
 
     def found(verify: bool) -> None:
-        assert verify_dataset(dataset) == [file]
+        assert list(verify_dataset(dataset)) == [file]
         with pytest.raises(Damaged, match=f"{file}: .*(restore|again)"):
             open_dataset(dataset, verify=verify)
 
@@ -477,7 +477,7 @@ def test_damage_of_each_file_is_found_and_named(dataset: Path, file: str) -> Non
         (dataset / file).unlink()
         found(verify=False)
     (dataset / file).write_bytes(whole)
-    assert verify_dataset(dataset) == []
+    assert list(verify_dataset(dataset)) == []
 
 
 def test_invalid_offsets(dataset: Path) -> None:
@@ -531,13 +531,13 @@ def test_a_dataset_of_the_old_format_is_read(dataset: Path, quick: Path, tokeniz
     assert [texts(dataset, tokenizer, split) for split in ("train", "val")] == before
     for split in ("train", "val"):
         assert old.splits[split].bytes_per_token == new.splits[split].bytes_per_token
-    assert verify_dataset(dataset) == []
+    assert list(verify_dataset(dataset)) == []
     # The same command finds it finished
     assert make(jsonl(quick / "a.jsonl", *PAIRS), dataset, tokenizer, None, 0.2) == old
     (dataset / "train-trained.npy").unlink()
-    assert verify_dataset(dataset) == ["train-trained.npy"]
+    assert list(verify_dataset(dataset)) == ["train-trained.npy"]
     (dataset / "instructions.json").write_text("{}")
-    assert verify_dataset(dataset) == ["instructions.json"]
+    assert list(verify_dataset(dataset)) == ["instructions.json"]
     with pytest.raises(Damaged, match=r"instructions\.json: .*delete .* and make it again"):
         open_dataset(dataset)
 

@@ -567,7 +567,7 @@ def test_two_processes_never_share_a_directory(
         tokenize(corpus, out, tokenizer_path=tokenizer_file, **SHARDS)
     run.communicate()
     assert run.returncode == 0
-    assert verify_dataset(out) == []
+    assert list(verify_dataset(out)) == []
 
 
 # Running it again
@@ -656,7 +656,7 @@ def test_other_settings_start_over(corpus: Source, quick: Path, tokenizer_file: 
     manifest = tokenize(corpus, out, train_vocab=300, warn=told.append)
     assert any("starting over" in message for message in told)
     assert manifest.vocab_size == 300
-    assert verify_dataset(out) == []
+    assert list(verify_dataset(out)) == []
 
 
 def test_what_others_left_is_not_written_over(quick: Path, tokenizer_file: str) -> None:

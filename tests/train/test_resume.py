@@ -94,6 +94,8 @@ def test_changes_are_refused_unless_named(
         resume_run(run_dir, ["precision.dtype=fp64"], [])
     with pytest.raises(UserError, match="no such setting"):
         resume_run(run_dir, [], ["train.sead"])
+    with pytest.raises(UserError, match="is already at step 6: 5 steps are fewer"):
+        resume_run(run_dir, ["train.steps=5"], [])
 
 
 def test_resume_walks_back_past_damaged_checkpoints(
