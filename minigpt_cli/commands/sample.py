@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, Version, option
-from minigpt_cli.core.console import print_json
+from minigpt_cli.core.console import print_json, warn
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,6 +118,12 @@ def sample_command(
     trained = load_and_report(model or newest_run(), adapter, device)
     _set_dtype(trained.model, dtype)
     prompt_ids = _chat_ids(trained, prompt) if chat else _text_ids(trained, prompt)
+    context = trained.model.config.max_position_embeddings
+    if len(prompt_ids) > context:
+        warn(
+            f"the prompt has {len(prompt_ids):,} tokens; the model sees only the last {context:,}, "
+            "its context"
+        )
     results = []
     for each in each_adapter(trained):
         chunks = stream_text(
@@ -134,7 +140,8 @@ def sample_command(
         )
         if not as_json:
             chunks = _print_live(chunks, num_samples, "" if chat else prompt)
-        results.append({"prompt": prompt} | _result(join_chunks(chunks), trained, each))
+        seen = min(len(prompt_ids), context)
+        results.append({"prompt": prompt} | _result(join_chunks(chunks), trained, each, seen))
     if as_json:
         print_json(results[0] if len(results) == 1 else {"prompt": prompt, "adapters": results})
 
@@ -147,12 +154,16 @@ def _check_utf8(prompt: str) -> None:
 
 
 def _result(
-    completions: list["Completion"], trained: "TrainedModel", adapter: "LoadedAdapter | None"
+    completions: list["Completion"],
+    trained: "TrainedModel",
+    adapter: "LoadedAdapter | None",
+    seen: int,
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
         "completions": [completion.text for completion in completions],
         "finish_reasons": [completion.finish_reason for completion in completions],
         "checkpoint": str(trained.checkpoint_of(adapter)),
+        "prompt_tokens_seen": seen,
     }
     return result if adapter is None else result | {"adapter": adapter.name}
 

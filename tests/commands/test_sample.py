@@ -1,7 +1,9 @@
 import json
+import re
 from pathlib import Path
 
 from tests.helpers.commands import finished, refused
+from tests.helpers.processes import minigpt
 
 ARGUMENTS = ("sample", "--prompt", "def ", "--max-new-tokens", "12", "--seed", "3")
 
@@ -24,6 +26,20 @@ def test_device_and_dtype(run: Path):
     assert finished(*ARGUMENTS, "--device", "cpu", "--dtype", "fp32", cwd=folder) == default
     for dtype in ("bf16", "fp16"):
         assert finished(*ARGUMENTS, "--dtype", dtype, cwd=folder).startswith("def ")
+
+
+def test_prompt_longer_than_the_context(run: Path):
+    def sample(prompt: str) -> tuple[dict, str]:
+        done = minigpt("sample", run, "--prompt", prompt, "--max-new-tokens", "2", "--json")
+        return json.loads(done.stdout), done.stderr
+
+    result, errors = sample("x = 1\n" * 100)
+    tokens = re.search(r"the prompt has (\d+) tokens; the model sees only the last 32", errors)
+    assert int(tokens[1]) > 100
+    assert result["prompt_tokens_seen"] == 32
+    result, errors = sample("x")
+    assert "the prompt has" not in errors
+    assert result["prompt_tokens_seen"] == 1
 
 
 def test_no_run(tmp_path: Path):
