@@ -6,7 +6,7 @@ hashes of files are gathered. Every rank learns whether the save succeeded.
 """
 
 import contextlib
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from minigpt_cli.checkpoint.tensors import (
 )
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.run_dir import checkpoint_path
+from minigpt_cli.core.threads import device_thread
 from minigpt_cli.distributed.failure import is_lost_rank
 from minigpt_cli.distributed.world import World
 from minigpt_cli.recipe import CheckpointSettings
@@ -87,7 +88,7 @@ class Saver:
         self._run = run
         self._world = world
         self._settings = settings
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._thread = device_thread("saver", world.device)
         self._save: Future[SaveResult] | None = None
         self._stager = _Stager(world)
 

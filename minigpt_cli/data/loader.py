@@ -1,6 +1,6 @@
 """Read sequences of a split as inputs and targets on the device, one step ahead."""
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minigpt_cli.core.threads import device_thread
 from minigpt_cli.data.dataset import TokenSplit
 from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.packing import PackedSequences
@@ -100,7 +101,7 @@ class BatchLoader:
         self._global_batch_size = global_batch_size
         self._local_slice = local_slice
         self._device = device
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._reader = device_thread("batches", device)
         self._ahead: tuple[int, Future[list[Tensor]]] | None = None
 
     def __call__(self, step: int) -> Batch:
