@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/tiny
 
-.PHONY: setup train test faults old-runs check bench clean
+.PHONY: setup train test faults old-runs nullgpu check bench clean
 
 setup: .venv/installed
 
@@ -30,6 +30,16 @@ faults: setup
 old-runs: setup
 	$(BIN)/python scripts/old_runs.py compare
 
+# torch's CUDA path on a GPU that computes nothing; an environment of its own, about 6 GB.
+nullgpu: .venv-nullgpu/installed
+	.venv-nullgpu/bin/pytest tests/nullgpu
+
+.venv-nullgpu/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-nullgpu
+	.venv-nullgpu/bin/pip install --quiet torch==2.14.1
+	.venv-nullgpu/bin/pip install --quiet -e . pytest
+	touch $@
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +51,4 @@ bench: setup
 	$(BIN)/python benchmarks/bench_startup.py
 
 clean:
-	rm -rf .venv runs data build *.egg-info
+	rm -rf .venv .venv-nullgpu runs data build *.egg-info

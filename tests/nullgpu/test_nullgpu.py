@@ -1,0 +1,37 @@
+"""torch's CUDA path on a GPU that computes nothing, see build.py: ``make nullgpu``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.processes import ROOT
+from tests.nullgpu.build import build
+
+pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's CUDA wheel")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("nullgpu"))
+
+
+def run(library: Path, script: str, *arguments: object, **variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/nullgpu" / script, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)} | variables,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_saves_hold_what_was_in_memory(library: Path, tmp_path: Path):
+    """What is copied to pinned memory arrives only when its own stream is waited for."""
+    found = json.loads(run(library, "save.py", tmp_path, NULLGPU_DEVICES="2", NULLGPU_LATE="1"))
+    assert len(found) == 4
+    assert set(found.values()) == {0}, found
