@@ -18,6 +18,8 @@ from minigpt_cli.recipe.validate import find_problems
 FORMAT = "minigpt-resolved-recipe-1"  # the `format` key of a file that dump_recipe() wrote
 # Files written before there was a `format` key have this in their first line.
 OLD_FIRST_LINE = "the resolved recipe; where each value came from"
+# (section, two settings of which one is given): the command line's replaces the file's.
+_ALTERNATIVES = (("train", "steps", "tokens"), ("data.tokenizer", "path", "train_vocab"))
 
 
 def load_recipe(
@@ -71,6 +73,12 @@ def parse_recipe(
         _set_leaf(tables, key.split("."), _toml_value(raw))
         origin[key] = "command line"
         overridden.add(key)
+    for section, *pair in _ALTERNATIVES:
+        given = [f"{section}.{key}" in overridden for key in pair]
+        if any(given) and not all(given):
+            other = pair[given.index(False)]
+            _remove_leaf(tables, [*section.split("."), other])
+            origin.pop(f"{section}.{other}", None)
 
     if not tables.keys() & {"model", "lora"}:
         problems.append(f"{where}: the section [model] is missing")
@@ -207,6 +215,13 @@ def _toml_value(raw: str) -> Any:
         return tomllib.loads(f"value = {raw}")["value"]
     except (ValueError, RecursionError):
         return raw  # a bare word: --set precision.dtype=bf16
+
+
+def _remove_leaf(tables: Any, keys: list[str]) -> None:
+    for key in keys[:-1]:
+        tables = tables.get(key, {}) if isinstance(tables, dict) else {}
+    if isinstance(tables, dict):
+        tables.pop(keys[-1], None)
 
 
 def _set_leaf(tables: dict[str, Any], keys: list[str], value: Any) -> None:

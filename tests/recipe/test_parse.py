@@ -78,7 +78,6 @@ def test_all_problems_are_listed():
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("train.tokens=1000", "steps or as tokens"),
         ("train.micro_batch_size=5", "not a multiple of micro_batch_size 5"),
         ("train.sequence_length=0", "sequence_length: expected an integer above 0, got 0"),
         ("model.max_position_embeddings=64", "longer than [model] max_position_embeddings 64"),
@@ -178,6 +177,19 @@ def test_a_resolved_recipe_is_known_by_its_format():
     old = "# x: the resolved recipe; where each value came from stands behind it\n" + without
     assert parse_recipe(old, []).origin == recipe.origin
     assert "remove this line" in problems('format = "other"\n' + BASE)
+
+
+def test_the_command_line_replaces_the_alternative():
+    recipe = parse_recipe(BASE, ["train.tokens=40_000"])
+    assert (recipe.train.steps, recipe.train.tokens, recipe.total_steps) == (None, 40_000, 10)
+    again = parse_recipe(dump_recipe(recipe), ["train.steps=7"])
+    assert (again.train.steps, again.train.tokens) == (7, None)
+    assert again.origin["train.steps"] == "command line"
+    assert again.origin["train.tokens"] == "default"
+    assert "give the length once" in problems(BASE, "train.tokens=9", "train.steps=9")
+    text = BASE + "[data.source]\nkind='python-stdlib'\n[data.tokenizer]\ntrain_vocab=300\n"
+    tokenizer = parse_recipe(text, ["data.tokenizer.path=t"]).data.tokenizer
+    assert (tokenizer.path, tokenizer.train_vocab) == ("t", None)
 
 
 def test_tokens_are_rounded_up_to_whole_steps():
