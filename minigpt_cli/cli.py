@@ -20,7 +20,7 @@ from minigpt_cli.commands import (
     verify,
 )
 from minigpt_cli.commands.options import Command, Debug, Group, Version, epilog
-from minigpt_cli.core.console import discarded_if_closed, error_line
+from minigpt_cli.core.console import discard_output, discarded_if_closed, error_line
 from minigpt_cli.core.errors import Stopped
 from minigpt_cli.core.signals import ignore_signals, stop_at_signals
 from minigpt_cli.distributed.failure import announce_failure
@@ -65,8 +65,10 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         code = _report(error)
-    with discarded_if_closed():
-        sys.stdout.flush()
+        try:
+            print(end="", flush=True)
+        except OSError:  # its reader has gone, or its disk is full
+            discard_output()
     if session.info is not None:
         _leave(code)
     sys.exit(code)
@@ -77,6 +79,8 @@ def _run(arguments: list[str]) -> int:
     try:
         stop_at_signals()
         code = app(arguments, prog_name="minigpt", standalone_mode=False)
+        with discarded_if_closed():
+            print(end="", flush=True)  # also where there is no standard output
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):  # typer and rich have replaced it
             if not arguments or {"-h", "--help"} & set(arguments):

@@ -181,6 +181,18 @@ def test_a_reader_that_has_gone(run: Path, tmp_path: Path, unbuffered: str):
         assert "BrokenPipe" not in errors
 
 
+def test_no_room_for_the_output(run: Path):
+    """A disk that is full, or no standard output at all."""
+    for shell, code in (('exec "$@" >/dev/full', 2), ('exec "$@" >&-', 0)):
+        for extra in ((), ("--json",)):
+            done = subprocess.run(
+                ["sh", "-c", shell, "sh", *command("verify", run, *extra)],
+                stderr=subprocess.PIPE, text=True, env=environment(),
+            )  # fmt: skip
+            assert done.returncode == code
+            assert len(done.stderr.splitlines()) == (code > 0), done.stderr
+
+
 def test_training_goes_on_when_nobody_reads_its_log(recipe_file: Path):
     """``minigpt pretrain ... 2>&1 | tee log``, and tee is killed."""
     process = subprocess.Popen(

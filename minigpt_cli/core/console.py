@@ -74,4 +74,9 @@ def discarded_if_closed() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
+
+
+def discard_output() -> None:
+    """Send standard output nowhere, from now on, so that Python's flush at exit can't fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -108,8 +108,8 @@ def describe(error: BaseException) -> str:
         return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
     if exit_code_of(error) == UserError.exit_code:
         return (
-            "out of memory: try a smaller train.micro_batch_size (the result stays the same) "
-            "or --set train.activation_checkpointing=true"
+            "out of memory; in training, try a smaller train.micro_batch_size (the result stays "
+            "the same) or --set train.activation_checkpointing=true"
         )
     return f"internal error: {type(error).__name__}: {error} (--debug shows where)"
 

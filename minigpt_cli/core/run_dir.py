@@ -20,7 +20,7 @@ STATE = "state.json"
 AUXILIARY_FILES = "huggingface.json"  # of the model that the run started from
 CHECKPOINT_MANIFEST = "manifest.json"
 
-# What a run writes beside its lock.
+# All that a run writes, except its lock.
 RUN_FILES = (RECIPE, METRICS, TOKENIZER, ENVIRONMENT, STATUS, INCIDENTS, FINAL, CHECKPOINTS)
 
 _STEP = re.compile(r"step-(\d{8,})$")

@@ -96,12 +96,13 @@ def _slurm_rank_info() -> RankInfo:
 
 def _integer(name: str, default: int | None = None) -> int:
     """Read an environment variable; empty counts as not set."""
-    text = os.environ.get(name) or default
-    try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        problem = "is not set" if text is None else f"is {text!r}, not an integer"
-        raise UserError(f"{name} {problem}: start with torchrun, srun or --nproc") from None
+    text, problem = os.environ.get(name) or default, "is not set"
+    if text is not None:
+        try:
+            return int(text)
+        except ValueError:
+            problem = f"is {text!r}, not an integer"
+    raise UserError(f"{name} {problem}: start with torchrun, srun or --nproc")
 
 
 def _first_host(nodes: str) -> str:

@@ -97,6 +97,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
             _check_start(recipe, directory)
             resources.enter_context(run_lock(directory))
             _check_start(recipe, directory)  # again: another process may just have left
+            _check_earlier_recipe(recipe, directory)
 
         def prepare() -> None:
             _remove_leftovers(directory)
@@ -153,8 +154,8 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         check_changes(before, recipe, allow_changes)
         if recipe.total_steps < state.step:
             raise UserError(
-                f"{checkpoint} is already at step {state.step}: {recipe.total_steps} steps are "
-                "fewer; set more, or resume an earlier checkpoint"
+                f"{checkpoint} is at step {state.step} already, but the recipe has only "
+                f"{recipe.total_steps} steps: set train.steps higher, or resume an earlier one"
             )
         base, base_fingerprint = None, None
         if recipe.lora is not None:
@@ -201,26 +202,36 @@ def _check_start(recipe: Recipe, directory: Path) -> None:
                 f"[model] vocab_size {most} is too small: {given.path} has {size} entries"
             )
     _check_directory(directory)
-    _check_files(recipe, directory)
+    _check_files(directory)
 
 
-def _check_files(recipe: Recipe, directory: Path) -> None:
+def _check_files(directory: Path) -> None:
     """Refuse a directory with files that the run would overwrite.
 
-    A run that died before its first save may start again, with the same recipe.
+    A run that died before its first save may start again.
     """
     found = {name for name in RUN_FILES if os.path.lexists(directory / name)}
     if not found:
         return
     is_run = read_status(directory).keys() >= {"status", "exit_code", "pid"}
-    early = {STATUS, METRICS, CHECKPOINTS}  # all that there is before the recipe is written
+    early = {STATUS, METRICS, CHECKPOINTS}  # the only ones before the recipe is written
     if not is_run or FINAL in found or (RECIPE not in found and found - early):
         name = sorted(found - {STATUS} or found)[0]
         raise UserError(
             f"{directory} holds {name}, which the run would overwrite: choose another --out"
         )
-    before = load_recipe(directory / RECIPE) if RECIPE in found else recipe
-    if changed := changed_settings(before, recipe):
+
+
+def _check_earlier_recipe(recipe: Recipe, directory: Path) -> None:
+    """Refuse other settings than those of the run that died here. Nobody trains here: it is locked.
+
+    Args:
+        recipe: of the new run.
+        directory: holds no checkpoint.
+    """
+    if not (directory / RECIPE).exists():
+        return
+    if changed := changed_settings(load_recipe(directory / RECIPE), recipe):
         raise UserError(
             f"{directory} holds a run without a checkpoint and with another {changed[0][0]}: "
             "delete it, or choose another --out"

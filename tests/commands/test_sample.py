@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 from tests.helpers.commands import finished, refused
@@ -40,6 +41,16 @@ def test_prompt_longer_than_the_context(run: Path):
     result, errors = sample("x")
     assert "the prompt has" not in errors
     assert result["prompt_tokens_seen"] == 1
+
+
+def test_any_minigpt_json_marks_our_models(run: Path, tmp_path: Path):
+    """Its content doesn't matter for sampling."""
+    copy = tmp_path / "final"
+    shutil.copytree(run / "final", copy)
+    expected = finished("sample", copy, "--prompt", "def ", "--greedy", "--max-new-tokens", "4")
+    (copy / "minigpt.json").write_text("[]")
+    found = finished("sample", copy, "--prompt", "def ", "--greedy", "--max-new-tokens", "4")
+    assert found == expected
 
 
 def test_no_run(tmp_path: Path):

@@ -31,7 +31,7 @@ def run(library: Path, script: str, *arguments: object, **variables: str) -> str
 
 
 def test_saves_hold_what_was_in_memory(library: Path, tmp_path: Path):
-    """What is copied to pinned memory arrives only when its own stream is waited for."""
+    """Copies to pinned memory arrive only when their own stream is waited for."""
     found = json.loads(run(library, "save.py", tmp_path, NULLGPU_DEVICES="2", NULLGPU_LATE="1"))
     assert len(found) == 4
     assert set(found.values()) == {0}, found

@@ -1,4 +1,4 @@
-"""What the parent hears of a worker that fails or dies."""
+"""A worker fails or dies: the parent reports it."""
 
 import os
 import re

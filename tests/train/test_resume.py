@@ -94,7 +94,7 @@ def test_changes_are_refused_unless_named(
         resume_run(run_dir, ["precision.dtype=fp64"], [])
     with pytest.raises(UserError, match="no such setting"):
         resume_run(run_dir, [], ["train.sead"])
-    with pytest.raises(UserError, match="is already at step 6: 5 steps are fewer"):
+    with pytest.raises(UserError, match="is at step 6 already, but the recipe has only 5 steps"):
         resume_run(run_dir, ["train.steps=5"], [])
 
 

@@ -1,4 +1,4 @@
-"""What lies in the directory of a new run is not overwritten."""
+"""A new run overwrites no file of a user in its directory."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from minigpt_cli.core.run_dir import RUN_FILES
 from minigpt_cli.core.status import write_status
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.loop import fit
+from minigpt_cli.train.run_lock import run_lock
 from minigpt_cli.train.start import resume_run, start_run
 
 MakeRecipe = Callable[..., Recipe]
@@ -59,6 +60,17 @@ def test_a_run_that_died_before_its_first_save(finished: Path, make_recipe: Make
     run, state = start_run(make_recipe("train.steps=4"), finished)
     run.resources.close()
     assert state.step == 0
+
+
+def test_a_run_that_trains_with_another_recipe(finished: Path, make_recipe: MakeRecipe):
+    """It has no checkpoint yet, and must not be called dead."""
+    shutil.rmtree(finished / "checkpoints")
+    shutil.rmtree(finished / "final")
+    with (
+        run_lock(finished),
+        pytest.raises(UserError, match="another process is training in it"),
+    ):
+        start_run(make_recipe("train.steps=4", "optimizer.lr=1e-4"), finished)
 
 
 def test_a_run_that_died_while_data_was_prepared(tmp_path: Path, make_recipe: MakeRecipe):

@@ -1,0 +1,19 @@
+"""Which errors are for the user to mend."""
+
+import pytest
+import torch
+
+from minigpt_cli.core.errors import describe, exit_code_of
+
+
+def test_out_of_memory():
+    with pytest.raises(RuntimeError) as allocation:
+        torch.empty(2**60, dtype=torch.uint8)
+    wrapped = RuntimeError("the backend failed")
+    wrapped.__cause__ = allocation.value
+    for error in (allocation.value, wrapped, MemoryError()):
+        assert exit_code_of(error) == 2
+        assert describe(error).startswith("out of memory; ")
+    other = RuntimeError("a bug")
+    assert exit_code_of(other) == 1
+    assert describe(other).startswith("internal error: RuntimeError: a bug")
