@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all; checksums, locks and JSON objects."""
+"""Files and directories that appear whole or not at all; checksums and locks."""
 
 import contextlib
 import errno
@@ -58,23 +58,6 @@ def sha256_of(file: Path) -> str:
     """
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in ``file``.
-
-    Raises:
-        UserError: The file is missing, can't be read, or holds no JSON object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: can't be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: is not a JSON object")
-    return content
 
 
 def json_checksum(content: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.files import read_json
+from minigpt_cli.core.reading import read_json
 from minigpt_cli.core.run_dir import AUXILIARY_FILES
 from minigpt_cli.data.chat import (
     CHAT_TEMPLATE,

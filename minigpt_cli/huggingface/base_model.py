@@ -19,7 +19,7 @@ from minigpt_cli.checkpoint.shards import whole_reader
 from minigpt_cli.checkpoint.store import choose
 from minigpt_cli.checkpoint.tensors import WEIGHTS_PREFIX
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.files import read_json
+from minigpt_cli.core.reading import read_json
 from minigpt_cli.core.run_dir import RECIPE, TOKENIZER
 from minigpt_cli.data import chat
 from minigpt_cli.data.tokenizer import is_tokenizer, load_tokenizer, vocabulary_size

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.files import read_json
+from minigpt_cli.core.reading import read_json
 
 ORIGIN = "minigpt.json"
 _FORMAT = 1

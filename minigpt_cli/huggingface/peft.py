@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.files import read_json
+from minigpt_cli.core.reading import read_json
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import GPT, meta_model

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minigpt_cli.core.errors import UserError, first_line
-from minigpt_cli.core.files import read_json
+from minigpt_cli.core.reading import read_json
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import meta_model
 from minigpt_cli.model.hf_names import huggingface_name, is_transposed
