@@ -30,7 +30,7 @@ def train_recipe(
     Returns:
         The exit code.
     """
-    from minigpt_cli.recipe import micro_batch_size_of
+    from minigpt_cli.train.batch import micro_batch_size_of
 
     launcher = is_launcher(nproc)
     if not launcher:

@@ -178,8 +178,8 @@ def _name_for_peft(base: BaseModel) -> str:
     if (final / CONFIG).is_file() and weights_fingerprint(open_base(final)) == weights_fingerprint(
         base
     ):
-        return str(final)
-    return str(base.directory)
+        return os.path.abspath(final)
+    return os.path.abspath(base.directory)
 
 
 def _write_texts(folder: Path, files: dict[str, str], origin: dict[str, str] | None) -> None:

@@ -24,7 +24,7 @@ from minigpt_cli.recipe.schema import (
     ScheduleSettings,
 )
 from minigpt_cli.recipe.tables import changed_settings, setting_names
-from minigpt_cli.recipe.validate import micro_batch_size_of, out_of_range
+from minigpt_cli.recipe.validate import out_of_range
 
 __all__ = [
     "AdapterSettings",
@@ -44,7 +44,6 @@ __all__ = [
     "changed_settings",
     "dump_recipe",
     "load_recipe",
-    "micro_batch_size_of",
     "out_of_range",
     "parse_recipe",
     "setting_names",

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
-from minigpt_cli.core.errors import UserError
 from minigpt_cli.recipe.schema import DataTokenizer, Range, Recipe
 
 
@@ -29,22 +28,6 @@ def find_problems(recipe: Recipe, locate: Callable[[str, str], str]) -> list[str
             "run"
         )
     return problems
-
-
-def micro_batch_size_of(recipe: Recipe, ranks: int) -> int:
-    """Return the sequences per forward pass of one rank.
-
-    Raises:
-        UserError: the global batch can't be divided among the ranks.
-    """
-    whole, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    if whole % (ranks * (micro or 1)):
-        raise UserError(
-            f"[train] global_batch_size {whole} can't be divided among {ranks} ranks"
-            + (f" in micro-batches of {micro}" if micro else "")
-            + f": it must be a multiple of {ranks * (micro or 1)}"
-        )
-    return micro or whole // ranks
 
 
 def _all_out_of_range(section: Any, name: str, locate: Callable[[str, str], str]) -> Iterator[str]:

@@ -12,7 +12,8 @@ from minigpt_cli.distributed.world import World
 from minigpt_cli.model import lora, precision
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.gpt import GPT
-from minigpt_cli.recipe import Recipe, micro_batch_size_of
+from minigpt_cli.recipe import Recipe
+from minigpt_cli.train.batch import micro_batch_size_of
 from minigpt_cli.train.guard import new_guard
 from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.step import StepContext

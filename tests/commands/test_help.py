@@ -30,7 +30,7 @@ SURFACE = {
         "--json",
     },
     "sample": COMMON | {
-        "MODEL", "--adapter", "--prompt", "--chat", "--max-new-tokens", "--num-samples",
+        "MODEL", "--adapter", "--prompt", "--prompt-file", "--chat", "--max-new-tokens", "--num-samples",
         "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--greedy",
         "--stop", "--seed", "--device", "--dtype", "--json",
     },
