@@ -68,7 +68,7 @@ def parse_recipe(
     problems: list[str] = []
     resolved = tables.pop("format", None)
     if resolved not in (None, FORMAT):
-        problems.append(f"{where}: format {resolved!r} is not {FORMAT!r}: remove this line")
+        problems.append(f"{where}: format {resolved!r:.80} is not {FORMAT!r}: remove this line")
     origin: dict[str, Origin] = dict.fromkeys(leaves(tables), "recipe")
     if resolved == FORMAT or OLD_FIRST_LINE in text.partition("\n")[0]:
         origin.update(_origins_in_comments(text))
@@ -76,7 +76,7 @@ def parse_recipe(
     for override in overrides:
         key, equals, raw = (part.strip() for part in override.partition("="))
         if not equals or "." not in key:
-            problems.append(f"--set {override}: write it as --set section.key=value")
+            problems.append(f"--set {override:.80}: write it as --set section.key=value")
             continue
         _set_leaf(tables, key.split("."), _toml_value(raw))
         origin[key] = "command line"
@@ -163,7 +163,7 @@ def _from_table(cls: type, table: Any, section: str, problems: list[str], locate
             try:
                 values[key] = _convert(hints[key], value)
             except TypeError as error:
-                problems.append(f"{locate(section, key)}: expected {error}, got {value!r}")
+                problems.append(f"{locate(section, key)}: expected {error}, got {value!r:.80}")
         elif not isinstance(value, dict):
             problems.append(f"{locate(section, key)}: expected a table, [{dotted}]")
         else:
@@ -212,8 +212,10 @@ def _convert(hint: Any, value: Any) -> Any:
         return tuple(_convert(each, item) for each, item in zip(inner, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is hint:
+    if type(value) is hint and not (hint is int and abs(value) >= 1 << 63):
         return value
+    if type(value) is int and hint is int:
+        raise TypeError("an integer that fits into 64 bits")
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     raise TypeError(names[hint])
 
