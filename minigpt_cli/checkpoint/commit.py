@@ -12,7 +12,6 @@ from typing import Any
 
 from minigpt_cli.checkpoint.manifest import CheckpointManifest, write_checkpoint_manifest
 from minigpt_cli.checkpoint.store import REPLACED, WRITING, remove_stale
-from minigpt_cli.checkpoint.tensors import cause_of
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import os_reason, remove_tree, sha256_of, sync_to_disk
 from minigpt_cli.core.run_dir import CHECKPOINT_MANIFEST, checkpoint_path
@@ -102,12 +101,11 @@ def abandon(run: Path, step: int) -> None:
     remove_tree(_temporary(run, step))
 
 
-def failure_reason(error: BaseException) -> str:
+def failure_reason(error: Exception) -> str:
     """Return why a save failed, in a few words."""
-    cause = cause_of(error)
-    if isinstance(cause, UserError):
-        return str(cause)
-    return os_reason(cause) if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"
+    if isinstance(error, UserError):
+        return str(error)
+    return os_reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def free_bytes(run: Path) -> int:

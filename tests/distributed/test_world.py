@@ -23,7 +23,7 @@ from tests.helpers.runs import curve
 from tests.helpers.waiting import wait_until
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"
-WITHOUT_MEMORY = Path(__file__).parent / "rank_without_memory.py"
+CANNOT_SAVE = Path(__file__).parent / "rank_that_cannot_save.py"
 
 
 @contextmanager
@@ -96,16 +96,22 @@ def test_a_rank_ends_soon_after_rank_0_has_died():
     assert line.endswith("; run the same command again")  # there is no checkpoint
 
 
-def test_no_memory_fails_the_save_of_all(tmp_path: Path):
-    """And not the run, nor are the others left waiting in the engine."""
-    with started(WITHOUT_MEMORY, tmp_path, stdout=subprocess.PIPE) as ranks:
+@pytest.mark.parametrize("how", ["async", "sync"])
+def test_one_rank_fails_the_save_of_all(tmp_path: Path, how: str):
+    """And not the run, nor are the others left waiting."""
+    lacks = {"memory": "can't allocate memory"} if how == "async" else {}
+    lacks |= {"disk": "File too large", "tensor": "the ranks wrote 80000000 of "}
+    lacks["nothing"] = "None"
+    with started(CANNOT_SAVE, tmp_path / how, *lacks, stdout=subprocess.PIPE) as ranks:
         said = [process.communicate(timeout=240) for process in ranks]
     for output, errors in said:
-        first, second = output.splitlines()
-        assert "can't allocate memory" in first, output
-        assert second == "2: None", errors
-    assert [step for step, _ in store.list_steps(tmp_path)] == [2]
-    assert store.verify(tmp_path / "checkpoints/step-00000002") == []
+        lines = output.splitlines()
+        assert len(lines) == len(lacks), errors
+        for step, (line, problem) in enumerate(zip(lines, lacks.values(), strict=True), 1):
+            assert line.startswith(f"{step}: "), output
+            assert problem in line, output
+    ((step, checkpoint),) = store.list_steps(tmp_path / how)
+    assert (step, store.verify(checkpoint)) == (len(lacks), [])
 
 
 def test_killed_torchrun(tmp_path: Path, recipe_file: Path):
