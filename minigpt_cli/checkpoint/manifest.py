@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minigpt_cli.core.errors import Damaged
 from minigpt_cli.core.files import json_checksum
@@ -21,6 +21,13 @@ _SMALL_FILES = (STATE, RECIPE, TOKENIZER, AUXILIARY_FILES)
 _FORMAT = 2
 
 
+class FileEntry(TypedDict):
+    """What is recorded of a file."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class CheckpointManifest:
     """What a checkpoint holds.
@@ -33,7 +40,7 @@ class CheckpointManifest:
     """
 
     step: int
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
     tensors: dict[str, dict[str, Any]]
     val_loss: float | None
 
@@ -105,8 +112,8 @@ def _check_types(manifest: CheckpointManifest) -> None:
     loss = manifest.val_loss
     if loss is not None and not (isinstance(loss, float) and math.isfinite(loss)):
         raise TypeError("val_loss")
-    for name, entry in manifest.files.items():
-        if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+    for name, file in manifest.files.items():
+        if not (isinstance(file["bytes"], int) and isinstance(file["sha256"], str)):
             raise TypeError(name)
     for name, entry in manifest.tensors.items():
         sizes = entry["shape"]

@@ -21,10 +21,13 @@ from minigpt_cli.checkpoint.commit import (
     failure_reason,
     flush_files,
     free_bytes,
+    unfinished_path,
 )
+from minigpt_cli.checkpoint.manifest import FileEntry
 from minigpt_cli.checkpoint.store import prune
 from minigpt_cli.checkpoint.tensors import (
     bytes_of,
+    is_file_of,
     own_files,
     own_part,
     save_tensors,
@@ -36,6 +39,9 @@ from minigpt_cli.core.threads import device_thread
 from minigpt_cli.distributed.failure import is_lost_rank
 from minigpt_cli.distributed.world import World
 from minigpt_cli.recipe import CheckpointSettings
+
+# What a rank tells of its part: its files, their tensors' bytes, and why it failed.
+_PART = tuple[dict[str, FileEntry], int, str | None]
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,8 @@ class Saver:
         assert self._save is None, "one save at a time: wait() first"
         entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
         size, world = bytes_of(tensors), self._world
-        directory, problem = self._begin(step, size, small_files)
+        directory = unfinished_path(self._run, step)
+        problem = self._begin(step, size, small_files)
         if problem is not None:
             self._save = Future()
             self._save.set_result(self._failed(step, problem))
@@ -154,20 +161,17 @@ class Saver:
         if error is None or not is_lost_rank(error):  # else a save would never end
             self.close()
 
-    def _begin(
-        self, step: int, size: int, small_files: dict[str, bytes]
-    ) -> tuple[Path, str | None]:
-        """Make the directory on rank 0; return it and, on failure, the reason, on every rank."""
-        directory, problem = Path(), None
+    def _begin(self, step: int, size: int, small_files: dict[str, bytes]) -> str | None:
+        """Make the directory on rank 0; return the reason of a failure on every rank."""
+        problem = None
         if self._world.rank == 0:
             try:
-                directory = begin(self._run, step, small_files)
+                begin(self._run, step, small_files)
                 if (free := free_bytes(self._run)) < size:
                     problem = f"it takes {_size(size)}, and {_size(free)} are free"
             except OSError as error:
                 problem = failure_reason(error)
-        where, problem = self._world.all_gather_json([str(directory), problem])[0]
-        return Path(where), problem
+        return self._world.all_gather_json(problem, str | None)[0]
 
     def _finish(
         self,
@@ -191,8 +195,12 @@ class Saver:
             files = flush_files(own)
         except Exception as error:
             problem = problem or failure_reason(error)
-        answers = world.all_gather_json([files, done, problem], world.saving)
+        answers = world.all_gather_json((files, done, problem), _PART, world.saving)
         problems = [each for _, _, each in answers if each is not None]
+        for rank, (of_rank, _, _) in enumerate(answers):
+            may_write = small_files if rank == 0 else []
+            if any(name not in may_write and not is_file_of(name, rank) for name in of_rank):
+                problems.append(f"rank {rank} tells of a file that it doesn't write")
         if not problems and (done := sum(each for _, each, _ in answers)) != size:
             problems = [f"the ranks wrote {done} of {size} bytes"]  # each planned its own part
         if not problems and world.rank == 0:
@@ -209,7 +217,7 @@ class Saver:
                         keep_best=self._settings.keep_best,
                         keep_every=self._settings.keep_every,
                     )
-        problems = world.all_gather_json(problems, world.saving)[0]
+        problems = world.all_gather_json(problems, list[str], world.saving)[0]
         return self._failed(step, problems[0]) if problems else self._result(step, None)
 
     def _failed(self, step: int, problem: str) -> SaveResult:

@@ -6,6 +6,7 @@ other ranks send. DCP casts and omits silently, so names, shapes and dtypes are 
 manifest first.
 """
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -138,7 +139,12 @@ def save_tensors(directory: Path, part: dict[str, Tensor], names: Iterable[str],
 
 def own_files(directory: Path, rank: int) -> list[Path]:
     """Return the files that ``save_tensors`` wrote on this rank."""
-    return sorted(directory.glob(f"shard-{rank + 1:05d}-model-*.safetensors"))
+    return sorted(file for file in directory.iterdir() if is_file_of(file.name, rank))
+
+
+def is_file_of(name: str, rank: int) -> bool:
+    """Return whether this is the name of a file that ``save_tensors`` writes on a rank."""
+    return bool(re.fullmatch(rf"shard-{rank + 1:05d}-model-\d+-of-\d+\.safetensors", name))
 
 
 def read_tensors(directory: Path, tensors: dict[str, Tensor], recorded: dict[str, Any]) -> None:

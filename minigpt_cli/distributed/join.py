@@ -230,7 +230,10 @@ def choose_interface(info: RankInfo, store: "Store") -> None:
     own = _own_address_towards(info.address)
     store.set(f"minigpt/address/{info.rank}", own)
     if not _is_remote(own):  # this is rank 0's machine: take the interface towards another rank
-        addresses = (store.get(f"minigpt/address/{rank}").decode() for rank in range(info.size))
+        addresses = (
+            store.get(f"minigpt/address/{rank}").decode("ascii", "replace")
+            for rank in range(info.size)
+        )
         own = next((_own_address_towards(each) for each in addresses if _is_remote(each)), own)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for name in names:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.core.errors import Outcome
@@ -145,6 +146,61 @@ def test_shared_error_has_no_rank(tmp_path: Path):
         ends = two_ranks(*arguments)
         assert [end for end, _ in ends] == [2, 2]
         assert "".join(text for _, text in ends) == f"minigpt: {line}\n"
+
+
+def test_a_rank_that_lies():
+    """It is taken for lost, with one line."""
+    with started(Path(__file__).parent / "rank_that_lies.py", stdout=subprocess.PIPE) as ranks:
+        said = [json.loads(process.communicate(timeout=240)[0]) for process in ranks]
+    lost = (
+        "the connection to rank {} is lost (it sent what no rank of this run sends); run the same"
+    )
+    honest, *others = said[0]
+    assert honest == "honest"
+    assert len(others) == 12
+    assert [each for each in others if not each.startswith(lost.format(1))] == []
+    assert len(said[1]) == 7
+    assert [each for each in said[1] if not each.startswith(lost.format(0))] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        (b"no JSON", 1, "the connection to rank 0 is lost"),
+        (b"x" * 8_000_000, 1, "the connection to rank 0 is lost"),
+        (b'{"rank": 1, "code": 0, "message": ""}', 1, "the connection to rank 0 is lost"),
+        (b'{"rank": 1, "code": -1, "message": ""}', 1, "the connection to rank 0 is lost"),
+        (b'{"rank": 1, "code": 1000000000, "message": ""}', 1, "the connection to rank 0 is lost"),
+        (b'{"rank": 1, "code": 3, "message": "\\u001b[2J' + b"a" * 99_999 + b'"}', 3, "[2Jaaaa"),
+    ],
+    ids=["text", "huge", "code 0", "code -1", "code 10**9", "escape sequence"],
+)
+def test_a_stranger_writes_a_failure(
+    tmp_path: Path, recipe_file: Path, content: bytes, code: int, message: str
+):
+    """It can end a run, on a network that isn't trusted, but not with a false success."""
+    port, run = free_port(), tmp_path / "run"
+    ranks = [
+        fork(
+            tmp_path / f"{rank}.txt", "pretrain", recipe_file, "--out", run, "--set",
+            "train.steps=100000", **rank_environment(rank, 2, port),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        wait_until(lambda: (run / "metrics.jsonl").exists())
+        TCPStore("127.0.0.1", port, wait_for_workers=False).set("minigpt/failure", content)
+        assert [each.wait() for each in ranks] == [code, code]
+    finally:
+        for each in ranks:
+            each.kill_all()
+    said = "".join(each.said for each in ranks)
+    assert "Traceback" not in said
+    assert "\x1b" not in said
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["exit_code"]) == ("failed" if code == 1 else "diverged", code)
+    assert status["message"].startswith(message)
+    assert len(status["message"]) <= 10_000
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def train(job: dict[str, Any]) -> None:
     facts["loss_scale"] = run.context.scaler.get_scale()
     facts["weight_bytes"] = held(list(run.context.model.parameters()))
     facts["moment_bytes"] = held(moments(run))
-    of_all = run.world.all_gather_json(facts)
+    of_all = run.world.all_gather_json(facts, dict[str, Any])
     if run.world.rank == 0:
         (out / "ranks.json").write_text(json.dumps(of_all))
 
