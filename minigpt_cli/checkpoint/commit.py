@@ -8,11 +8,14 @@ import errno
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from minigpt_cli.checkpoint.manifest import CheckpointManifest, write_checkpoint_manifest
+from minigpt_cli.checkpoint.manifest import (
+    CheckpointManifest,
+    FileEntry,
+    TensorEntry,
+    write_checkpoint_manifest,
+)
 from minigpt_cli.checkpoint.store import REPLACED, WRITING, remove_stale
-from minigpt_cli.checkpoint.tensors import cause_of
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import os_reason, remove_tree, sha256_of, sync_to_disk
 from minigpt_cli.core.run_dir import CHECKPOINT_MANIFEST, checkpoint_path
@@ -32,7 +35,7 @@ def begin(run: Path, step: int, small_files: dict[str, bytes]) -> Path:
     Raises:
         OSError: The disk is full or can't be written to.
     """
-    temporary = _temporary(run, step)
+    temporary = unfinished_path(run, step)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(run)  # it may take up room; an earlier attempt may have failed
     temporary.mkdir()
@@ -41,7 +44,7 @@ def begin(run: Path, step: int, small_files: dict[str, bytes]) -> Path:
     return temporary
 
 
-def flush_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def flush_files(files: Iterable[Path]) -> dict[str, FileEntry]:
     """Flush files to disk; return their entries for the manifest.
 
     Raises:
@@ -50,15 +53,15 @@ def flush_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     entries = {}
     for path in files:
         sync_to_disk(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        entries[path.name] = FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path))
     return entries
 
 
 def commit(
     run: Path,
     step: int,
-    files: dict[str, dict[str, Any]],
-    tensors: dict[str, dict[str, Any]],
+    files: dict[str, FileEntry],
+    tensors: dict[str, TensorEntry],
     val_loss: float | None,
 ) -> Path:
     """Turn the directory of ``begin`` into a checkpoint, whole or not at all.
@@ -76,7 +79,7 @@ def commit(
     Raises:
         OSError: The disk is full, or a file is missing; an older checkpoint of the step remains.
     """
-    temporary, final = _temporary(run, step), checkpoint_path(run, step)
+    temporary, final = unfinished_path(run, step), checkpoint_path(run, step)
     replaced = final.with_name(REPLACED + final.name)
     for name, entry in files.items():  # another rank may have written to another disk
         if (size := (temporary / name).stat().st_size) != entry["bytes"]:
@@ -99,15 +102,14 @@ def commit(
 
 def abandon(run: Path, step: int) -> None:
     """Remove the directory of a failed save: a full disk needs the room."""
-    remove_tree(_temporary(run, step))
+    remove_tree(unfinished_path(run, step))
 
 
-def failure_reason(error: BaseException) -> str:
+def failure_reason(error: Exception) -> str:
     """Return why a save failed, in a few words."""
-    cause = cause_of(error)
-    if isinstance(cause, UserError):
-        return str(cause)
-    return os_reason(cause) if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"
+    if isinstance(error, UserError):
+        return str(error)
+    return os_reason(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
 
 
 def free_bytes(run: Path) -> int:
@@ -115,6 +117,7 @@ def free_bytes(run: Path) -> int:
     return shutil.disk_usage(run).free
 
 
-def _temporary(run: Path, step: int) -> Path:
+def unfinished_path(run: Path, step: int) -> Path:
+    """Return the directory of a checkpoint that is being written."""
     final = checkpoint_path(run, step)
     return final.with_name(WRITING + final.name)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from minigpt_cli.core.errors import Damaged
 from minigpt_cli.core.files import json_checksum
@@ -21,38 +21,40 @@ _SMALL_FILES = (STATE, RECIPE, TOKENIZER, AUXILIARY_FILES)
 _FORMAT = 2
 
 
+class FileEntry(TypedDict):
+    """What is recorded of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class TensorEntry(TypedDict):
+    """What is recorded of a tensor: its dtype's name and its shape, of the whole if sharded."""
+
+    dtype: str
+    shape: list[int]
+
+
 @dataclass(frozen=True)
 class CheckpointManifest:
     """What a checkpoint holds.
 
     Attributes:
         step: Optimizer steps done.
-        files: File name -> {"bytes": size, "sha256": hex}; all files but the manifest.
-        tensors: Tensor name -> {"dtype": name, "shape": list}, of the whole tensor.
+        files: By name; all files but the manifest.
+        tensors: By name.
         val_loss: The validation loss at this step; None if there was no evaluation.
     """
 
     step: int
-    files: dict[str, dict[str, Any]]
-    tensors: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
     val_loss: float | None
 
     @property
     def tensor_files(self) -> list[str]:
         """The names of the safetensors files."""
         return [name for name in self.files if name.endswith(".safetensors")]
-
-
-@dataclass(frozen=True)
-class _File:
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    dtype: str
-    shape: list[int]
 
 
 def write_checkpoint_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
@@ -95,8 +97,6 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
             raise Damaged(f"{file}: its content doesn't match its checksum")
         del raw["format"]
         manifest: CheckpointManifest = build(CheckpointManifest, raw)
-        build(dict[str, _File], raw["files"], "files")
-        build(dict[str, _Tensor], raw["tensors"], "tensors")
     except (KeyError, ValueError) as error:
         raise Damaged(f"{file}: is not a manifest ({error})") from None
     for name in manifest.files:

@@ -21,13 +21,16 @@ from minigpt_cli.checkpoint.commit import (
     failure_reason,
     flush_files,
     free_bytes,
+    unfinished_path,
 )
+from minigpt_cli.checkpoint.manifest import FileEntry, TensorEntry
 from minigpt_cli.checkpoint.store import prune
 from minigpt_cli.checkpoint.tensors import (
     bytes_of,
+    is_file_of,
     own_files,
+    own_part,
     save_tensors,
-    start_saving_tensors,
     tensor_entry,
 )
 from minigpt_cli.core.errors import UserError
@@ -37,6 +40,9 @@ from minigpt_cli.distributed.failure import is_lost_rank
 from minigpt_cli.distributed.world import World
 from minigpt_cli.recipe import CheckpointSettings
 
+# What a rank tells of its part: its files, their tensors' bytes, and why it failed.
+_PART = tuple[dict[str, FileEntry], int, str | None]
+
 
 @dataclass(frozen=True)
 class SaveResult:
@@ -45,29 +51,6 @@ class SaveResult:
     step: int
     path: Path  # the checkpoint's directory
     problem: str | None  # why it failed; None: the checkpoint is on disk
-
-
-class _Stager(DefaultStager):
-    """Copies tensors to memory: on all ranks, or on none.
-
-    If it failed on one rank only, the others would wait for that rank in DCP.
-    """
-
-    def __init__(self, world: World):
-        on_gpu = world.device.type == "cuda"
-        super().__init__(StagingOptions(on_gpu, False, False, on_gpu))
-        self._world = world
-
-    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        copy, problem = {}, None
-        try:
-            copy = super().stage(state_dict, **kwargs)
-        except Exception as error:
-            problem = failure_reason(error)
-        if any(self._world.all_reduce_max(problem is not None)):
-            raise UserError(next(filter(None, self._world.all_gather_json(problem))))
-        assert isinstance(copy, dict)
-        return copy
 
 
 class Saver:
@@ -90,7 +73,9 @@ class Saver:
         self._settings = settings
         self._thread = device_thread("saver", world.device)
         self._save: Future[SaveResult] | None = None
-        self._stager = _Stager(world)
+        on_gpu = world.device.type == "cuda"
+        # One for all saves, so that the memory of the copies is reused.
+        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
 
     def start(
         self,
@@ -109,23 +94,33 @@ class Saver:
         """
         assert self._save is None, "one save at a time: wait() first"
         entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
-        directory, problem = self._begin(step, bytes_of(tensors), small_files)
+        size, world = bytes_of(tensors), self._world
+        directory = unfinished_path(self._run, step)
+        problem = self._begin(step, size, small_files)
         if problem is not None:
             self._save = Future()
             self._save.set_result(self._failed(step, problem))
             return
-        group = self._world.saving
+        written = None
         try:
+            part = own_part(tensors, world.rank, world.size)
             if self._settings.asynchronous:
-                written = start_saving_tensors(directory, tensors, group, self._stager)
-            else:
-                written = self._thread.submit(save_tensors, directory, tensors, group)
-        except BaseException as error:  # DCP's errors are not Exceptions
-            written, problem = None, failure_reason(error)
+                part = self._stager.stage(part)
+            written = self._thread.submit(save_tensors, directory, part, entries, world.rank)
+        except Exception as error:  # too little memory for the copy; the other ranks will hear
+            problem = failure_reason(error)
         if not self._settings.asynchronous:
             self._await(written)
         self._save = self._thread.submit(
-            self._finish, step, directory, written, problem, list(small_files), entries, val_loss
+            self._finish,
+            step,
+            directory,
+            written,
+            problem,
+            list(small_files),
+            entries,
+            size,
+            val_loss,
         )
 
     def poll(self) -> SaveResult | None:
@@ -166,46 +161,50 @@ class Saver:
         if error is None or not is_lost_rank(error):  # else a save would never end
             self.close()
 
-    def _begin(
-        self, step: int, size: int, small_files: dict[str, bytes]
-    ) -> tuple[Path, str | None]:
-        """Make the directory on rank 0; return it and, on failure, the reason, on every rank."""
-        directory, problem = Path(), None
+    def _begin(self, step: int, size: int, small_files: dict[str, bytes]) -> str | None:
+        """Make the directory on rank 0; return the reason of a failure on every rank."""
+        problem = None
         if self._world.rank == 0:
             try:
-                directory = begin(self._run, step, small_files)
+                begin(self._run, step, small_files)
                 if (free := free_bytes(self._run)) < size:
                     problem = f"it takes {_size(size)}, and {_size(free)} are free"
             except OSError as error:
                 problem = failure_reason(error)
-        where, problem = self._world.all_gather_json([str(directory), problem])[0]
-        return Path(where), problem
+        return self._world.all_gather_json(problem, str | None)[0]
 
     def _finish(
         self,
         step: int,
         directory: Path,
-        written: "Future[Any] | None",
+        written: "Future[int] | None",
         problem: str | None,
         small_files: list[str],
-        tensors: dict[str, dict[str, Any]],
+        tensors: dict[str, TensorEntry],
+        size: int,
         val_loss: float | None,
     ) -> SaveResult:
         """Flush and hash this rank's files; commit on rank 0. A collective, in the thread."""
-        world, files = self._world, {}
+        world, files, done = self._world, {}, 0
         try:
             if written is not None:
-                written.result()
+                done = written.result()
             own = own_files(directory, world.rank)
             if world.rank == 0:
                 own += [directory / name for name in small_files]
             files = flush_files(own)
-        except BaseException as error:
+        except Exception as error:
             problem = problem or failure_reason(error)
-        answers = world.all_gather_json([files, problem], world.saving)
-        problems = [each for _, each in answers if each is not None]
+        answers = world.all_gather_json((files, done, problem), _PART, world.saving)
+        problems = [each for _, _, each in answers if each is not None]
+        for rank, (of_rank, _, _) in enumerate(answers):
+            may_write = small_files if rank == 0 else []
+            if any(name not in may_write and not is_file_of(name, rank) for name in of_rank):
+                problems.append(f"rank {rank} tells of a file that it doesn't write")
+        if not problems and (done := sum(each for _, each, _ in answers)) != size:
+            problems = [f"the ranks wrote {done} of {size} bytes"]  # each planned its own part
         if not problems and world.rank == 0:
-            files = {name: entry for each, _ in answers for name, entry in each.items()}
+            files = {name: entry for each, _, _ in answers for name, entry in each.items()}
             try:
                 commit(self._run, step, files, tensors, val_loss)
             except OSError as error:
@@ -218,7 +217,7 @@ class Saver:
                         keep_best=self._settings.keep_best,
                         keep_every=self._settings.keep_every,
                     )
-        problems = world.all_gather_json(problems, world.saving)[0]
+        problems = world.all_gather_json(problems, list[str], world.saving)[0]
         return self._failed(step, problems[0]) if problems else self._result(step, None)
 
     def _failed(self, step: int, problem: str) -> SaveResult:

@@ -89,7 +89,7 @@ def verify_on_all_ranks(checkpoint: Path, world: World | None) -> list[str]:
     """
     if world is None:
         return verify(checkpoint)
-    answers = world.all_gather_json(verify(checkpoint, world.rank, world.size))
+    answers = world.all_gather_json(verify(checkpoint, world.rank, world.size), list[str])
     return sorted({problem for answer in answers for problem in answer})
 
 
@@ -124,7 +124,9 @@ def newest_valid(
     """
     skipped: list[str] = []
     names = [checkpoint.name for _, checkpoint in list_steps(run)]
-    names = world.all_gather_json(names)[0] if world else names
+    if world is not None:
+        sent = map(os.path.basename, world.all_gather_json(names, list[str])[0])
+        names = [name for name in sent if checkpoint_step(Path(name)) is not None]
     for name in reversed(names):
         checkpoint = checkpoints_dir(run) / name
         problems = verify_on_all_ranks(checkpoint, world)

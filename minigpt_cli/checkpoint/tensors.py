@@ -1,22 +1,27 @@
 """A run's weights and optimizer state on disk, in safetensors files; nothing is pickled.
 
-torch.distributed.checkpoint (DCP) writes and reads the files, for any number of ranks. It casts
-and omits silently, so names, shapes and dtypes are compared with the manifest first.
+torch.distributed.checkpoint (DCP) plans, writes and reads the files, for any number of ranks. Its
+planners, writer and reader are called here directly: ``dcp.save`` and ``dcp.load`` unpickle what
+other ranks send. DCP casts and omits silently, so names, shapes and dtypes are compared with the
+manifest first.
 """
 
-import logging
+import re
 import warnings
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+    SavePlan,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,15 +30,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from minigpt_cli.core.errors import Stopped, UserError
+from minigpt_cli.checkpoint.manifest import TensorEntry
+from minigpt_cli.core.errors import UserError
 
 # Frozen weights belong to the base model and are not saved.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
 WEIGHTS_PREFIX, OPTIMIZER_PREFIX = "weights.", "optimizer."  # of the tensors' names
-
-# In a single process DCP warns at each save and load that there is only one.
-logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 def tensors_of(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -62,101 +64,99 @@ def _optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
         return get_optimizer_state_dict(model, optimizers, options=_OPTIONS)
 
 
-def save_tensors(
-    directory: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
-) -> None:
-    """Write this rank's safetensors files. A collective: every rank of ``group`` must call it.
+def own_part(tensors: dict[str, Tensor], rank: int, ranks: int) -> dict[str, Tensor]:
+    """Return the tensors that this rank saves: its shards, and a share of what several ranks hold.
+
+    Each rank finds its part alone, from the device mesh. DCP would gather the plans of all ranks
+    by pickles on rank 0, which takes seconds for hundreds of ranks.
 
     Args:
-        directory: The same for all ranks; it must exist.
-        tensors: See ``tensors_of``.
-        group: The ranks that save together; None for a single process.
-
-    Raises:
-        CheckpointException: A rank failed; see ``cause_of``. It is a BaseException.
+        tensors: See ``tensors_of``; of the same names, shapes and dtypes on all ranks.
+        rank: This rank, 0 to ``ranks`` - 1.
+        ranks: The number of ranks that save together.
     """
-    dcp.save(
-        _part_of_rank(tensors, group),
-        storage_writer=_writer(directory, tensors),
-        process_group=group,
-        no_dist=group is None,
-    )
+    own, begun = {}, Counter[int]()  # bytes, by the number of holders
+    holders = {name: _holders(tensor, rank, ranks) for name, tensor in tensors.items()}
+    sizes = {name: bytes_of({name: tensor}) for name, tensor in tensors.items()}
+    total = Counter[int]()
+    for name, (_, count) in holders.items():
+        total[count] += sizes[name]
+    for name in sorted(tensors):  # the order may differ between ranks
+        number, count = holders[name]
+        if begun[count] * count // max(1, total[count]) == number and _holds_any(tensors[name]):
+            own[name] = tensors[name]
+        begun[count] += sizes[name]
+    return own
 
 
-def start_saving_tensors(
-    directory: Path,
-    tensors: dict[str, Tensor],
-    group: dist.ProcessGroup | None,
-    stager: DefaultStager,
-) -> "Future[Any]":
-    """Copy the tensors to memory and start to write them. A collective, as ``save_tensors``.
+def _holders(tensor: Tensor, rank: int, ranks: int) -> tuple[int, int]:
+    """Return this rank's number among the ranks that hold the same values, and their count."""
+    if not isinstance(tensor, DTensor):
+        return rank, ranks
+    number, count = 0, 1
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            size = tensor.device_mesh.size(dim)
+            number = number * size + tensor.device_mesh.get_local_rank(dim)
+            count *= size
+    return number, count
+
+
+def _holds_any(tensor: Tensor) -> bool:
+    """Return whether this rank has values of the tensor: of a short one it may have no rows."""
+    return not isinstance(tensor, DTensor) or tensor.to_local().numel() > 0
+
+
+def save_tensors(directory: Path, part: dict[str, Tensor], names: Iterable[str], rank: int) -> int:
+    """Write this rank's safetensors files; other ranks need not be there.
+
+    A rank's first file gets weights, its second the optimizer's state.
 
     Args:
-        directory: The same for all ranks; it must exist.
-        tensors: See ``tensors_of``. They may be changed when this returns.
-        group: The ranks that save together; None for a single process.
-        stager: Holds the copy. Use the same one for all saves, so that its memory is reused.
+        directory: It must exist.
+        part: See ``own_part``; or a copy of it.
+        names: Those of the tensors of all ranks.
+        rank: This rank.
 
     Returns:
-        A future that is done when this rank's files are written. It raises as ``save_tensors``.
+        The number of bytes that the tensors in the files take.
+
+    Raises:
+        OSError: The disk is full, or fails.
     """
-    saving = dcp.async_save(
-        _part_of_rank(tensors, group),
-        storage_writer=_writer(directory, tensors),
-        process_group=group,
-        no_dist=group is None,
-        async_stager=stager,
-    )
-    assert isinstance(saving, Future)
-    return saving
-
-
-def _part_of_rank(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """Return the tensors that this rank saves: its shards, and some of the unsharded tensors.
-
-    DCP divides the writing too, but each rank would first copy all tensors to memory.
-    """
-    if group is None:
-        return tensors
-    whole = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
-    size, begun, others = bytes_of(whole), 0, set()
-    for name, tensor in sorted(whole.items()):  # the order may differ between ranks
-        if begun * group.size() // size != group.rank():
-            others.add(name)
-        begun += tensor.numel() * tensor.element_size()
-    return {name: tensor for name, tensor in tensors.items() if name not in others}
-
-
-def _writer(directory: Path, tensors: dict[str, Tensor]) -> HuggingFaceStorageWriter:
-    """Return DCP's writer: a rank's first file gets weights, its second the optimizer's state.
-
-    Args:
-        directory: Where the files go.
-        tensors: Those of all ranks.
-    """
-    files = {name: 1 if name.startswith(WEIGHTS_PREFIX) else 2 for name in tensors}
+    files = {name: 1 if name.startswith(WEIGHTS_PREFIX) else 2 for name in names}
     # With more than one thread DCP reports success for a file that it could not write whole.
-    return HuggingFaceStorageWriter(str(directory), files, thread_count=1, save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(directory), files, thread_count=1, save_distributed=True)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(part, writer.storage_meta(), is_coordinator=rank == 0)
+    writer.set_up_storage_writer(rank == 0, rank=rank, use_collectives=True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    (plan,), _ = planner.create_global_plan([plan])
+    # DCP numbers the files by a plan's place in this list.
+    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]
+    written = writer.write_data(planner.finish_plan(plan), planner).wait()
+    return sum(result.size_in_bytes for result in written)
 
 
 def own_files(directory: Path, rank: int) -> list[Path]:
     """Return the files that ``save_tensors`` wrote on this rank."""
-    return sorted(directory.glob(f"shard-{rank + 1:05d}-model-*.safetensors"))
+    return sorted(file for file in directory.iterdir() if is_file_of(file.name, rank))
+
+
+def is_file_of(name: str, rank: int) -> bool:
+    """Return whether this is the name of a file that ``save_tensors`` writes on a rank."""
+    return bool(re.fullmatch(rf"shard-{rank + 1:05d}-model-\d+-of-\d+\.safetensors", name))
 
 
 def read_tensors(
-    directory: Path,
-    tensors: dict[str, Tensor],
-    recorded: dict[str, Any],
-    group: dist.ProcessGroup | None = None,
+    directory: Path, tensors: dict[str, Tensor], recorded: dict[str, TensorEntry]
 ) -> None:
-    """Fill ``tensors`` in place from a checkpoint. A collective, as ``save_tensors``.
+    """Fill ``tensors`` in place from a checkpoint; other ranks need not be there.
 
     Args:
         directory: A verified checkpoint, saved by any number of ranks.
         tensors: The tensors to fill; DTensors get their shards.
         recorded: The manifest's tensors.
-        group: The ranks that load together; None for a single process.
 
     Raises:
         UserError: A tensor is missing in the checkpoint, or has another shape or dtype.
@@ -170,32 +170,16 @@ def read_tensors(
                 f"checkpoint holds {recorded.get(name) or 'no such tensor'}: "
                 "it belongs to another model, optimizer or precision"
             )
-    reader = HuggingFaceStorageReader(str(directory))
-    try:
-        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
-    except CheckpointException as error:
-        raise cause_of(error) from error
+    reader, planner = HuggingFaceStorageReader(str(directory)), DefaultLoadPlanner()
+    metadata = reader.read_metadata()
+    planner.set_up_planner(tensors, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
+    reader.read_data(planner.finish_plan(plan), planner).wait()
 
 
-def cause_of(error: BaseException) -> BaseException:
-    """Return the cause of an error of DCP. A Stopped counts first, then an OSError."""
-    found: list[BaseException] = []
-    left = [error]
-    while left:
-        each = left.pop()
-        if isinstance(each, CheckpointException):
-            left += [failure for failure, _ in each.failures.values()]
-        else:
-            found.append(each)
-            left += [linked for linked in (each.__cause__, each.__context__) if linked is not None]
-    for kind in (Stopped, OSError, BaseException):
-        for each in found:
-            if isinstance(each, kind):
-                return each
-    return error
-
-
-def tensor_entry(tensor: Tensor) -> dict[str, Any]:
+def tensor_entry(tensor: Tensor) -> TensorEntry:
     """Return the manifest's entry for a tensor: dtype and shape, of the whole if it is sharded."""
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
@@ -207,19 +191,17 @@ def bytes_of(tensors: dict[str, Tensor]) -> int:
 
 def load_tensors(
     directory: Path,
-    recorded: dict[str, Any],
+    recorded: dict[str, TensorEntry],
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fill a model and its optimizers from a checkpoint. A collective, as ``save_tensors``.
+    """Fill a model and its optimizers from a checkpoint; other ranks need not be there.
 
     Args:
         directory: A verified checkpoint, saved by any number of ranks.
         recorded: The manifest's tensors.
         model: May be sharded; its frozen weights stay as they are.
         optimizers: All optimizers of the model.
-        group: The ranks that load together; None for a single process.
 
     Raises:
         UserError: The checkpoint doesn't hold exactly the tensors of ``tensors_of``.
@@ -234,6 +216,6 @@ def load_tensors(
             f"{directory}: holds tensors that this model and optimizer don't have ({extra[0]} and "
             f"{len(extra) - 1} more): it belongs to another recipe"
         )
-    read_tensors(directory, wanted, recorded, group)
+    read_tensors(directory, wanted, recorded)
     model.load_state_dict(weights, strict=False)  # the names were compared above
     set_optimizer_state_dict(model, optimizers, moments, options=_OPTIONS)

@@ -62,7 +62,7 @@ def resume_command(
 
         recipe = load_recipe(or_start, overrides)
         world = start_world(recipe.distributed.timeout_minutes, run)
-        if not world.run_on_rank0(lambda: is_checkpoint(run) or holds_a_checkpoint(run)):
+        if not world.run_on_rank0(lambda: is_checkpoint(run) or holds_a_checkpoint(run), bool):
             train_new_run(recipe, or_start, run, as_json)
             return 0
     from minigpt_cli.train.start import resume_run

@@ -60,9 +60,6 @@ class Stopped(BaseException):
         self.signum = signum
         self.exit_code = signal_exit_code(signum)
 
-    def __reduce__(self) -> tuple[type["Stopped"], tuple[str, int]]:
-        return Stopped, (str(self), self.signum)  # torch.distributed sends errors between ranks
-
 
 @dataclass(frozen=True)
 class Outcome:

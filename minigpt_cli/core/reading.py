@@ -85,49 +85,72 @@ def parse_json(
         UserError: It is no JSON object, is nested too deeply, or holds half a surrogate pair.
     """
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text)
-        if _is_deep(value):
-            raise RecursionError("nested too deeply")
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise error(f"{where}: can't be read: a string holds half a surrogate pair") from None
-    except (ValueError, RecursionError) as problem:
+        value = _loads(content)
+    except ValueError as problem:
         raise error(f"{where}: can't be read: {first_line(problem)}") from None
     if not isinstance(value, dict):
         raise error(f"{where}: is not a JSON object")
     return value
 
 
-def build(hint: Any, value: Any, name: str = "") -> Any:
-    """Build a value of the type ``hint`` from parsed JSON, with the types checked all the way down.
-
-    Numbers must be from 0 to 2^63: no file of ours holds others.
+def parse_form(content: bytes, form: Any) -> Any:
+    """Return the value of JSON that another process sent; it may be broken, or a stranger.
 
     Args:
-        hint: A dataclass, int, float, str, bool, dict, list, tuple, a union with None, or Any.
+        content: UTF-8 text.
+        form: See ``build``.
+
+    Raises:
+        ValueError: It is no JSON, or has another form.
+    """
+    return build(form, _loads(content))
+
+
+def _loads(content: bytes | str) -> Any:
+    text = content.decode().removeprefix("\ufeff") if isinstance(content, bytes) else content
+    try:
+        value = json.loads(text)
+        if _is_deep(value):
+            raise RecursionError("nested too deeply")
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half a surrogate pair") from None
+    except RecursionError as problem:
+        raise ValueError(first_line(problem)) from None
+    return value
+
+
+def build(form: Any, value: Any, name: str = "") -> Any:
+    """Build a value of a known form from parsed JSON, with the types checked all the way down.
+
+    Numbers must be from 0 to 2^63: none of ours are others.
+
+    Args:
+        form: A dataclass, TypedDict, int, float, str, bool, None, dict, list, tuple, Any, or a
+            union of these.
         value: Of ``json.loads``.
         name: Of the value, for messages.
 
     Returns:
-        The value. Lists become tuples where the hint says so.
+        The value. Lists become tuples where the form says so.
 
     Raises:
-        ValueError: The value has another type; the message names it.
+        ValueError: The value has another form; the message names the part.
     """
-    kind, inner = get_origin(hint) or hint, get_args(hint)
-    if hint is Any:
+    kind, inner = get_origin(form) or form, get_args(form)
+    if form is Any:
         return value
     if kind in (Union, types.UnionType):
-        (one,) = (each for each in inner if each is not type(None))
-        return None if value is None else build(one, value, name)
-    if dataclasses.is_dataclass(hint):
-        return _build_dataclass(hint, value, name)
+        return _build_one_of(inner, value, name)
+    if dataclasses.is_dataclass(form):
+        return form(**_build_fields(form, value, name))  # type: ignore[operator]
+    if typing.is_typeddict(form):
+        return _build_fields(form, value, name)
     if kind is tuple and isinstance(value, list):
-        hints = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
-        if len(hints) == len(value):
-            pairs = zip(hints, value, strict=True)
+        forms = [inner[0]] * len(value) if inner[-1] is ... else list(inner)
+        if len(forms) == len(value):
+            pairs = zip(forms, value, strict=True)
             return tuple(build(each, item, f"{name}[{i}]") for i, (each, item) in enumerate(pairs))
     elif kind is list and isinstance(value, list):
         return [build(inner[0], item, f"{name}[{i}]") for i, item in enumerate(value)]
@@ -138,24 +161,40 @@ def build(hint: Any, value: Any, name: str = "") -> Any:
         allowed = (int, float) if kind is float else (int,)
         if type(value) in allowed and 0 <= value < 1 << 63:  # False for nan
             return value
-    elif type(value) is kind:
+    elif type(value) is (types.NoneType if kind is None else kind):
         return value
-    raise ValueError(f"{name or 'the content'} is not of the right type: {_short(value)}")
+    raise _wrong(value, name)
 
 
-def _build_dataclass(cls: Any, value: Any, name: str) -> Any:
+def _build_one_of(forms: tuple[Any, ...], value: Any, name: str) -> Any:
+    *others, last = sorted(forms, key=lambda form: form is not types.NoneType)
+    for form in others:
+        try:
+            return build(form, value, name)
+        except ValueError:
+            continue
+    return build(last, value, name)  # for its message
+
+
+def _build_fields(cls: Any, value: Any, name: str) -> dict[str, Any]:
+    """Build the fields of a dataclass or a TypedDict."""
     if not isinstance(value, dict):
-        raise ValueError(f"{name or 'the content'} is not of the right type: {_short(value)}")
+        raise _wrong(value, name)
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if unknown := sorted(value.keys() - fields.keys()):
+    if unknown := sorted(value.keys() - hints.keys()):
         raise ValueError(f"{unknown[0]!r:.80} is unknown")
-    for key, field in fields.items():
-        missing = dataclasses.MISSING
-        if key not in value and field.default is missing and field.default_factory is missing:
-            raise ValueError(f"{key} is missing")
+    missing, needed = dataclasses.MISSING, set(hints)
+    if dataclasses.is_dataclass(cls):
+        fields = dataclasses.fields(cls)
+        needed = {f.name for f in fields if f.default is missing and f.default_factory is missing}
+    if left_out := sorted(needed - value.keys()):
+        raise ValueError(f"{left_out[0]} is missing")
     prefix = f"{name}." if name else ""
-    return cls(**{key: build(hints[key], item, prefix + key) for key, item in value.items()})
+    return {key: build(hints[key], item, prefix + key) for key, item in value.items()}
+
+
+def _wrong(value: Any, name: str) -> ValueError:
+    return ValueError(f"{name or 'the content'} is not of the right type: {value!r:.60}")
 
 
 def _is_deep(value: Any) -> bool:
@@ -169,8 +208,3 @@ def _is_deep(value: Any) -> bool:
             if isinstance(inner, dict | list)
         ]
     return bool(level)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,6 +6,8 @@ import resource
 
 import torch
 
+from minigpt_cli.core.env_variables import env_int
+
 
 def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
     """Choose the rank's CUDA GPU, else the CPU, whose cores the ranks of a machine share."""
@@ -14,7 +16,7 @@ def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
         torch.cuda.set_device(device)
         return device
     if local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0)
+        cores = env_int("SLURM_CPUS_PER_TASK", 0)
         torch.set_num_threads(cores or max(1, len(os.sched_getaffinity(0)) // local_size))
     _keep_freed_memory()
     return torch.device("cpu")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from minigpt_cli.core.console import error_line
 from minigpt_cli.core.errors import (
@@ -26,6 +26,7 @@ from minigpt_cli.core.errors import (
     describe,
     exit_code_of,
 )
+from minigpt_cli.core.reading import parse_form
 from minigpt_cli.core.status import status_name, write_status
 from minigpt_cli.distributed.exit_status import resume_hint
 from minigpt_cli.distributed.join import (
@@ -40,8 +41,17 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _FAILURE = "minigpt/failure"  # key: the first failure
+_LONGEST_MESSAGE = 10_000  # characters of a failure that another rank tells of
 _NOTICE_SECONDS = 2.0  # in which most ranks notice by themselves that another one has failed
 _TORCH_ERRORS = ("gloo", "nccl", "connection", "broken pipe", "timed out")  # when a rank is lost
+
+
+class _FailureEntry(TypedDict):
+    """A failure in the store."""
+
+    rank: int
+    code: int
+    message: str
 
 
 class _HasStep(Protocol):
@@ -169,15 +179,13 @@ def _read_failure(content: bytes) -> Outcome:
     Raises:
         ValueError: no rank has written it.
     """
-    failure = json.loads(content)
     assert session.info is not None
-    match failure:
-        case {"rank": int(rank), "code": int(code), "message": str(message)} if (
-            0 <= rank < session.info.size and code in EXPLAINED_CODES
-        ):
-            kept = (c for c in message if c.isprintable() or c == "\n")  # a recipe's problems
-            return Outcome(code, "".join(kept), is_shown_here=rank == own_rank())
-    raise ValueError("not the failure of a rank")
+    failure = parse_form(content, _FailureEntry)
+    if not 0 <= failure["rank"] < session.info.size or failure["code"] not in EXPLAINED_CODES:
+        raise ValueError("not the failure of a rank")
+    message = "".join(c for c in failure["message"] if c.isprintable() or c == "\n")
+    message = message[:_LONGEST_MESSAGE]
+    return Outcome(failure["code"], message, is_shown_here=failure["rank"] == own_rank())
 
 
 def start_watch() -> None:

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
+from minigpt_cli.core.env_variables import env_int
 from minigpt_cli.core.errors import EXIT_STOPPED, UserError, first_line
 from minigpt_cli.distributed.rank_info import LOOPBACK, RankInfo
 
@@ -103,11 +104,13 @@ def _host_store(info: RankInfo, port: int) -> "TCPStore":
     Args:
         port: 0 for any free one.
     """
-    if fd := os.environ.pop(STORE_FD, None):
-        listener = socket.socket(fileno=int(fd))
+    if os.environ.get(STORE_FD):
+        listener = socket.socket(fileno=env_int(STORE_FD))
+        del os.environ[STORE_FD]
     elif info.one_machine:
         listener = socket.create_server((LOOPBACK, port), backlog=socket.SOMAXCONN)
     else:
+        socket.getaddrinfo(info.address, port)  # torch would try for long, and print lines
         return _tcp_store(info.address, port, is_master=True)
     port = listener.getsockname()[1]
     return _tcp_store(LOOPBACK, port, is_master=True, master_listen_fd=listener.detach())
@@ -227,7 +230,10 @@ def choose_interface(info: RankInfo, store: "Store") -> None:
     own = _own_address_towards(info.address)
     store.set(f"minigpt/address/{info.rank}", own)
     if not _is_remote(own):  # this is rank 0's machine: take the interface towards another rank
-        addresses = (store.get(f"minigpt/address/{rank}").decode() for rank in range(info.size))
+        addresses = (
+            store.get(f"minigpt/address/{rank}").decode("ascii", "replace")
+            for rank in range(info.size)
+        )
         own = next((_own_address_towards(each) for each in addresses if _is_remote(each)), own)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for name in names:
@@ -261,11 +267,15 @@ def follow_launcher() -> None:
     """Stop this process when the launcher (``--nproc`` or torchrun) that started it has gone.
 
     Does nothing in a process that neither started. Call it once, before torch is imported.
+
+    Raises:
+        UserError: the launcher's process id is no number.
     """
-    launcher = os.environ.pop(LAUNCHER_PID, None)  # not for processes that this one starts
-    session.launched = launcher is not None
-    if launcher is not None:
-        follow_parent(int(launcher))
+    launcher = env_int(LAUNCHER_PID, 0)
+    os.environ.pop(LAUNCHER_PID, None)  # not for processes that this one starts
+    session.launched = launcher > 0
+    if session.launched:
+        follow_parent(launcher)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         follow_parent(os.getppid())
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 
+from minigpt_cli.core.env_variables import env_int
 from minigpt_cli.core.errors import UserError
 
 LOOPBACK = "127.0.0.1"
@@ -42,7 +43,8 @@ def find_rank_info() -> RankInfo | None:
     """
     env = os.environ
     if _integer("WORLD_SIZE", 1) > 1:
-        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]:
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if not env.get(name)]:
             raise UserError(
                 f"WORLD_SIZE is {env['WORLD_SIZE']}, but {', '.join(missing)} not set: start with "
                 "torchrun, srun or --nproc"
@@ -95,14 +97,7 @@ def _slurm_rank_info() -> RankInfo:
 
 
 def _integer(name: str, default: int | None = None) -> int:
-    """Read an environment variable; empty counts as not set."""
-    text, problem = os.environ.get(name) or default, "is not set"
-    if text is not None:
-        try:
-            return int(text)
-        except ValueError:
-            problem = f"is {text!r}, not an integer"
-    raise UserError(f"{name} {problem}: start with torchrun, srun or --nproc")
+    return env_int(name, default, hint="start with torchrun, srun or --nproc")
 
 
 def _first_host(nodes: str) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.reading import parse_form
 from minigpt_cli.distributed.device import find_device
 from minigpt_cli.distributed.failure import rank_lost, set_run_directory, start_watch
 from minigpt_cli.distributed.join import (
@@ -30,6 +31,8 @@ from minigpt_cli.distributed.join import (
 from minigpt_cli.distributed.rank_info import RankInfo, find_rank_info
 
 T = TypeVar("T")
+_LONGEST = 2**26  # bytes of a rank's value; far more than any has
+_FOREIGN = "it sent what no rank of this run sends"
 _calls = itertools.count()  # of run_on_rank0: all ranks make the same ones
 _world: "World | None" = None
 
@@ -59,27 +62,49 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def all_gather_json(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """Return every rank's value (anything that JSON holds), by rank."""
+    def all_gather_json(
+        self, value: T, form: Any, group: dist.ProcessGroup | None = None
+    ) -> list[T]:
+        """Return every rank's value, by rank.
+
+        Args:
+            value: anything that JSON holds.
+            form: what a rank may send; see ``build`` of core/reading.py.
+            group: the ranks; by default those of ``control``.
+
+        Raises:
+            RankLost: a rank sent something else.
+        """
         if self.size == 1:
             return [value]
         group = group or self.control
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([len(own)]), group=group)
-        longest = max(int(size) for size in sizes)
+        lengths = [int(size) for size in sizes]
+        for rank, length in enumerate(lengths):
+            if not 0 < length <= _LONGEST:
+                raise rank_lost(f"rank {rank}", _FOREIGN)
+        longest = max(lengths)
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
         padded = torch.nn.functional.pad(own, (0, longest - len(own)))
         dist.all_gather(parts, padded, group=group)
         return [
-            json.loads(part[: int(size)].numpy().tobytes())
-            for part, size in zip(parts, sizes, strict=True)
+            _parse(part[:length].numpy().tobytes(), form, rank)
+            for rank, (part, length) in enumerate(zip(parts, lengths, strict=True))
         ]
 
-    def run_on_rank0(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns on rank 0 (anything that JSON holds), on every rank.
+    def run_on_rank0(self, function: Callable[[], T], form: Any = None) -> T:
+        """Return what ``function`` returns on rank 0, on every rank.
 
         It may take hours: the others ask the store now and then, where a collective would time out.
+
+        Args:
+            function: returns anything that JSON holds.
+            form: what it returns; see ``build`` of core/reading.py.
+
+        Raises:
+            RankLost: rank 0 doesn't answer, or sent something else.
         """
         if self.size == 1:
             return function()
@@ -95,8 +120,15 @@ class World:
                 time.sleep(0.05)
         except TimeoutError:
             raise rank_lost("rank 0", "no answer") from None
-        returned: T = json.loads(store.get(key))
+        returned: T = _parse(store.get(key), form, 0)
         return returned
+
+
+def _parse(content: bytes, form: Any, rank: int) -> Any:
+    try:
+        return parse_form(content, form)
+    except ValueError:
+        raise rank_lost(f"rank {rank}", _FOREIGN) from None
 
 
 def join(info: RankInfo) -> None:

@@ -40,7 +40,7 @@ def open_recipe_base(recipe: Recipe, world: World) -> tuple[BaseModel | None, st
         opened.append(open_base(name))
         return weights_fingerprint(opened[0])
 
-    fingerprint = world.run_on_rank0(open_first)
+    fingerprint = world.run_on_rank0(open_first, str)
     base = opened[0] if opened else open_base(name)
     if any(world.all_reduce_max(not opened and weights_fingerprint(base) != fingerprint)):
         raise UserError(f"{name}: the ranks find different weights under this name")

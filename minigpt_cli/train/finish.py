@@ -27,7 +27,7 @@ def write_final(run: Run, state: RunState) -> str:
         Mismatch: transformers reads another model from the export.
     """
     checkpoint = checkpoint_path(run.directory, state.step)
-    return run.world.run_on_rank0(lambda: _export(run, checkpoint, run.directory / FINAL))
+    return run.world.run_on_rank0(lambda: _export(run, checkpoint, run.directory / FINAL), str)
 
 
 def remove_stale_export(directory: Path) -> None:

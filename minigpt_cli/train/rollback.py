@@ -31,7 +31,7 @@ def handle_bad_steps(run: Run, state: RunState, report: GuardReport) -> bool:
         Diverged: spikes aren't watched, or a rollback is impossible.
     """
     first = report.steps[0]
-    finite = run.world.all_gather_json(math.isfinite(first.local_loss))
+    finite = run.world.all_gather_json(math.isfinite(first.local_loss), bool)
     file = ""
     try:
         if run.world.rank == 0:
@@ -39,7 +39,7 @@ def handle_bad_steps(run: Run, state: RunState, report: GuardReport) -> bool:
             file = report_bad_steps(run, state, report, ranks or list(range(run.world.size)))
     except (OSError, UserError) as error:  # a full disk must not hide the bad steps themselves
         warn(f"the incident at step {first.step} could not be written: {error}")
-    file = run.world.all_gather_json(file)[0]
+    file = run.world.all_gather_json(file, str)[0]
     if run.context.guard.spikes is None:
         where = f" Its batch: {run.directory / file}." if file else ""
         raise divergence(report, last_good_checkpoint(run) + where)

@@ -139,7 +139,7 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
             if is_out_of_memory(error):
                 raise
             reason = first_line(error)
-        if reasons := [each for each in world.all_gather_json(reason) if each]:
+        if reasons := [each for each in world.all_gather_json(reason, str) if each]:
             warn(f"torch.compile failed, training goes on without it: {reasons[0]}")
             for layer in model.layers:
                 del layer.forward
@@ -152,7 +152,7 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
 
 def _common_dtype(recipe: Recipe, world: World) -> torch.dtype:
     dtype = precision.compute_dtype(recipe.precision, world.device)
-    if len(dtypes := set(world.all_gather_json(str(dtype).removeprefix("torch.")))) > 1:
+    if len(dtypes := set(world.all_gather_json(str(dtype).removeprefix("torch."), str))) > 1:
         raise UserError(
             f"[precision] dtype {recipe.precision.dtype} means {' and '.join(sorted(dtypes))} on "
             "these ranks' devices: set a dtype that all of them support"

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pickle
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,8 +77,8 @@ def test_a_save_is_a_snapshot(tmp_path: Path, asynchronous: bool):
     saver.close()
 
 
-def test_cause_of_dcp_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """DCP wraps exceptions that happen while it reads: a signal's, or the disk's."""
+def test_an_error_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A signal's, or the disk's: it must reach us as it is."""
     saver = Saver(tmp_path, WORLD, CheckpointSettings(asynchronous=False))
     saver.start(1, tensors(), small(1), None)
     saved = saver.wait()
@@ -93,8 +92,6 @@ def test_cause_of_dcp_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         with pytest.raises(type(happens)) as caught:
             read(saved.path)
         assert caught.value is happens
-    again = pickle.loads(pickle.dumps(Stopped("stopped by SIGINT", 2)))  # as between ranks
-    assert (str(again), again.exit_code) == ("stopped by SIGINT", 130)
 
 
 @both

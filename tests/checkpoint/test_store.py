@@ -31,7 +31,7 @@ TENSORS = {
 
 def save(run: Path, step: int, val_loss: float | None = None) -> Path:
     directory = begin(run, step, {"state.json": state_bytes(RunState(step=step))})
-    save_tensors(directory, TENSORS, None)
+    save_tensors(directory, TENSORS, TENSORS, 0)
     files = flush_files(directory.iterdir())
     described = {name: tensor_entry(tensor) for name, tensor in TENSORS.items()}
     return commit(run, step, files, described, val_loss)

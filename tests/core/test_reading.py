@@ -1,12 +1,12 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.reading import build, parse_json, read_bytes, read_json, read_text
+from minigpt_cli.core.reading import build, parse_form, parse_json, read_bytes, read_json, read_text
 
 
 def test_pipes_devices_and_directories_are_refused_at_once(tmp_path: Path) -> None:
@@ -117,3 +117,43 @@ def test_build_makes_dataclasses_of_json() -> None:
 def test_build_names_what_is_wrong(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(_Outer, {"name": "a", "parts": [], "by_name": {}} | change)
+
+
+class _Entry(TypedDict):
+    bytes: int
+    sha256: str
+
+
+@pytest.mark.parametrize(
+    ("content", "form", "value"),
+    [
+        (b"null", None, None),
+        (b"true", bool, True),
+        (b"3", int, 3),
+        (b'"a"', str | None, "a"),
+        (b"null", str | None, None),
+        (b'["a", "b"]', list[str], ["a", "b"]),
+        (b'[{"x": {"bytes": 1, "sha256": "f"}}, 1, null]',
+         tuple[dict[str, _Entry], int, str | None],
+         ({"x": {"bytes": 1, "sha256": "f"}}, 1, None)),
+        (b'{"a": [1, {}]}', Any, {"a": [1, {}]}),
+    ],
+)  # fmt: skip
+def test_messages_of_a_known_form(content: bytes, form: Any, value: Any) -> None:
+    assert parse_form(content, form) == value
+
+
+@pytest.mark.parametrize(
+    ("content", "form"),
+    [
+        (b"", str), (b"{", str), (b"\xff", str), (b"1", None), (b"1", bool), (b"true", int),
+        (b"1.0", int), (b"NaN", int), (b"1", str), (b"1", str | None), (b'["a", 1]', list[str]),
+        (b'"a"', list[str]), (b'{"a": 1}', dict[str, str]), (b"[]", dict[str, str]),
+        (b"[1]", tuple[int, int]), (b"[1, 2, 3]", tuple[int, int]), (b'{"bytes": 1}', _Entry),
+        (b'{"bytes": 1, "sha256": "f", "more": 1}', _Entry), (b"[" * 100_000, Any),
+        (b"9" * 5000, int), (b'"\\ud800"', str),
+    ],
+)  # fmt: skip
+def test_messages_of_another_form(content: bytes, form: Any) -> None:
+    with pytest.raises(ValueError):
+        parse_form(content, form)

@@ -28,7 +28,7 @@ def fail() -> None:
     if when == "before":
         fail_on_rank_1()
     world = start_world(run=Path("runs/x"))
-    assert world.all_gather_json(world.rank) == [0, 1]
+    assert world.all_gather_json(world.rank, int) == [0, 1]
     if when == "waiting":
         world.run_on_rank0(lambda: wait_for_ever(fail_on_rank_1 if world.rank else None))
     world.all_reduce_max(1)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from minigpt_cli.checkpoint import store
 from minigpt_cli.report import metrics
 from tests.helpers.ranks import train_many
 from tests.helpers.recipes import TINY
@@ -105,3 +106,15 @@ def test_on_the_same_four_ranks_it_is_bit_identical(runs: Path, strategy: str):
     one, other = whole_tensors(straight / last), whole_tensors(resumed / last)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert curve(straight) == curve(resumed)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "hsdp"])
+def test_ranks_share_what_several_hold(runs: Path, strategy: str):
+    """Each value is written once, by a rank that holds it, and each rank writes about as much."""
+    checkpoint = runs / f"same-{strategy}/checkpoints/step-{STEPS:08d}"
+    assert store.verify(checkpoint) == []
+    sizes = [
+        sum(file.stat().st_size for file in checkpoint.glob(f"shard-{rank:05d}-*.safetensors"))
+        for rank in range(1, 5)
+    ]
+    assert min(sizes) > 0.5 * max(sizes), sizes

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.distributed import join
+from minigpt_cli.distributed.failure import is_lost_rank
 from minigpt_cli.distributed.join import connect
 from minigpt_cli.distributed.rank_info import LOOPBACK, RankInfo
 from tests.helpers.processes import command, environment
@@ -47,6 +49,39 @@ def test_ranks_of_nproc_wait_long_for_rank_0(monkeypatch: pytest.MonkeyPatch):
     connect(rank1).set("who", "rank 1")
     later.join()
     assert stores[0].get("who") == b"rank 1"
+
+
+@pytest.mark.parametrize("port", [b"", b"abc", b"-1", b"65536", b"9" * 5000, b"\xff", b"7\x1b[2J"])
+def test_a_false_port_in_the_store_of_torchrun(monkeypatch: pytest.MonkeyPatch, port: bytes):
+    agent = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    agent.set("minigpt/port", port)
+    monkeypatch.setattr(join, "_ARRIVE_SECONDS", 0.3)
+    rank1 = RankInfo(1, 2, 1, 2, LOOPBACK, agent.port, agent_store=True)
+    with pytest.raises(UserError, match="rank 0 has not come"):
+        connect(rank1)
+
+
+def test_a_false_count_of_ranks(monkeypatch: pytest.MonkeyPatch):
+    store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    rank = RankInfo(1, 2, 1, 2, LOOPBACK, store.port)
+    monkeypatch.setattr(join, "_ARRIVE_SECONDS", 0.3)
+    with pytest.raises(UserError, match="only 1 of 2 ranks came"):
+        join.wait_for_all(rank, store)
+    store.set("minigpt/arrived", b"abc")
+    monkeypatch.setattr(join.session, "info", rank)
+    with pytest.raises(RuntimeError) as caught:
+        join.wait_for_all(rank, store)
+    assert is_lost_rank(caught.value)  # so it becomes one line
+
+
+def test_a_false_address(monkeypatch: pytest.MonkeyPatch):
+    """Others may have written it; the interface stays as it is."""
+    store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    for false in (b"\xff\x00", b"", b"a" * 100_000, b"1.2.3", b"\x1b[2J"):
+        store.set("minigpt/address/1", false)
+        rank0 = RankInfo(0, 2, 0, 1, LOOPBACK, store.port)
+        join.choose_interface(rank0, store)
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 def test_no_such_host(tmp_path: Path):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.core.errors import Outcome
@@ -23,7 +24,7 @@ from tests.helpers.runs import curve
 from tests.helpers.waiting import wait_until
 
 FAILS = Path(__file__).parent / "rank_that_fails.py"
-WITHOUT_MEMORY = Path(__file__).parent / "rank_without_memory.py"
+CANNOT_SAVE = Path(__file__).parent / "rank_that_cannot_save.py"
 
 
 @contextmanager
@@ -96,16 +97,22 @@ def test_a_rank_ends_soon_after_rank_0_has_died():
     assert line.endswith("; run the same command again")  # there is no checkpoint
 
 
-def test_no_memory_fails_the_save_of_all(tmp_path: Path):
-    """And not the run, nor are the others left waiting in the engine."""
-    with started(WITHOUT_MEMORY, tmp_path, stdout=subprocess.PIPE) as ranks:
+@pytest.mark.parametrize("how", ["async", "sync"])
+def test_one_rank_fails_the_save_of_all(tmp_path: Path, how: str):
+    """And not the run, nor are the others left waiting."""
+    lacks = {"memory": "can't allocate memory"} if how == "async" else {}
+    lacks |= {"disk": "File too large", "tensor": "the ranks wrote 80000000 of "}
+    lacks["nothing"] = "None"
+    with started(CANNOT_SAVE, tmp_path / how, *lacks, stdout=subprocess.PIPE) as ranks:
         said = [process.communicate(timeout=240) for process in ranks]
     for output, errors in said:
-        first, second = output.splitlines()
-        assert "can't allocate memory" in first, output
-        assert second == "2: None", errors
-    assert [step for step, _ in store.list_steps(tmp_path)] == [2]
-    assert store.verify(tmp_path / "checkpoints/step-00000002") == []
+        lines = output.splitlines()
+        assert len(lines) == len(lacks), errors
+        for step, (line, problem) in enumerate(zip(lines, lacks.values(), strict=True), 1):
+            assert line.startswith(f"{step}: "), output
+            assert problem in line, output
+    ((step, checkpoint),) = store.list_steps(tmp_path / how)
+    assert (step, store.verify(checkpoint)) == (len(lacks), [])
 
 
 def test_killed_torchrun(tmp_path: Path, recipe_file: Path):
@@ -139,6 +146,61 @@ def test_shared_error_has_no_rank(tmp_path: Path):
         ends = two_ranks(*arguments)
         assert [end for end, _ in ends] == [2, 2]
         assert "".join(text for _, text in ends) == f"minigpt: {line}\n"
+
+
+def test_a_rank_that_lies():
+    """It is taken for lost, with one line."""
+    with started(Path(__file__).parent / "rank_that_lies.py", stdout=subprocess.PIPE) as ranks:
+        said = [json.loads(process.communicate(timeout=240)[0]) for process in ranks]
+    lost = (
+        "the connection to rank {} is lost (it sent what no rank of this run sends); run the same"
+    )
+    honest, *others = said[0]
+    assert honest == "honest"
+    assert len(others) == 12
+    assert [each for each in others if not each.startswith(lost.format(1))] == []
+    assert len(said[1]) == 7
+    assert [each for each in said[1] if not each.startswith(lost.format(0))] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "message"),
+    [
+        (b"no JSON", 1, "the connection to rank 0 is lost"),
+        (b"x" * 8_000_000, 1, "the connection to rank 0 is lost"),
+        (b'{"rank": 1, "code": 0, "message": ""}', 1, "the connection to rank 0 is lost"),
+        (b'{"rank": 1, "code": -1, "message": ""}', 1, "the connection to rank 0 is lost"),
+        (b'{"rank": 1, "code": 1000000000, "message": ""}', 1, "the connection to rank 0 is lost"),
+        (b'{"rank": 1, "code": 3, "message": "\\u001b[2J' + b"a" * 99_999 + b'"}', 3, "[2Jaaaa"),
+    ],
+    ids=["text", "huge", "code 0", "code -1", "code 10**9", "escape sequence"],
+)
+def test_a_stranger_writes_a_failure(
+    tmp_path: Path, recipe_file: Path, content: bytes, code: int, message: str
+):
+    """It can end a run, on a network that isn't trusted, but not with a false success."""
+    port, run = free_port(), tmp_path / "run"
+    ranks = [
+        fork(
+            tmp_path / f"{rank}.txt", "pretrain", recipe_file, "--out", run, "--set",
+            "train.steps=100000", **rank_environment(rank, 2, port),
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        wait_until(lambda: (run / "metrics.jsonl").exists())
+        TCPStore("127.0.0.1", port, wait_for_workers=False).set("minigpt/failure", content)
+        assert [each.wait() for each in ranks] == [code, code]
+    finally:
+        for each in ranks:
+            each.kill_all()
+    said = "".join(each.said for each in ranks)
+    assert "Traceback" not in said
+    assert "\x1b" not in said
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["exit_code"]) == ("failed" if code == 1 else "diverged", code)
+    assert status["message"].startswith(message)
+    assert len(status["message"]) <= 10_000
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One rank: trains the runs that are listed in a JSON file, one after another, in one world.
 
-Beside each run it leaves ranks.json: what the ranks saw, held and began with.
+Beside each run it leaves ranks.json: what the ranks saw, held and began with. Nothing may be
+unpickled meanwhile: it would have come from a socket.
 """
 
 import hashlib
@@ -10,7 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.unpickled import STACKS  # before torch
+
+# isort: split
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from minigpt_cli.cli import _leave, _report
@@ -91,9 +96,18 @@ def train(job: dict[str, Any]) -> None:
     facts["loss_scale"] = run.context.scaler.get_scale()
     facts["weight_bytes"] = held(list(run.context.model.parameters()))
     facts["moment_bytes"] = held(moments(run))
-    of_all = run.world.all_gather_json(facts)
+    of_all = run.world.all_gather_json(facts, dict[str, Any])
     if run.world.rank == 0:
         (out / "ranks.json").write_text(json.dumps(of_all))
+
+
+def check_nothing_was_unpickled() -> None:
+    assert not STACKS, f"{len(STACKS)} times:\n{STACKS[0]}"
+    if not dist.is_initialized():
+        return
+    ranks: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, dist.get_rank())
+    assert len(STACKS) >= len(ranks), "an object collective must count"
 
 
 if __name__ == "__main__":
@@ -103,4 +117,5 @@ if __name__ == "__main__":
             train(each)
     except UserError as error:
         _leave(_report(error))
+    check_nothing_was_unpickled()
     _leave(0)
