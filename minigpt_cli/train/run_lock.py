@@ -62,7 +62,7 @@ def _first_missing(directory: Path) -> Path | None:
 
 def _remove_if_empty(directory: Path, first: Path) -> None:
     """Remove a directory that holds nothing but how the run ended, and its parents up to one."""
-    if {*os.listdir(directory)} <= {LOCK, STATUS}:
+    if directory.is_dir() and {*os.listdir(directory)} <= {LOCK, STATUS}:
         for name in (LOCK, STATUS):
             (directory / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another run may have begun there
