@@ -6,6 +6,7 @@ completion, or a conversation. One line, or a few hundred rows of a table, are i
 
 import io
 import json
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.reading import build, read_json
+from minigpt_cli.data.dataset_manifest import check_bare_name
 from minigpt_cli.prepare.pieces import Position
-from minigpt_cli.prepare.sources import Source, local_folder, source_files
+from minigpt_cli.prepare.sources import Source, check_regular, local_folder, source_files
+from minigpt_cli.prepare.text_check import TextCheck
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -99,13 +103,23 @@ def readable(file: Path) -> Iterator[None]:
     """Turn errors of reading into a ``UserError`` that names the file."""
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:  # a torn .gz file raises the last two
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise UserError(f"{file} can't be read: {reason or error}") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, OSError) and error.strerror is not None:
+            raise UserError(f"{file} can't be read: {error.strerror}") from None
+        raise UserError(
+            f"{file} can't be read: it is damaged or cut off ({first_line(error)}); get it again, "
+            "or rename it if it is not compressed"
+        ) from None
 
 
 def open_uncompressed(file: Path, offset: int = 0) -> BinaryIO:
-    """Open a file for reading bytes from ``offset`` on; .gz and .zst files are decompressed."""
+    """Open a file for reading bytes from ``offset`` on; ``COMPRESSED`` files are decompressed.
+
+    Raises:
+        UserError: It is a pipe or a device, which can't be read twice.
+        OSError: It can't be opened.
+    """
+    check_regular(file)
     stream = _open(file)
     if stream.seekable():
         stream.seek(offset)
@@ -115,12 +129,33 @@ def open_uncompressed(file: Path, offset: int = 0) -> BinaryIO:
     return stream
 
 
+def read_whole(file: Path) -> str:
+    """Return the text of a file, which may be compressed.
+
+    Raises:
+        UserError: It can't be read, or isn't UTF-8.
+    """
+    check = TextCheck(file, whole=True)
+    with readable(file), open_uncompressed(file) as stream:
+        data = stream.read()
+    check.read(data)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        check.bad(data)
+        check.finish()
+        raise UserError(f"{file} is not UTF-8 text: byte {error.start:,} is invalid") from None
+
+
 def _open(file: Path) -> BinaryIO:
-    if file.suffix == ".gz":
+    ending = file.suffix.lower()
+    if ending == ".gz":
         import gzip
 
         return cast(BinaryIO, gzip.open(file))
-    if file.suffix == ".zst":
+    if ending == ".xz":
+        return cast(BinaryIO, lzma.open(file))
+    if ending == ".zst":
         import pyarrow as pa
 
         return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(file), compression="zstd")))
@@ -149,11 +184,14 @@ def text_problem(value: Any) -> str | None:
 
 def _json_lines(file: Path, here: Position) -> Iterator[RawRecord]:
     name = str(file)
+    check = TextCheck(file, whole=here.offset == 0)
     with open_uncompressed(file, here.offset) as stream:
         while line := stream.readline(MAX_LINE):
+            check.read(line)
             after = Position(here.file, here.offset + len(line), here.line + 1, 0, here.bad)
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 while rest := stream.readline(MAX_LINE):
+                    check.read(rest)
                     after = after._replace(offset=after.offset + len(rest))
                     if rest.endswith(b"\n"):
                         break
@@ -167,17 +205,19 @@ def _json_lines(file: Path, here: Position) -> Iterator[RawRecord]:
                             "write one object per line"
                         )
                 if line.strip():
-                    yield RawRecord(_parse(line), name, here, after)
+                    yield RawRecord(_parse(line, check), name, here, after)
             here = after
+    check.finish()
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
+def _parse(line: bytes, check: TextCheck) -> dict[str, Any] | str:
     """Return the object on a line of JSON, or what is wrong with the line."""
     try:
         record = json.loads(line.decode())
     except RecursionError:
         return "JSON nested too deeply"
     except UnicodeDecodeError as error:
+        check.bad(line)
         return f"not valid UTF-8 at byte {error.start} of the line"
     except ValueError as error:
         return f"not valid JSON ({error})"
@@ -265,13 +305,10 @@ def _saved_split(folder: Path, split: str) -> Path | None:
     """Find the directory of one split that ``save_to_disk`` wrote, None if it wrote none here."""
     file = folder / "dataset_dict.json"
     if file.is_file():
-        try:
-            splits = list(json.loads(file.read_text())["splits"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise _not_readable(folder, error) from None
+        splits = _entry(file, "splits", tuple[str, ...])
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-        folder = folder / split
+        folder = folder / _bare_name(split, folder)
     return folder if (folder / "state.json").is_file() else None
 
 
@@ -279,14 +316,35 @@ def _saved_batches(folder: Path) -> Iterator["pa.RecordBatch"]:
     """Read the record batches of a saved dataset; a memory map would count as our memory."""
     import pyarrow as pa
 
-    try:
-        files = json.loads((folder / "state.json").read_text())["_data_files"]
-        for name in (entry["filename"] for entry in files):
-            with pa.OSFile(str(folder / name)) as file, pa.ipc.open_stream(file) as batches:
+    files = _entry(folder / "state.json", "_data_files", tuple[dict[str, Any], ...])
+    for file in [folder / _bare_name(entry.get("filename"), folder) for entry in files]:
+        try:
+            check_regular(file)
+            with pa.OSFile(str(file)) as stream, pa.ipc.open_stream(stream) as batches:
                 yield from batches
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise _not_readable(folder, error) from None
+        except (pa.ArrowException, OSError) as error:
+            raise _not_readable(folder, first_line(error)) from None
 
 
-def _not_readable(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder} is not a saved dataset that can be read: {first_line(error)}")
+def _entry(file: Path, name: str, kind: Any) -> Any:
+    """Return an entry of a JSON file that ``save_to_disk`` wrote."""
+    try:
+        return build(kind, read_json(file)[name], name)
+    except UserError as error:
+        raise _not_readable(file.parent, str(error)) from None
+    except KeyError:
+        raise _not_readable(file.parent, f"{file.name} has no {name}") from None
+    except ValueError as error:
+        raise _not_readable(file.parent, f"{file.name}: {error}") from None
+
+
+def _bare_name(name: Any, folder: Path) -> str:
+    try:
+        check_bare_name(build(str, name, "a name"))
+    except ValueError as error:
+        raise _not_readable(folder, str(error)) from None
+    return str(name)
+
+
+def _not_readable(folder: Path, reason: str) -> UserError:
+    return UserError(f"{folder} is not a saved dataset that can be read: {reason}")
