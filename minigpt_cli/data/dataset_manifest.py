@@ -262,6 +262,9 @@ def _check(manifest: DatasetManifest) -> None:
     if manifest.dtype not in ("uint16", "uint32"):
         raise ValueError(f"dtype is {manifest.dtype!r}")
     for split in manifest.splits.values():
+        masks = (split.loss_mask is not None, split.offsets is not None)
+        if masks != (manifest.has_loss_mask,) * 2:
+            raise ValueError("a loss mask or offsets are missing")
         for shard, _ in split.files(manifest.dtype):
             check_bare_name(shard.file)
         if split.tokens != sum(shard.tokens for shard in split.shards):

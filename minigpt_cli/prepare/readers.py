@@ -190,7 +190,8 @@ def _json_lines(file: Path, here: Position) -> Iterator[RawRecord]:
             check.read(line)
             after = Position(here.file, here.offset + len(line), here.line + 1, 0, here.bad)
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                while rest := stream.readline(MAX_LINE):
+                line = b""
+                while rest := stream.readline(_SKIPPED_AT_ONCE):
                     check.read(rest)
                     after = after._replace(offset=after.offset + len(rest))
                     if rest.endswith(b"\n"):

@@ -284,9 +284,9 @@ def _report_left_out(argument: str, kind: str, count: int) -> None:
     texts = [file for file in _files_in(Path(argument).expanduser()) if _is_text(file)]
     if texts:
         warn(
-            f"{argument}: reading {counted(count, _FORMATS[kind] + ' file')} and leaving out "
-            f"{counted(len(texts), 'text file')}, for example {texts[0].name}; to read text give a "
-            f"pattern such as '{argument.rstrip('/')}/**/*{texts[0].suffix}'"
+            f"{argument}: reading {counted(count, 'file')} of {_FORMATS[kind]} and leaving out "
+            f"{counted(len(texts), 'file')} of text ({texts[0].name}); to read text give a pattern "
+            f"such as '{argument.rstrip('/')}/**/*{texts[0].suffix}'"
         )
 
 

@@ -119,7 +119,8 @@ def _cut_tails(
                 num_long += 1
             has_training = measured > held_out
             measured += size
-            tail = _tail(rule, size, measured * rule.val_fraction - held_out, has_training)
+            wanted = measured - int(measured * (1 - rule.val_fraction))
+            tail = _tail(rule, size, wanted - held_out, has_training)
             held_out += tail
             cut_at = size - tail
         if here < cut_at < end:
@@ -136,18 +137,17 @@ def _cut_tails(
         inside = after.inside
 
 
-def _tail(rule: SplitRule, size: int, owed: float, has_training: bool) -> int:
+def _tail(rule: SplitRule, size: int, owed: int, has_training: bool) -> int:
     """Return how many bytes to cut off a document of ``size`` bytes.
 
     What is too little for a tail is owed to the next document. So the sum is right, for any sizes.
     """
-    tail = int(owed + 0.5)
-    if tail < min(rule.shortest_tail, size):
+    if owed < min(rule.shortest_tail, size):
         return 0
     if not has_training:
-        return min(tail, size - 1)
+        return min(owed, size - 1)
     shortest_head = min(rule.tolerance, _SHORTEST_HEAD)
-    return size if tail >= size - shortest_head else tail
+    return size if owed >= size - shortest_head else owed
 
 
 def _whole_character(data: bytes, at: int) -> int:

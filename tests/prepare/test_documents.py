@@ -344,10 +344,21 @@ def test_hugging_face_datasets_on_disk(folder: Path) -> None:
         read_documents(Source("huggingface", ("two",), split="validation"))
     with pytest.raises(UserError, match="split invalid_state"):
         read_documents(Source("huggingface", ("three",), split="invalid_state"))
-    for content in ("{", "[]", "{}", '{"splits": 3}'):
+    deep = "[" * 100_000
+    for content in ("{", "[]", "{}", '{"splits": 3}', '{"splits": [["train"]]}', deep):
         (folder / "two/dataset_dict.json").write_text(content)
         with pytest.raises(UserError, match="two is not a saved dataset that can be read"):
             read_documents(Source("huggingface", ("two",)))
+    (folder / "two/dataset_dict.json").write_text('{"splits": ["../one"]}')
+    with pytest.raises(UserError, match="two is not a saved dataset that can be read"):
+        read_documents(Source("huggingface", ("two",), split="../one"))
+    for files in (3, [3], [{}], [{"filename": 3}], [{"filename": "../one/x.arrow"}], deep):
+        content = files if isinstance(files, str) else json.dumps({"_data_files": files})
+        (folder / "two/train/state.json").write_text(content)
+        (folder / "two/dataset_dict.json").write_text('{"splits": ["train"]}')
+        with pytest.raises(UserError, match="train is not a saved dataset that can be") as caught:
+            read_documents(Source("huggingface", ("two",)))
+        assert "\n" not in str(caught.value)
     next((folder / "one").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match="one is not a saved dataset that can be read"):
         read_documents(Source("huggingface", ("one",)))

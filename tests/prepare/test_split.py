@@ -215,3 +215,13 @@ def test_it_goes_on_inside_of_a_document(tmp_path: Path, rule: SplitRule) -> Non
             after = json.loads(json.dumps(piece.after))
             place = SplitPosition(type(piece.after.position)(*after[0]), *after[1:])
             assert list(assign_splits(source, rule, True, None, place)) == found[index + 1 :]
+
+
+@pytest.mark.parametrize("fraction", [0.003, 0.05, 0.1, 0.2, 0.9])
+def test_one_document_is_cut_where_earlier_versions_cut_it(tmp_path: Path, fraction: float) -> None:
+    for length in (700, 5001, 60_000, 3_000_000):
+        source = write(tmp_path, "jsonl", [text_of(length, length)])
+        cut = max(1, int(length * (1 - fraction)))
+        old = split_of(source, SplitRule("tail", fraction, cut_at=cut))
+        if size(old[1]) == pytest.approx(length * fraction, rel=0.05):
+            assert split_of(source, choose_split_rule(source, True, fraction)) == old
