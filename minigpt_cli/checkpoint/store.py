@@ -130,6 +130,8 @@ def newest_valid(
         problems = verify_on_all_ranks(checkpoint, world)
         if not problems:
             return checkpoint, read_checkpoint_manifest(checkpoint), skipped
+        if world is None and not checkpoint.exists():
+            continue  # the run has just pruned it
         skipped.append(f"{name} skipped: {'; '.join(problems)}")
     if names:
         raise Damaged(
@@ -145,12 +147,11 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     Raises:
         UserError: It is neither a run nor a checkpoint.
     """
-    path = Path(os.path.abspath(path))
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
     run = run_of(path)
-    if is_checkpoint(path):
-        return run, path
+    if is_checkpoint(whole := Path(os.path.abspath(path))):
+        return run, whole if run.is_absolute() else Path(os.path.relpath(whole))
     if checkpoints_dir(run).is_dir() or (run / RECIPE).exists():
         return run, None
     raise UserError(f"{path}: neither a run directory nor a checkpoint")

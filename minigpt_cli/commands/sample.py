@@ -1,5 +1,6 @@
 """``minigpt sample``."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +9,9 @@ import typer
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, Version, option
 from minigpt_cli.core.console import print_json, warn
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import Stopped, UserError
+from minigpt_cli.core.reading import MAX_BYTES, read_text
+from minigpt_cli.core.signals import nothing_is_saved
 
 if TYPE_CHECKING:
     from minigpt_cli.generate.text import Completion, TextChunk
@@ -28,7 +31,13 @@ OptionalModel = Annotated[
         "newest run under runs/.",
     ),
 ]
-Prompt = Annotated[str, option("--prompt", "TEXT", "The text to continue.", PROMPT)]
+Prompt = Annotated[
+    str | None,
+    option("--prompt", "TEXT", "The text to continue; -: what standard input holds.", PROMPT),
+]
+PromptFile = Annotated[
+    Path | None, option("--prompt-file", "FILE", "A file with the text to continue.", PROMPT)
+]
 Chat = Annotated[
     bool,
     option(
@@ -83,7 +92,8 @@ WeightsDtype = Annotated[
 def sample_command(
     model: OptionalModel = None,
     adapter: Adapters = None,
-    prompt: Prompt = "",
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
     chat: Chat = False,
     max_new_tokens: MaxNewTokens = 200,
     num_samples: NumSamples = 1,
@@ -105,7 +115,8 @@ def sample_command(
 
     With several --adapter each one continues the prompt in turn.
     """
-    _check_utf8(prompt)
+    nothing_is_saved()
+    prompt = _read_prompt(prompt, prompt_file)
     from minigpt_cli.commands.loading import each_adapter, load_and_report
     from minigpt_cli.data.tokenizer import eos_id
     from minigpt_cli.generate.sampling import SamplingOptions
@@ -146,11 +157,19 @@ def sample_command(
         print_json(results[0] if len(results) == 1 else {"prompt": prompt, "adapters": results})
 
 
-def _check_utf8(prompt: str) -> None:
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the prompt as it was given, read from a file or from standard input."""
+    if prompt is not None and file is not None:
+        raise UserError("--prompt and --prompt-file can't be combined: give one of them")
+    if file is not None:
+        return read_text(file)
     try:
-        prompt.encode()
-    except UnicodeEncodeError:  # the shell passed bytes that are no UTF-8
+        if prompt == "-":
+            return sys.stdin.buffer.read(MAX_BYTES).decode() if sys.stdin else ""
+        (prompt or "").encode()
+    except (UnicodeEncodeError, UnicodeDecodeError):  # the shell passed bytes that are no UTF-8
         raise UserError("--prompt: is not UTF-8 text") from None
+    return prompt or ""
 
 
 def _result(
@@ -211,18 +230,22 @@ def _print_live(
     waiting: list[list[str]] = [[] for _ in range(num_samples)]
     ended: set[int] = set()
     current = 0
-    print(prompt, end="", flush=True)
-    for chunk in chunks:
-        yield chunk
-        waiting[chunk.sample].append(chunk.text)
-        if chunk.finish_reason is not None:
-            ended.add(chunk.sample)
-        while current < num_samples:
-            print("".join(waiting[current]), end="", flush=True)
-            waiting[current] = []
-            if current not in ended:
-                break
-            current += 1
-            print(flush=True)
-            if current < num_samples:
-                print(f"\n--- {current + 1} ---\n{prompt}", end="", flush=True)
+    try:
+        print(prompt, end="", flush=True)
+        for chunk in chunks:
+            yield chunk
+            waiting[chunk.sample].append(chunk.text)
+            if chunk.finish_reason is not None:
+                ended.add(chunk.sample)
+            while current < num_samples:
+                print("".join(waiting[current]), end="", flush=True)
+                waiting[current] = []
+                if current not in ended:
+                    break
+                current += 1
+                print(flush=True)
+                if current < num_samples:
+                    print(f"\n--- {current + 1} ---\n{prompt}", end="", flush=True)
+    except Stopped:
+        print(flush=True)  # what standard error says next begins a line
+        raise

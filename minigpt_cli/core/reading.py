@@ -43,6 +43,8 @@ def read_bytes(file: Path, error: type[UserError] = UserError, limit: int = MAX_
             return stream.read()
     except FileNotFoundError:
         raise error(f"{file}: no such file") from None
+    except IsADirectoryError:
+        raise error(f"{file}: is not a regular file") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{file}: can't be read: {reason}") from None
@@ -147,7 +149,7 @@ def _build_dataclass(cls: Any, value: Any, name: str) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(value.keys() - fields.keys()):
-        raise ValueError(f"{unknown[0]!r} is unknown")
+        raise ValueError(f"{unknown[0]!r:.80} is unknown")
     for key, field in fields.items():
         missing = dataclasses.MISSING
         if key not in value and field.default is missing and field.default_factory is missing:

@@ -7,6 +7,7 @@ from pathlib import Path
 # Beside the checkpoints.
 RECIPE = "recipe.toml"  # the resolved recipe; also in each checkpoint
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # completions of [eval] prompts
 TOKENIZER = "tokenizer.json"  # also in each checkpoint, and in a token dataset
 ENVIRONMENT = "environment.json"
 STATUS = "status.json"
@@ -21,7 +22,17 @@ AUXILIARY_FILES = "huggingface.json"  # of the model that the run started from
 CHECKPOINT_MANIFEST = "manifest.json"
 
 # All that a run writes, except its lock.
-RUN_FILES = (RECIPE, METRICS, TOKENIZER, ENVIRONMENT, STATUS, INCIDENTS, FINAL, CHECKPOINTS)
+RUN_FILES = (
+    RECIPE,
+    METRICS,
+    SAMPLES,
+    TOKENIZER,
+    ENVIRONMENT,
+    STATUS,
+    INCIDENTS,
+    FINAL,
+    CHECKPOINTS,
+)
 
 _STEP = re.compile(r"step-(\d{8,})$")
 
@@ -48,8 +59,14 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def run_of(path: Path) -> Path:
-    """Return the run directory of a path: a run, its checkpoints/, or one checkpoint."""
-    path = Path(os.path.abspath(path))
-    if is_checkpoint(path):
-        return path.parent.parent
-    return path.parent if path.name == CHECKPOINTS else path
+    """Return the run directory of a path: a run, its checkpoints/, or one checkpoint.
+
+    A relative path gives a relative one, unless that has no name, as . and .. have none.
+    """
+    run = Path(os.path.abspath(path))
+    if is_checkpoint(run):
+        run = run.parent.parent
+    elif run.name == CHECKPOINTS:
+        run = run.parent
+    relative = Path(os.path.relpath(run))
+    return run if path.is_absolute() or relative.name in ("", "..") else relative

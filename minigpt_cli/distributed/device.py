@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from pathlib import Path
+import resource
 
 import torch
 
@@ -20,32 +20,18 @@ def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
     return torch.device("cpu")
 
 
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has used so far: of tensors on a GPU, else of all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def device_memory(device: torch.device, local_size: int) -> int:
     """Return the bytes of memory that this rank may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
-
-
-def available_memory() -> int | None:
-    """Return the free bytes of main memory, within the limits of a container or Slurm job.
-
-    None if the system doesn't say.
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-        own = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
-        group = Path("/sys/fs/cgroup") / own.lstrip("/")
-        for folder in (group, *group.parents):
-            if (folder / "memory.max").exists():
-                limit = (folder / "memory.max").read_text().strip()
-                if limit != "max":
-                    used = int((folder / "memory.current").read_text())
-                    free = min(free, int(limit) - used)
-    except (OSError, ValueError, StopIteration, IndexError):
-        return None
-    return free
 
 
 def _keep_freed_memory() -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import importlib.util
+import os
 import re
 import tomllib
 import types
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.reading import read_text
 from minigpt_cli.recipe.schema import Origin, Recipe
 from minigpt_cli.recipe.tables import leaves, to_tables
 from minigpt_cli.recipe.validate import find_problems
@@ -18,6 +21,7 @@ from minigpt_cli.recipe.validate import find_problems
 FORMAT = "minigpt-resolved-recipe-1"  # the `format` key of a file that dump_recipe() wrote
 # Files written before there was a `format` key have this in their first line.
 OLD_FIRST_LINE = "the resolved recipe; where each value came from"
+_MAX_BYTES = 1 << 20
 # (section, two settings of which one is given): the command line's replaces the file's.
 _ALTERNATIVES = (("train", "steps", "tokens"), ("data.tokenizer", "path", "train_vocab"))
 
@@ -36,13 +40,17 @@ def load_recipe(
         UserError: the file can't be read; or a list of all problems in it.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # a byte order mark
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; recipes/ holds examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the recipe can't be read: {error}") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such recipe{_examples()}")
+    text = read_text(path, limit=_MAX_BYTES).removeprefix("\ufeff")  # a byte order mark
     return parse_recipe(text, overrides or [], where=str(path), name=name or path.stem)
+
+
+def _examples() -> str:
+    """Name the folder of the recipes that come with minigpt, if it is there."""
+    found = importlib.util.find_spec("minigpt_cli.recipes")
+    folders = [] if found is None else found.submodule_search_locations or []
+    return "".join(f"; there are examples in {folder}" for folder in folders)
 
 
 def parse_recipe(
@@ -60,7 +68,7 @@ def parse_recipe(
     problems: list[str] = []
     resolved = tables.pop("format", None)
     if resolved not in (None, FORMAT):
-        problems.append(f"{where}: format {resolved!r} is not {FORMAT!r}: remove this line")
+        problems.append(f"{where}: format {resolved!r:.80} is not {FORMAT!r}: remove this line")
     origin: dict[str, Origin] = dict.fromkeys(leaves(tables), "recipe")
     if resolved == FORMAT or OLD_FIRST_LINE in text.partition("\n")[0]:
         origin.update(_origins_in_comments(text))
@@ -68,7 +76,7 @@ def parse_recipe(
     for override in overrides:
         key, equals, raw = (part.strip() for part in override.partition("="))
         if not equals or "." not in key:
-            problems.append(f"--set {override}: write it as --set section.key=value")
+            problems.append(f"--set {override:.80}: write it as --set section.key=value")
             continue
         _set_leaf(tables, key.split("."), _toml_value(raw))
         origin[key] = "command line"
@@ -155,7 +163,7 @@ def _from_table(cls: type, table: Any, section: str, problems: list[str], locate
             try:
                 values[key] = _convert(hints[key], value)
             except TypeError as error:
-                problems.append(f"{locate(section, key)}: expected {error}, got {value!r}")
+                problems.append(f"{locate(section, key)}: expected {error}, got {value!r:.80}")
         elif not isinstance(value, dict):
             problems.append(f"{locate(section, key)}: expected a table, [{dotted}]")
         else:
@@ -204,8 +212,10 @@ def _convert(hint: Any, value: Any) -> Any:
         return tuple(_convert(each, item) for each, item in zip(inner, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is hint:
+    if type(value) is hint and not (hint is int and abs(value) >= 1 << 63):
         return value
+    if type(value) is int and hint is int:
+        raise TypeError("an integer that fits into 64 bits")
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     raise TypeError(names[hint])
 

@@ -1,15 +1,20 @@
-"""metrics.jsonl: a line per logged step and per evaluation, always of one curve."""
+"""metrics.jsonl (logged steps, evaluations) and samples.jsonl (completions), of one curve."""
 
 import errno
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.console import warn
+from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import write_atomically
+from minigpt_cli.core.reading import parse_json, read_bytes
 from minigpt_cli.core.run_dir import METRICS
+
+_MAX_BYTES = 1 << 30
 
 
 class MetricsFile:
@@ -18,16 +23,19 @@ class MetricsFile:
     A full disk is only a warning: the run itself can go on.
     """
 
-    def __init__(self, run: Path):
-        """Open the file of a run directory, or create it."""
-        self._run = run
+    def __init__(self, run: Path, name: str = METRICS):
+        """Open the file of a run directory, METRICS or SAMPLES, or create it."""
+        self._run, self._name = run, name
         self._descriptor = self._open()
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line. JSON has no NaN, so a number that is not finite becomes null."""
+        """Append one line with the time (s since 1970).
+
+        JSON has no NaN, so a number that is not finite becomes null.
+        """
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
+            for key, value in (values | {"time": round(time.time(), 3)}).items()
         }
         try:
             self._append((json.dumps(finite) + "\n").encode())
@@ -47,7 +55,7 @@ class MetricsFile:
         Raises:
             OSError: it can't be written.
         """
-        cut_back(self._run, step, evaluated)
+        cut_back(self._run, step, evaluated, self._name)
         self.close()
         self._descriptor = self._open()
 
@@ -56,7 +64,8 @@ class MetricsFile:
         os.close(self._descriptor)
 
     def _open(self) -> int:
-        return os.open(self._run / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link may lead elsewhere
+        return os.open(self._run / self._name, flags, 0o644)
 
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
@@ -69,42 +78,50 @@ class MetricsFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _warn(self, error: OSError) -> None:
-        warn(f"{METRICS} could not be written: {error.strerror}")
+        warn(f"{self._name} could not be written: {error.strerror}")
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """Return every whole line of a run's metrics.jsonl; none if it isn't there."""
-    lines = []
-    try:
-        text = (run / METRICS).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+def read(run: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Return every whole line of METRICS or SAMPLES that has a step; none if there is no file.
+
+    Raises:
+        Damaged: it can't be read.
+    """
+    file, lines = run / name, []
+    if not os.path.lexists(file):
         return []
-    for line in text.splitlines():
+    for line in read_bytes(file, Damaged, _MAX_BYTES).splitlines():
         try:
-            value = json.loads(line)
-        except ValueError:  # torn by a power cut
+            value = parse_json(line, str(file))
+        except UserError:  # torn by a power cut
             continue
-        if isinstance(value, dict):
+        if type(value.get("step")) is int:
             lines.append(value)
     return lines
 
 
-def cut_back(run: Path, step: int, evaluated: bool = True) -> None:
-    """Drop the lines after ``step``, from which the run goes on.
+def cut_back(
+    run: Path, step: int, evaluated: bool = True, name: str = METRICS
+) -> list[dict[str, Any]]:
+    """Drop the lines after ``step``, from which the run goes on; return the others.
 
     Args:
         run: the run directory.
         step: the last step to keep.
         evaluated: whether to keep the evaluation at that step.
+        name: METRICS or SAMPLES.
 
     Raises:
+        Damaged: the file can't be read.
         OSError: the file can't be written.
     """
-    kept = [
-        line
-        for line in read(run)
-        if line.get("step", 0) < step
-        or (line.get("step") == step and (evaluated or "val_loss" not in line))
-    ]
+
+    def is_kept(line: dict[str, Any]) -> bool:
+        is_evaluation = not {"val_loss", "completion"}.isdisjoint(line)
+        at_step = line["step"] == step and (evaluated or not is_evaluation)
+        return line["step"] < step or at_step
+
+    kept = [line for line in read(run, name) if is_kept(line)]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_atomically(run / METRICS, text.encode())
+    write_atomically(run / name, text.encode())
+    return kept

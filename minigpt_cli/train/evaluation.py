@@ -75,4 +75,6 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
     )
     for prompt, completion in run.prompts.complete(run.context.model):
         log(f"  | {prompt}{completion}".replace("\n", "\n  | "))
+        if run.samples is not None:
+            run.samples.write({"step": state.step, "prompt": prompt, "completion": completion})
     return is_best
