@@ -122,7 +122,7 @@ def _open_text(file: Path, tokenizer: "Tokenizer", length: int) -> "EvalData":
 
 
 def _read(text: Path) -> str:
-    from minigpt_cli.prepare.readers import read_whole
+    from minigpt_cli.prepare.open_file import read_whole
 
     if str(text) == "-":
         raise UserError("--text -: standard input can't be read; write the text to a file first")

@@ -10,6 +10,7 @@ still read.
 
 import hashlib
 import json
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,10 @@ def problems(path: Path, manifest: DatasetManifest, verify: bool) -> list[tuple[
 def shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | None:
     """Return what is wrong with a shard's file, None if it is as recorded."""
     try:
-        size = file.stat().st_size
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is not a regular file"
+        size = found.st_size
         if size != shard.bytes_on_disk:
             return f"is {size:,} bytes instead of {shard.bytes_on_disk:,}"
         with file.open("rb") as stream:
@@ -307,6 +311,8 @@ def _tokenizer_problem(file: Path, manifest: DatasetManifest) -> str | None:
     from minigpt_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     try:
+        if file.exists() and not file.is_file():
+            return "is not a regular file"
         if sha256_of(file) == manifest.tokenizer_sha256:
             return None
         if tokenizer_fingerprint(load_tokenizer(file)) == manifest.tokenizer_fingerprint:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.prepare.open_file import open_uncompressed, readable
 from minigpt_cli.prepare.pieces import (
     LONG_DOCUMENT,
     SEARCHED,
@@ -22,9 +23,7 @@ from minigpt_cli.prepare.readers import (
     RawRecord,
     field_names,
     files_from,
-    open_uncompressed,
     raw_records,
-    readable,
     text_problem,
 )
 from minigpt_cli.prepare.sources import Source

@@ -4,18 +4,15 @@
 completion, or a conversation. One line, or a few hundred rows of a table, are in memory at a time.
 """
 
-import io
 import json
-import lzma
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.core.reading import build, read_json
 from minigpt_cli.data.dataset_manifest import check_bare_name
+from minigpt_cli.prepare.open_file import SKIPPED_AT_ONCE, open_uncompressed, readable
 from minigpt_cli.prepare.pieces import Position
 from minigpt_cli.prepare.sources import Source, check_regular, local_folder, source_files
 from minigpt_cli.prepare.text_check import TextCheck
@@ -29,7 +26,6 @@ MAX_LINE = 256 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _ROWS = 256  # of a table, converted at a time
-_SKIPPED_AT_ONCE = 1 << 20  # bytes
 
 # Takes a table's schema and name; returns the columns to read, or raises UserError.
 ChooseColumns = Callable[["pa.Schema", str], list[str]]
@@ -98,70 +94,6 @@ def files_from(source: Source, start: Position) -> Iterator[tuple[Path, Position
             yield file, start if index == start.file else Position(file=index, bad=start.bad)
 
 
-@contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turn errors of reading into a ``UserError`` that names the file."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        if isinstance(error, OSError) and error.strerror is not None:
-            raise UserError(f"{file} can't be read: {error.strerror}") from None
-        raise UserError(
-            f"{file} can't be read: it is damaged or cut off ({first_line(error)}); get it again, "
-            "or rename it if it is not compressed"
-        ) from None
-
-
-def open_uncompressed(file: Path, offset: int = 0) -> BinaryIO:
-    """Open a file for reading bytes from ``offset`` on; ``COMPRESSED`` files are decompressed.
-
-    Raises:
-        UserError: It is a pipe or a device, which can't be read twice.
-        OSError: It can't be opened.
-    """
-    check_regular(file)
-    stream = _open(file)
-    if stream.seekable():
-        stream.seek(offset)
-        return stream
-    while offset > 0:  # a .zst stream must be read up to there
-        offset -= len(stream.read(min(offset, _SKIPPED_AT_ONCE))) or offset
-    return stream
-
-
-def read_whole(file: Path) -> str:
-    """Return the text of a file, which may be compressed.
-
-    Raises:
-        UserError: It can't be read, or isn't UTF-8.
-    """
-    check = TextCheck(file, whole=True)
-    with readable(file), open_uncompressed(file) as stream:
-        data = stream.read()
-    check.read(data)
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        check.bad(data)
-        check.finish()
-        raise UserError(f"{file} is not UTF-8 text: byte {error.start:,} is invalid") from None
-
-
-def _open(file: Path) -> BinaryIO:
-    ending = file.suffix.lower()
-    if ending == ".gz":
-        import gzip
-
-        return cast(BinaryIO, gzip.open(file))
-    if ending == ".xz":
-        return cast(BinaryIO, lzma.open(file))
-    if ending == ".zst":
-        import pyarrow as pa
-
-        return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(file), compression="zstd")))
-    return file.open("rb")
-
-
 def field_names(record: dict[str, Any]) -> str:
     """List a record's first field names, for messages."""
     return ", ".join(sorted(map(repr, record))[:8]) or "none"
@@ -191,7 +123,7 @@ def _json_lines(file: Path, here: Position) -> Iterator[RawRecord]:
             after = Position(here.file, here.offset + len(line), here.line + 1, 0, here.bad)
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
                 line = b""
-                while rest := stream.readline(_SKIPPED_AT_ONCE):
+                while rest := stream.readline(SKIPPED_AT_ONCE):
                     check.read(rest)
                     after = after._replace(offset=after.offset + len(rest))
                     if rest.endswith(b"\n"):

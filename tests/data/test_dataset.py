@@ -336,6 +336,25 @@ def test_deep_json_is_damage(dataset: Path, name: str) -> None:
         open_dataset(dataset)
 
 
+@pytest.mark.parametrize("name", ["train-00000.npy", "tokenizer.json"])
+def test_a_pipe_in_a_dataset_is_damage(dataset: Path, name: str) -> None:
+    (dataset / name).unlink()
+    os.mkfifo(dataset / name)
+    with pytest.raises(Damaged, match=rf"{name}: is not a regular file"):
+        open_dataset(dataset)
+    assert verify_dataset(dataset)[name] == "is not a regular file"
+
+
+def test_a_writer_follows_no_links(quick: Path) -> None:
+    (quick / "precious").write_text("x")
+    (quick / "train-00000.npy.partial").symlink_to(quick / "precious")
+    writer = ShardWriter(quick, "train", "uint16", 10)
+    writer.write(np.arange(20, dtype=np.uint16))
+    writer.finish()
+    assert (quick / "precious").read_text() == "x"
+    assert len(np.load(quick / "train-00000.npy")) == 10
+
+
 def test_another_tokenizer_is_found(dataset: Path, tokenizer: Any) -> None:
     open_dataset(dataset, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
     with pytest.raises(UserError, match="made with another tokenizer") as caught:
