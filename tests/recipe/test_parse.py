@@ -213,3 +213,11 @@ def test_every_recipe_loads_and_says_how_to_launch_it(path: Path):
 
 def test_there_are_recipes():
     assert RECIPES
+
+
+def test_names_types_and_ranges_are_listed_at_once():
+    text = BASE.replace("lr = 3e-4", "lr = 0.0").replace("steps = 100", 'stepz = 1\nseed = "a"')
+    said = problems(text, "train.global_batch_size=0")
+    for part in ("stepz: unknown", "seed: expected an integer", "lr: expected a number above 0",
+                 "global_batch_size: expected an integer above 0"):  # fmt: skip
+        assert part in said
