@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, ModelPath, Version, option
 from minigpt_cli.core.console import console, log, print_json, print_result
-from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.signals import nothing_is_saved
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ Data = Annotated[
     option("--data", "DIR", "A token dataset; default: MODEL's, or the first adapter's.", DATA),
 ]
 Split = Annotated[str, option("--split", "NAME", "The split of the dataset.", DATA)]
-Text = Annotated[Path | None, option("--text", "FILE", "A text file, instead of a dataset.", DATA)]
+Text = Annotated[
+    Path | None,
+    option("--text", "FILE", "A text file, instead of a dataset; may be .gz, .xz or .zst.", DATA),
+]
 BatchSize = Annotated[int, option("--batch-size", "N", "Sequences per batch.", DATA, min=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 ComputeDtype = Annotated[
@@ -119,12 +122,14 @@ def _open_text(file: Path, tokenizer: "Tokenizer", length: int) -> "EvalData":
 
 
 def _read(text: Path) -> str:
+    from minigpt_cli.prepare.open_file import read_whole
+
+    if str(text) == "-":
+        raise UserError("--text -: standard input can't be read; write the text to a file first")
     try:
-        return text.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--text {text}: can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {text}: is not UTF-8 text: {first_line(error)}") from None
+        return read_whole(text)
+    except UserError as error:
+        raise UserError(f"--text {error}") from None
 
 
 def _set_dtype(trained: "TrainedModel", name: Dtype) -> "torch.dtype":

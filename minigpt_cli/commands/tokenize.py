@@ -19,7 +19,7 @@ Sources = Annotated[
     typer.Argument(
         metavar="SOURCE",
         help="Text files, globs, .jsonl or .parquet files, a Hugging Face dataset (a directory or "
-        "ORG/NAME), or python-stdlib.",
+        "ORG/NAME), or python-stdlib. Text and .jsonl may be compressed (.gz, .xz, .zst).",
     ),
 ]
 Out = Annotated[Path, option("--out -o", "DIR", "The token dataset to make.", OUTPUT)]
@@ -74,7 +74,7 @@ Strict = Annotated[
     ),
 ]
 ValFraction = Annotated[
-    float, option("--val-fraction", "X", "Share of documents for validation.", OUTPUT)
+    float, option("--val-fraction", "X", "Share of the text for validation.", OUTPUT)
 ]
 ShardTokens = Annotated[
     int, option("--shard-tokens", "N", "Tokens per file, at most.", OUTPUT, min=1)

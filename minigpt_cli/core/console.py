@@ -48,6 +48,11 @@ def warn(message: str) -> None:
     log(f"warning: {message}", style="yellow")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: "1 document", "2,000 documents"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def error_line(message: str) -> None:
     """Print why a command failed, in one write: several ranks may print at once."""
     with contextlib.suppress(OSError):

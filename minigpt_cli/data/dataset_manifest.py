@@ -10,6 +10,7 @@ still read.
 
 import hashlib
 import json
+import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import json_checksum, sha256_of, write_atomically
+from minigpt_cli.core.reading import build, parse_json, read_bytes
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -156,18 +158,18 @@ def read_dataset_manifest(path: Path) -> DatasetManifest:
         Damaged: it is not as it was written.
     """
     file = manifest_file(path)
+    if not file.exists():
+        raise UserError(f"{path} is not a token dataset: {_why_not(path)}")
+    content = read_bytes(file)
     try:
-        record = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} is not a token dataset: {_why_not(path)}") from None
-    except OSError as error:
-        raise UserError(f"{file} can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise damaged(file, f"not valid JSON ({error})") from None
+        record = parse_json(content, str(file), Damaged)
+    except Damaged as error:
+        raise Damaged(f"{error}; {_way_out(file)}") from None
     try:
-        if record["format"] > FORMAT:
+        version = build(int, record["format"], "format")
+        if version > FORMAT:
             raise UserError(
-                f"{path} has format {record['format']}, newer than the {FORMAT} that this minigpt "
+                f"{path} has format {version}, newer than the {FORMAT} that this minigpt "
                 "reads: update minigpt"
             )
         if record.pop("checksum") != json_checksum(record):
@@ -175,10 +177,22 @@ def read_dataset_manifest(path: Path) -> DatasetManifest:
         del record["format"]
         if file.name == OLD_INSTRUCTIONS:
             record = _converted(record)
-        splits = {name: _split(record["splits"][name]) for name in SPLITS}
-        return DatasetManifest(**record | {"splits": splits})
+        record["splits"] = {name: record["splits"][name] for name in SPLITS}
+        manifest: DatasetManifest = build(DatasetManifest, record)
+        _check(manifest)
+        return manifest
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(file, f"an entry is missing or of the wrong type ({error})") from None
+
+
+def check_bare_name(name: str) -> None:
+    """Check that the name of a recorded file has no directory in it.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file")
 
 
 def write_dataset_manifest(path: Path, manifest: DatasetManifest) -> None:
@@ -215,7 +229,10 @@ def problems(path: Path, manifest: DatasetManifest, verify: bool) -> list[tuple[
 def shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | None:
     """Return what is wrong with a shard's file, None if it is as recorded."""
     try:
-        size = file.stat().st_size
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is not a regular file"
+        size = found.st_size
         if size != shard.bytes_on_disk:
             return f"is {size:,} bytes instead of {shard.bytes_on_disk:,}"
         with file.open("rb") as stream:
@@ -237,9 +254,25 @@ def shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | N
 
 def damaged(file: Path, problem: str) -> Damaged:
     """Return the error for a file of a dataset that is not as recorded."""
-    return Damaged(
-        f"{file}: {problem}; restore it from a copy, or delete {file.parent} and make it again"
-    )
+    return Damaged(f"{file}: {problem}; {_way_out(file)}")
+
+
+def _way_out(file: Path) -> str:
+    return f"restore it from a copy, or delete {file.parent} and make it again"
+
+
+def _check(manifest: DatasetManifest) -> None:
+    """Check what the types don't say. Raise ValueError if a value is wrong."""
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {manifest.dtype!r}")
+    for split in manifest.splits.values():
+        masks = (split.loss_mask is not None, split.offsets is not None)
+        if masks != (manifest.has_loss_mask,) * 2:
+            raise ValueError("a loss mask or offsets are missing")
+        for shard, _ in split.files(manifest.dtype):
+            check_bare_name(shard.file)
+        if split.tokens != sum(shard.tokens for shard in split.shards):
+            raise ValueError("tokens is not the sum over the shards")
 
 
 def _why_not(path: Path) -> str:
@@ -273,19 +306,13 @@ def _converted(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"splits": splits, "bad_lines": bad_lines, "source_fingerprint": ""}
 
 
-def _split(record: dict[str, Any]) -> Split:
-    files: dict[str, Any] = {"shards": tuple(Shard(**shard) for shard in record["shards"])}
-    for name in ("loss_mask", "offsets"):
-        if name in record:
-            files[name] = Shard(**record[name])
-    return Split(**record | files)
-
-
 def _tokenizer_problem(file: Path, manifest: DatasetManifest) -> str | None:
     """Return what is wrong with tokenizer.json, None if its bytes or meaning are as recorded."""
     from minigpt_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 
     try:
+        if file.exists() and not file.is_file():
+            return "is not a regular file"
         if sha256_of(file) == manifest.tokenizer_sha256:
             return None
         if tokenizer_fingerprint(load_tokenizer(file)) == manifest.tokenizer_fingerprint:

@@ -165,5 +165,11 @@ def _reason(sequences: Sequences) -> str:
     """Return why a split has no sequence."""
     if isinstance(sequences, TokenSequences):
         return f"its {sequences.split.tokens:,} tokens are too few"
-    too_long = sequences.num_too_long
-    return f"all its {too_long:,} examples are longer" if too_long else "it holds no examples"
+    if not sequences.num_too_long:
+        return "it holds no examples"
+    assert sequences.split.offsets is not None
+    lengths = np.diff(sequences.split.offsets)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if len(lengths) == 1:
+        return f"its only example is longer ({longest:,} tokens)"
+    return f"all its {len(lengths):,} examples are longer ({shortest:,} to {longest:,} tokens)"

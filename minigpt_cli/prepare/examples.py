@@ -112,8 +112,9 @@ def _drafts(
             continue
         if chat_template is None:
             raise UserError(
-                f"{where} holds a conversation, and there is no chat template: "
-                "name one, or a tokenizer that has one"
+                f"{where} holds a conversation, and there is no chat template: give one "
+                "(--chat-template FILE, or [data.source] chat_template; chatml is built in), "
+                "or a tokenizer that has one"
             )
         try:
             pieces = masked_parts(chat_template, record.messages, variables, now)

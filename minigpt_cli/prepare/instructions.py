@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,13 @@ from minigpt_cli.data.tokenizer import (
     vocabulary_size,
 )
 from minigpt_cli.prepare.examples import Example, examples
-from minigpt_cli.prepare.output import finished_dataset, write_error
+from minigpt_cli.prepare.output import (
+    finished_dataset,
+    is_same_file,
+    remove_stale_lock,
+    removed_if_empty,
+    write_error,
+)
 from minigpt_cli.prepare.progress import BadLines
 from minigpt_cli.prepare.sources import Source, listing
 from minigpt_cli.prepare.writer import npy_header
@@ -105,6 +111,7 @@ def make_instructions(
     try:
         if is_dataset(out):
             return finished_dataset(out, settings, instructions=True)
+        remove_stale_lock(out)
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise UserError(f"{out} holds something else: choose another directory, or delete it")
         with _work_directory(out) as work:
@@ -114,7 +121,7 @@ def make_instructions(
             found = examples(source, tokenizer, chat_template, variables, on_bad)
             splits = _write_splits(work, found, dtype, val_fraction)
             if splits is None:
-                because = f"; all was skipped, for example {first_bad[0]}" if first_bad else ""
+                because = f"; everything was skipped, first {first_bad[0]}" if first_bad else ""
                 raise UserError(f"no instructions found in {', '.join(source.path)}{because}")
             write_atomically(work / TOKENIZER, tokenizer.to_str(pretty=True).encode())
             manifest = DatasetManifest(
@@ -250,29 +257,21 @@ def _work_directory(out: Path) -> Iterator[Path]:
     The system releases the lock however the process ends. The next call empties the directory that
     a killed one left.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     work = out.parent / f".{out.name}.unfinished"
-    work.mkdir(exist_ok=True)
     busy = f"another process is making {out}: wait for it, then run the same command again"
-    with locked(work / LOCK, busy) as stream:
-        if not _is_file(stream, work / LOCK):  # another process renamed or removed the directory
-            raise UserError(busy)
-        try:
-            for leftover in work.iterdir():
-                if leftover.name != LOCK:
-                    leftover.unlink()
-            yield work
-        finally:
-            if _is_file(stream, work / LOCK):
-                shutil.rmtree(work, ignore_errors=True)
-
-
-def _is_file(stream: IO[Any], path: Path) -> bool:
-    """Return True if ``path`` names the open file ``stream``."""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+    with removed_if_empty(out.parent):
+        work.mkdir(parents=True, exist_ok=True)
+        with locked(work / LOCK, busy) as stream:
+            if not is_same_file(stream, work / LOCK):  # another process renamed or removed it
+                raise UserError(busy)
+            try:
+                for leftover in work.iterdir():
+                    if leftover.name != LOCK:
+                        leftover.unlink()
+                yield work
+            finally:
+                if is_same_file(stream, work / LOCK):
+                    shutil.rmtree(work, ignore_errors=True)
 
 
 def _digest(text: str) -> str:

@@ -7,11 +7,13 @@ from typing import Any
 
 from minigpt_cli.core.errors import Damaged
 from minigpt_cli.core.files import write_atomically
-from minigpt_cli.data.dataset_manifest import JOURNAL, Shard
+from minigpt_cli.core.reading import build, parse_json, read_bytes
+from minigpt_cli.data.dataset_manifest import JOURNAL, Shard, check_bare_name
 from minigpt_cli.prepare.pieces import Position
-from minigpt_cli.prepare.split import SplitPosition, SplitRule
+from minigpt_cli.prepare.split import SplitPosition
+from minigpt_cli.prepare.split_rule import RULES, SplitRule
 
-_FORMAT = 1
+_FORMAT = 2  # format 1 is that of earlier versions, with fewer fields and other rules
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,48 @@ def read_journal(out: Path) -> Journal | None:
     """Return the journal in ``out``, None if there is none.
 
     Raises:
-        Damaged: it can't be read.
+        UserError: it can't be read.
+        Damaged: it isn't as it was written.
     """
     file = out / JOURNAL
-    try:
-        record = json.loads(file.read_bytes())
-        if record.pop("format") != _FORMAT:
-            raise ValueError("of another version of minigpt")
-        rule = SplitRule(**record["rule"] | {"digests": tuple(record["rule"]["digests"])})
-        return Journal(**record | {"rule": rule, "state": _state(record["state"])})
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    content = read_bytes(file)
+    try:
+        record = parse_json(content, str(file), Damaged)
+        if record.pop("format") not in (1, _FORMAT):
+            raise ValueError("of another version of minigpt")
+        place, state = _place(record["state"].pop("place")), record.pop("state")
+        rule = build(SplitRule, record["rule"], "rule")
+        if rule.name not in RULES:
+            raise ValueError(f"the rule {rule.name!r} is unknown")
+        return Journal(
+            settings=build(dict[str, Any], record["settings"], "settings"),
+            source_modified=build(int | None, record["source_modified"], "source_modified"),
+            tokenizer_fingerprint=build(str, record["tokenizer_fingerprint"], "tokenizer"),
+            rule=rule,
+            state=_state(state, place),
+        )
+    except Damaged as error:
+        raise Damaged(f"{error}; delete {out} to start over") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{file} can't be read ({error}): delete {out} to start over") from None
 
 
-def _state(record: dict[str, Any]) -> State:
-    position, val = record["place"]
-    shards = tuple(tuple(Shard(**shard) for shard in split) for split in record["shards"])
-    numbers = {name: tuple(record[name]) for name in ("documents", "bytes", "pending")}
-    place = SplitPosition(Position(*position), val)
-    return State(place, record["chain"], shards=shards, **numbers)
+def _state(record: dict[str, Any], place: SplitPosition) -> State:
+    pair = tuple[int, int]
+    shards = build(tuple[tuple[Shard, ...], tuple[Shard, ...]], record["shards"], "shards")
+    for shard in (shard for split in shards for shard in split):
+        check_bare_name(shard.file)
+    counts = {name: build(pair, record[name], name) for name in ("documents", "bytes", "pending")}
+    chain = build(str, record["chain"], "chain")
+    bytes.fromhex(chain)
+    return State(place, chain, shards=shards, **counts)
+
+
+def _place(record: Any) -> SplitPosition:
+    position, val, *others = record
+    numbers = build(tuple[int, int, int, int, int], position, "place")
+    return SplitPosition(
+        Position(*numbers), build(bool, val, "place"), *build(tuple[int, ...], others, "place")
+    )

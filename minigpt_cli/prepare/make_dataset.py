@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.console import counted, log, warn
 from minigpt_cli.core.constants import SHARD_TOKENS
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import CHATML, ModelTemplate, template_and_tokens
-from minigpt_cli.data.dataset_manifest import DatasetManifest
+from minigpt_cli.data.dataset_manifest import SPLITS, DatasetManifest
 from minigpt_cli.prepare.instructions import make_instructions
 from minigpt_cli.prepare.progress import progress_display
 from minigpt_cli.prepare.sources import Source
@@ -41,7 +41,7 @@ def make_dataset(
         chat_template: A Jinja file for conversations, or "chatml". None takes ``model_template``.
         model_template: The template that came with the model. None takes what lies beside the
             tokenizer.
-        val_fraction: The share of documents or examples for validation.
+        val_fraction: The share of the text, or of the examples, for validation.
         shard_tokens: Tokens per file, at most; for text only.
         strict: Refuse malformed lines and records, instead of skipping them.
         workers: Processes that encode text; None means one per core.
@@ -69,7 +69,6 @@ def make_dataset(
             val_fraction=val_fraction,
             warn=_refuse if strict else warn,
         )
-        counted = "examples"
     else:
         with progress_display() as show:
             manifest = tokenize(
@@ -84,27 +83,64 @@ def make_dataset(
                 progress=show,
                 warn=warn,
             )
-        counted = "documents"
+    _log_summary(manifest, out)
+    return manifest
+
+
+def _log_summary(manifest: DatasetManifest, out: Path) -> None:
+    noun = "example" if manifest.has_loss_mask else "document"
     for name, split in manifest.splits.items():
+        parts = [
+            counted(split.documents, noun),
+            counted(split.bytes, "byte"),
+            counted(split.tokens, "token"),
+        ]
         masked = "" if split.loss_tokens is None else f", {split.loss_tokens:,} of them in the loss"
-        log(
-            f"{out} {name}: {split.documents:,} {counted}, {split.bytes:,} bytes, "
-            f"{split.tokens:,} tokens{masked}"
+        log(f"{out} {name}: {', '.join(parts)}{masked}")
+    asked = manifest.settings["val_fraction"]
+    of = "examples" if manifest.has_loss_mask else "text"
+    log(f"{out}: validation is {_val_share(manifest):.2%} of the {of} ({asked:.2%} was asked for)")
+    asked_size = _asked_vocab_size(manifest)
+    if asked_size is not None and manifest.vocab_size < asked_size:
+        warn(
+            f"{out}: the vocabulary has {manifest.vocab_size:,} entries instead of {asked_size:,}: "
+            "the text has no more to merge"
         )
     if manifest.bad_lines:
-        warn(f"{out}: {manifest.bad_lines:,} malformed lines were skipped")
-    return manifest
+        were = "was" if manifest.bad_lines == 1 else "were"
+        is_table = manifest.source.get("kind") in ("parquet", "huggingface")
+        noun = "malformed record" if manifest.has_loss_mask or is_table else "malformed line"
+        warn(f"{out}: {counted(manifest.bad_lines, noun)} {were} skipped")
+
+
+def _val_share(manifest: DatasetManifest) -> float:
+    """Return the share of the text's bytes that is validation; of instructions, of the examples."""
+    train, val = (
+        split.documents if manifest.has_loss_mask else split.bytes
+        for split in (manifest.splits[name] for name in SPLITS)
+    )
+    return val / max(1, train + val)
+
+
+def _asked_vocab_size(manifest: DatasetManifest) -> int | None:
+    """Return the size that was asked for where a tokenizer was trained, else None."""
+    size = str(manifest.settings.get("tokenizer")).removeprefix("bpe-")
+    return int(size) if size.isdecimal() and len(size) < 10 else None
 
 
 def summary(manifest: DatasetManifest, out: Path) -> dict[str, Any]:
     """Return what ``minigpt tokenize --json`` prints.
 
-    In a dataset of instructions each example is a document, ``bytes`` counts the text that is in
-    the loss, and ``loss_tokens`` its tokens.
+    ``val_share`` is the share of the bytes, or of the examples, that is validation.
+    ``requested_vocab_size`` is null where no tokenizer was trained. In a dataset of instructions
+    each example is a document, ``bytes`` counts the text that is in the loss, and ``loss_tokens``
+    its tokens.
     """
     return {
         "path": str(out),
         "vocab_size": manifest.vocab_size,
+        "requested_vocab_size": _asked_vocab_size(manifest),
+        "val_share": _val_share(manifest),
         "dtype": manifest.dtype,
         "bad_lines": manifest.bad_lines,
         "splits": {

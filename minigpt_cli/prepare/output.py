@@ -1,12 +1,94 @@
 """The directory that a dataset is made in: what it holds already, and errors on writing to it."""
 
+import contextlib
 import errno
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import locked
 from minigpt_cli.data.dataset import open_dataset
-from minigpt_cli.data.dataset_manifest import DatasetManifest
+from minigpt_cli.data.dataset_manifest import (
+    JOURNAL,
+    LOCK,
+    SPLITS,
+    TOKENIZER,
+    DatasetManifest,
+    is_dataset,
+)
+
+_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d+\.npy(\.partial)?|\..*\.tmp")
+
+
+@contextlib.contextmanager
+def locked_directory(out: Path, busy: str) -> Iterator[None]:
+    """Make the directory ``out`` and lock it. If the work fails before it begins, remove both.
+
+    Args:
+        out: a new directory, an empty one, or one that holds a dataset, finished or not.
+        busy: the message of the error if another process holds the lock.
+
+    Raises:
+        UserError: ``out`` holds something else, or another process works there.
+        OSError: it can't be written to.
+    """
+    _refuse_foreign_files(out)
+    with removed_if_empty(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / LOCK, busy) as lock:
+            if not is_same_file(lock, out / LOCK):  # another process has just removed it
+                raise UserError(busy)
+            try:
+                yield
+            except BaseException:
+                if not (out / JOURNAL).exists() and not is_dataset(out):
+                    (out / LOCK).unlink()
+                raise
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """If the ``with`` block fails, remove the directory and its parents, as far as they are new."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for each in new:
+                each.rmdir()
+        raise
+
+
+def remove_stale_lock(out: Path) -> None:
+    """Remove the lock file that earlier versions left after a failed start, if it is all there is.
+
+    Raises:
+        UserError: another process holds the lock.
+    """
+    if out.is_dir() and [file.name for file in out.iterdir()] == [LOCK]:
+        with locked(out / LOCK, f"another process is tokenizing into {out}: wait for it"):
+            (out / LOCK).unlink()
+
+
+def is_same_file(stream: IO[Any], path: Path) -> bool:
+    """Return True if ``path`` names the open file ``stream``."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_foreign_files(out: Path) -> None:
+    if not out.is_dir() or (out / JOURNAL).exists():
+        return
+    for file in sorted(out.iterdir()):
+        if file.name not in (LOCK, TOKENIZER) and not _OURS.fullmatch(file.name):
+            raise UserError(
+                f"{out} holds {file.name}, which is no dataset's: choose a new directory"
+            )
 
 
 def finished_dataset(out: Path, settings: dict[str, Any], *, instructions: bool) -> DatasetManifest:

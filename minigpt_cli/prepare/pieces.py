@@ -2,7 +2,7 @@
 
 A document of more than ``LONG_DOCUMENT`` bytes is cut into several pieces. The cut falls before a
 space that is followed by a word. Byte-level tokenizers (GPT-2's pattern and its descendants) start
-a token there, so the pieces give the same ids as the whole document. If the last ``_SEARCHED``
+a token there, so the pieces give the same ids as the whole document. If the last ``SEARCHED``
 bytes have no such space, the cut falls before other white space, or else between two characters.
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 # and each core encodes one piece.
 LONG_DOCUMENT = 1 << 20
 
-_SEARCHED = 64 << 10
+SEARCHED = 64 << 10
 _WHITE_SPACE = b" \t\n\r\v\f"
 
 # A function that reports text that can't be used, in one line.
@@ -27,9 +27,9 @@ class Position(NamedTuple):
         file: Index into the source's files.
         offset: Bytes (uncompressed) into a file of text or JSON lines; rows into a Parquet file or
             a Hugging Face dataset.
-        line: Lines read so far (JSON lines). In a text file: 1 once the file was counted as bad.
+        line: Lines read so far, in a file of text or JSON lines.
         inside: UTF-8 bytes of the current document that were read before.
-        bad: Bad lines, rows and files so far.
+        bad: Bad lines and rows so far.
     """
 
     file: int = 0
@@ -54,19 +54,20 @@ class DocumentPiece(NamedTuple):
     after: Position
 
 
-def find_cut(text: bytes | bytearray, limit: int) -> int:
+def find_cut(text: bytes | bytearray, limit: int, searched: int = SEARCHED) -> int:
     """Find where to end a piece.
 
     Args:
         text: UTF-8 text of more than ``limit`` bytes.
         limit: The most bytes that the piece may have.
+        searched: The bytes before ``limit`` that are searched for white space.
 
     Returns:
         The piece's length in bytes, from 1 to ``limit``: up to the last space before an ASCII word;
         else up to the last run of white space; else up to the last whole character.
     """
     assert 0 < limit < len(text), (limit, len(text))
-    low = max(1, limit - _SEARCHED)
+    low = max(1, limit - searched)
     at = limit
     while (at := text.rfind(b" ", low, at)) > 0:
         if 0x20 < text[at + 1] < 0x80:

@@ -21,7 +21,8 @@ from minigpt_cli.prepare.encode import LAST, VAL, Ids, TextBatch, encoders
 from minigpt_cli.prepare.journal import Journal, State, write_journal
 from minigpt_cli.prepare.progress import BadLines, ProgressReporter
 from minigpt_cli.prepare.sources import Source
-from minigpt_cli.prepare.split import SplitPosition, SplitRule, assign_splits
+from minigpt_cli.prepare.split import SplitPosition, assign_splits
+from minigpt_cli.prepare.split_rule import SplitRule
 from minigpt_cli.prepare.writer import ShardWriter
 
 _BATCH_BYTES = 512 << 10

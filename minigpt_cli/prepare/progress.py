@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from minigpt_cli.core.console import console, log
+from minigpt_cli.core.console import console, counted, log
 from minigpt_cli.prepare.journal import State
 
 _SHOWN_BAD_LINES = 20
@@ -17,10 +17,10 @@ class Progress:
     """How far a tokenization is.
 
     Attributes:
-        phase: "training the tokenizer" or "tokenizing".
+        phase: "measuring the text", "training the tokenizer" or "tokenizing".
         bytes: UTF-8 bytes of text so far.
-        total_bytes: Bytes of the source's files, at least those of its text; None if their sizes
-            don't say.
+        total_bytes: UTF-8 bytes of all text. Before the text is measured: bytes of the source's
+            files, at least those of its text; None if their sizes don't say.
         documents: Documents so far.
         tokens: Tokens so far.
         bad: Bad lines so far.
@@ -42,8 +42,8 @@ class Progress:
         line = f"{self.phase}: {self.bytes / 1e6:,.1f} MB"
         if self.total_bytes:
             line += f" of {self.total_bytes / 1e6:,.1f} ({self.bytes / self.total_bytes:.0%})"
-        line += f", {self.documents:,} documents, {rate / 1e6:.1f} MB/s"
-        return line + (f", {self.bad:,} malformed" if self.bad else "")
+        line += f", {counted(self.documents, 'document')}, {rate / 1e6:.1f} MB/s"
+        return line + (f", {self.bad:,} skipped" if self.bad else "")
 
 
 class ProgressReporter:
@@ -59,8 +59,12 @@ class ProgressReporter:
         self._began = time.monotonic()
         self._now = replace(self._now, phase=phase, resumed_bytes=resumed_bytes)
 
+    def measured(self, total_bytes: int) -> None:
+        """Take the exact size of the text, if it was measured (else 0)."""
+        self._now = replace(self._now, total_bytes=total_bytes or self._now.total_bytes)
+
     def read(self, size: int, documents: int) -> None:
-        """Report how many bytes and documents were read to train the tokenizer."""
+        """Report how many bytes and documents were read, before any is encoded."""
         self._report(bytes=size, documents=documents)
 
     def written(self, state: State) -> None:
@@ -100,25 +104,53 @@ class BadLines:
 
 @contextlib.contextmanager
 def progress_display() -> Iterator[Callable[[Progress], None]]:
-    """Give a function that shows progress: on a live line of a terminal, or as a log line every
-    few seconds."""
-    screen = console()
-    status = screen.status("")
+    """Give a function that shows progress: as a bar with the time left on a terminal, or as a log
+    line every few seconds."""
+    if console().is_terminal:
+        with _bar() as show:
+            yield show
+        return
     shown = time.monotonic()
 
-    def show(progress: Progress) -> None:
+    def log_line(progress: Progress) -> None:
         nonlocal shown
-        if screen.is_terminal:
-            with contextlib.suppress(OSError):
-                status.update(str(progress))
-        elif time.monotonic() - shown > _LOG_SECONDS:
+        if time.monotonic() - shown > _LOG_SECONDS:
             shown = time.monotonic()
             log(str(progress))
 
-    if screen.is_terminal:
-        status.start()
+    yield log_line
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[Progress], None]]:
+    from rich import progress
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TextColumn("{task.fields[state]}"),
+        progress.TimeRemainingColumn(),
+        console=console(),
+        transient=True,
+    )
+    tasks: dict[str, progress.TaskID] = {}
+
+    def show(now: Progress) -> None:
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            if now.phase not in tasks:
+                for task in tasks.values():
+                    bar.remove_task(task)
+                tasks.clear()
+                tasks[now.phase] = bar.add_task(now.phase, state="", completed=now.resumed_bytes)
+            rate = (now.bytes - now.resumed_bytes) / max(now.seconds, 1e-9)
+            state = f"{counted(now.documents, 'document')}, {rate / 1e6:.1f} MB/s"
+            bar.update(tasks[now.phase], total=now.total_bytes, completed=now.bytes, state=state)
+
+    with contextlib.suppress(OSError):
+        bar.start()
     try:
         yield show
     finally:
-        with contextlib.suppress(OSError):  # the terminal may have gone
-            status.stop()
+        with contextlib.suppress(OSError):
+            bar.stop()

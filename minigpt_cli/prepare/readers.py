@@ -4,17 +4,18 @@
 completion, or a conversation. One line, or a few hundred rows of a table, are in memory at a time.
 """
 
-import io
 import json
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.reading import build, read_json
+from minigpt_cli.data.dataset_manifest import check_bare_name
+from minigpt_cli.prepare.open_file import SKIPPED_AT_ONCE, open_uncompressed, readable
 from minigpt_cli.prepare.pieces import Position
-from minigpt_cli.prepare.sources import Source, local_folder, source_files
+from minigpt_cli.prepare.sources import Source, check_regular, local_folder, source_files
+from minigpt_cli.prepare.text_check import TextCheck
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +26,6 @@ MAX_LINE = 256 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 _ROWS = 256  # of a table, converted at a time
-_SKIPPED_AT_ONCE = 1 << 20  # bytes
 
 # Takes a table's schema and name; returns the columns to read, or raises UserError.
 ChooseColumns = Callable[["pa.Schema", str], list[str]]
@@ -94,39 +94,6 @@ def files_from(source: Source, start: Position) -> Iterator[tuple[Path, Position
             yield file, start if index == start.file else Position(file=index, bad=start.bad)
 
 
-@contextmanager
-def readable(file: Path) -> Iterator[None]:
-    """Turn errors of reading into a ``UserError`` that names the file."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:  # a torn .gz file raises the last two
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise UserError(f"{file} can't be read: {reason or error}") from None
-
-
-def open_uncompressed(file: Path, offset: int = 0) -> BinaryIO:
-    """Open a file for reading bytes from ``offset`` on; .gz and .zst files are decompressed."""
-    stream = _open(file)
-    if stream.seekable():
-        stream.seek(offset)
-        return stream
-    while offset > 0:  # a .zst stream must be read up to there
-        offset -= len(stream.read(min(offset, _SKIPPED_AT_ONCE))) or offset
-    return stream
-
-
-def _open(file: Path) -> BinaryIO:
-    if file.suffix == ".gz":
-        import gzip
-
-        return cast(BinaryIO, gzip.open(file))
-    if file.suffix == ".zst":
-        import pyarrow as pa
-
-        return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(file), compression="zstd")))
-    return file.open("rb")
-
-
 def field_names(record: dict[str, Any]) -> str:
     """List a record's first field names, for messages."""
     return ", ".join(sorted(map(repr, record))[:8]) or "none"
@@ -149,11 +116,15 @@ def text_problem(value: Any) -> str | None:
 
 def _json_lines(file: Path, here: Position) -> Iterator[RawRecord]:
     name = str(file)
+    check = TextCheck(file, whole=here.offset == 0)
     with open_uncompressed(file, here.offset) as stream:
         while line := stream.readline(MAX_LINE):
+            check.read(line)
             after = Position(here.file, here.offset + len(line), here.line + 1, 0, here.bad)
             if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                while rest := stream.readline(MAX_LINE):
+                line = b""
+                while rest := stream.readline(SKIPPED_AT_ONCE):
+                    check.read(rest)
                     after = after._replace(offset=after.offset + len(rest))
                     if rest.endswith(b"\n"):
                         break
@@ -167,17 +138,19 @@ def _json_lines(file: Path, here: Position) -> Iterator[RawRecord]:
                             "write one object per line"
                         )
                 if line.strip():
-                    yield RawRecord(_parse(line), name, here, after)
+                    yield RawRecord(_parse(line, check), name, here, after)
             here = after
+    check.finish()
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
+def _parse(line: bytes, check: TextCheck) -> dict[str, Any] | str:
     """Return the object on a line of JSON, or what is wrong with the line."""
     try:
         record = json.loads(line.decode())
     except RecursionError:
         return "JSON nested too deeply"
     except UnicodeDecodeError as error:
+        check.bad(line)
         return f"not valid UTF-8 at byte {error.start} of the line"
     except ValueError as error:
         return f"not valid JSON ({error})"
@@ -265,13 +238,10 @@ def _saved_split(folder: Path, split: str) -> Path | None:
     """Find the directory of one split that ``save_to_disk`` wrote, None if it wrote none here."""
     file = folder / "dataset_dict.json"
     if file.is_file():
-        try:
-            splits = list(json.loads(file.read_text())["splits"])
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise _not_readable(folder, error) from None
+        splits = _entry(file, "splits", tuple[str, ...])
         if split not in splits:
             raise UserError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-        folder = folder / split
+        folder = folder / _bare_name(split, folder)
     return folder if (folder / "state.json").is_file() else None
 
 
@@ -279,14 +249,35 @@ def _saved_batches(folder: Path) -> Iterator["pa.RecordBatch"]:
     """Read the record batches of a saved dataset; a memory map would count as our memory."""
     import pyarrow as pa
 
-    try:
-        files = json.loads((folder / "state.json").read_text())["_data_files"]
-        for name in (entry["filename"] for entry in files):
-            with pa.OSFile(str(folder / name)) as file, pa.ipc.open_stream(file) as batches:
+    files = _entry(folder / "state.json", "_data_files", tuple[dict[str, Any], ...])
+    for file in [folder / _bare_name(entry.get("filename"), folder) for entry in files]:
+        try:
+            check_regular(file)
+            with pa.OSFile(str(file)) as stream, pa.ipc.open_stream(stream) as batches:
                 yield from batches
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise _not_readable(folder, error) from None
+        except (pa.ArrowException, OSError) as error:
+            raise _not_readable(folder, first_line(error)) from None
 
 
-def _not_readable(folder: Path, error: Exception) -> UserError:
-    return UserError(f"{folder} is not a saved dataset that can be read: {first_line(error)}")
+def _entry(file: Path, name: str, kind: Any) -> Any:
+    """Return an entry of a JSON file that ``save_to_disk`` wrote."""
+    try:
+        return build(kind, read_json(file)[name], name)
+    except UserError as error:
+        raise _not_readable(file.parent, str(error)) from None
+    except KeyError:
+        raise _not_readable(file.parent, f"{file.name} has no {name}") from None
+    except ValueError as error:
+        raise _not_readable(file.parent, f"{file.name}: {error}") from None
+
+
+def _bare_name(name: Any, folder: Path) -> str:
+    try:
+        check_bare_name(build(str, name, "a name"))
+    except ValueError as error:
+        raise _not_readable(folder, str(error)) from None
+    return str(name)
+
+
+def _not_readable(folder: Path, reason: str) -> UserError:
+    return UserError(f"{folder} is not a saved dataset that can be read: {reason}")

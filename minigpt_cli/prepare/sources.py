@@ -1,24 +1,27 @@
 """Find the files that a user's words for a source mean; ``documents.py`` reads them."""
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
 import re
+import stat
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minigpt_cli.core.console import counted, warn
 from minigpt_cli.core.errors import UserError
 
 KINDS = ("files", "jsonl", "parquet", "huggingface", "python-stdlib")
 
-_COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".xz", ".zst")
 _JSONL = (".jsonl", ".ndjson", ".json")
 _TEXT = (".txt", ".text", ".md", ".rst", ".py", ".log", ".tex", ".html", ".xml")
-_FILE_KINDS = ("files", "jsonl", "parquet")
+_FORMATS = {"files": "text", "jsonl": "JSON lines", "parquet": "Parquet"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _STDLIB_SKIPPED = frozenset(
     ("test", "tests", "idle_test", "idlelib", "site-packages", "dist-packages", "__pycache__")
@@ -82,8 +85,9 @@ def detect_source(
     """Find out what the arguments of ``minigpt tokenize SOURCE...`` mean.
 
     The ending of a file decides how it is read: .jsonl, .ndjson and .json are JSON lines, .parquet
-    is Parquet, anything else is plain text with one document per file. .gz and .zst files are
-    decompressed. A name like ``org/name`` that isn't a file or a directory is a Hub id.
+    is Parquet, anything else is plain text with one document per file. Files that end with one of
+    ``COMPRESSED`` are decompressed. A name like ``org/name`` that isn't a file or a directory is a
+    Hub id.
 
     Args:
         arguments: Files, directories, glob patterns, one Hugging Face dataset, or "python-stdlib".
@@ -127,7 +131,7 @@ def source_files(source: Source) -> list[Path]:
     """
     if source.kind == "python-stdlib":
         return _stdlib_files()
-    assert source.kind in _FILE_KINDS, source.kind
+    assert source.kind in _FORMATS, source.kind
     found: dict[Path, None] = {}
     for argument in source.path:
         for file in _expand(argument, source.kind):
@@ -170,7 +174,7 @@ def listing(source: Source) -> tuple[str, int | None]:
     root = os.path.commonpath([file.absolute().parent for file in files]) if files else "."
     names = [os.path.relpath(file.absolute(), root) for file in files]
     total = None if source.kind in ("huggingface", "parquet") else sum(sizes)
-    if any(file.suffix in _COMPRESSED for file in files):
+    if any(file.suffix in COMPRESSED for file in files):
         total = None  # the size on disk is not the size of the text
     return _digest(json.dumps([name, size]) for name, size in zip(names, sizes, strict=True)), total
 
@@ -178,17 +182,26 @@ def listing(source: Source) -> tuple[str, int | None]:
 def _kind_of(argument: str) -> str:
     if not argument:
         raise UserError("a source's name is empty: name a file, a directory or a dataset")
+    if argument == "-":
+        raise UserError(
+            "standard input (-) can't be a source, because text is read more than once: "
+            "write it to a file first"
+        )
     path = Path(argument).expanduser()
     if path.is_dir() and _is_saved_dataset(path):
         return "huggingface"
     if path.exists() or glob.has_magic(argument):
-        kinds = {_kind_of_file(file) for file in _expand(argument)}
+        files = _expand(argument)
+        kinds = {_kind_of_file(file) for file in files}
         if len(kinds) > 1:
             raise UserError(
                 f"{argument} holds files of different kinds ({', '.join(sorted(kinds))}): "
                 "name files of one kind, or give a pattern that matches only these"
             )
-        return kinds.pop()
+        kind = kinds.pop()
+        if path.is_dir() and kind != "files":
+            _report_left_out(argument, kind, len(files))
+        return kind
     # If `data` is a directory, `data/missing` is a mistyped path and not a dataset on the Hub.
     looks_like_a_file = _has_known_ending(path) or path.parts[0] in ("/", "..", "~")
     if _HUB_ID.fullmatch(argument) and not looks_like_a_file and not Path(path.parts[0]).exists():
@@ -198,7 +211,7 @@ def _kind_of(argument: str) -> str:
 
 def _kind_of_file(file: Path) -> str:
     name = file.name.lower()
-    for ending in _COMPRESSED:
+    for ending in COMPRESSED:
         name = name.removesuffix(ending)
     if name.endswith(_JSONL):
         return "jsonl"
@@ -207,7 +220,7 @@ def _kind_of_file(file: Path) -> str:
 
 def _has_known_ending(file: Path) -> bool:
     name = file.name.lower()
-    return name.endswith((*_JSONL, ".parquet", *_TEXT, *_COMPRESSED))
+    return name.endswith((*_JSONL, ".parquet", *_TEXT, *COMPRESSED))
 
 
 def _expand(argument: str, kind: str | None = None) -> list[Path]:
@@ -217,25 +230,20 @@ def _expand(argument: str, kind: str | None = None) -> list[Path]:
     """
     path = Path(argument).expanduser()
     if path.is_dir():
-        files = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-            and _has_known_ending(file)
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ]
+        files = _files_in(path)
         if kind is None:  # a README.md beside data is no data
             files = [file for file in files if _kind_of_file(file) != "files"] or files
         else:
             files = [file for file in files if _kind_of_file(file) == kind]
         if not files:
-            what = {"files": "text", "jsonl": "JSON lines", "parquet": "Parquet"}.get(kind or "")
+            what = _FORMATS.get(kind or "")
             raise UserError(
                 f"no {what or 'text, JSON lines or Parquet'} files in {argument}; "
                 f"to read other files give a pattern such as '{argument.rstrip('/')}/**/*.c'"
             )
         return files
     if path.exists():
+        check_regular(path)
         return [path]
     if glob.has_magic(argument):
         matches = sorted(glob.glob(str(path), recursive=True))
@@ -244,6 +252,46 @@ def _expand(argument: str, kind: str | None = None) -> list[Path]:
             raise UserError(f"no file matches {argument}: check the pattern")
         return files
     raise UserError(f"{argument}: no such file or directory")
+
+
+def check_regular(file: Path) -> None:
+    """Check that a path isn't a pipe or a device. A path that doesn't exist is left to others.
+
+    Raises:
+        UserError: It is one.
+    """
+    with contextlib.suppress(OSError):
+        mode = file.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(
+                f"{file} is a pipe or a device, and text is read more than once: "
+                "write it to a file first"
+            )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and _has_known_ending(file)
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+
+
+def _report_left_out(argument: str, kind: str, count: int) -> None:
+    """Say which files of a directory are read, if others are not."""
+    texts = [file for file in _files_in(Path(argument).expanduser()) if _is_text(file)]
+    if texts:
+        warn(
+            f"{argument}: reading {counted(count, 'file')} of {_FORMATS[kind]} and leaving out "
+            f"{counted(len(texts), 'file')} of text ({texts[0].name}); to read text give a pattern "
+            f"such as '{argument.rstrip('/')}/**/*{texts[0].suffix}'"
+        )
+
+
+def _is_text(file: Path) -> bool:
+    return _kind_of_file(file) == "files"
 
 
 def _is_saved_dataset(folder: Path) -> bool:

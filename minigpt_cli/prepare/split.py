@@ -1,58 +1,40 @@
-"""Decide which documents are validation, from their text alone, so that it never changes.
+"""Assign the pieces of a source's documents to splits; ``split_rule.py`` chooses the rule.
 
-There are three rules. The size of the corpus decides which one applies, so that there is validation
-data whenever there can be:
-
-- tail: one document is cut near its end, before white space; the end is validation (as in nanoGPT);
-- smallest: of at most ``FEW`` documents and ``_SURVEYED`` bytes, those with the smallest hashes are
-  validation, at least one;
-- hash: of more, every document whose hash is below ``val_fraction`` is validation.
-
-The hash is the sha256 of the document's UTF-8 bytes. A document longer than ``LONG_DOCUMENT`` bytes
-is read in pieces, and its split must be known before its end is read: the first piece is hashed.
+The result depends on the text and the rule alone, and reading can continue at any position.
 """
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.prepare.documents import documents
 from minigpt_cli.prepare.pieces import OnBad, Position, find_cut
 from minigpt_cli.prepare.sources import Source
+from minigpt_cli.prepare.split_rule import SplitRule, hash_bucket
 
-FEW = 100
-_SURVEYED = 64 << 20
-
-
-@dataclass(frozen=True)
-class SplitRule:
-    """The rule that assigns the documents of a source to splits.
-
-    Attributes:
-        name: "hash", "smallest" or "tail".
-        val_fraction: The share of the documents that becomes validation.
-        digests: The sha256 (hex) of the validation documents; for "smallest" only.
-        cut_at: The bytes of the document that are for training; for "tail" only.
-    """
-
-    name: str
-    val_fraction: float
-    digests: tuple[str, ...] = ()
-    cut_at: int = 0
+_SHORTEST_HEAD = 32  # bytes; less than that would be cut in the middle of a word
 
 
 class SplitPosition(NamedTuple):
-    """A position in the source, with the split of the document around it.
+    """A position in the source, with what the splits are so far.
 
     Attributes:
         position: The position.
         val: Whether the document that continues there is validation.
+        cut_at: The bytes of that document that are for training. This and the rest: for the rule
+            "tails" only.
+        measured: The bytes of the documents that were begun.
+        held_out: Those of them that are validation.
+        num_long: The documents among them that are read in several pieces.
     """
 
     position: Position = Position()
     val: bool = False
+    cut_at: int = 0
+    measured: int = 0
+    held_out: int = 0
+    num_long: int = 0
 
 
 class SplitPiece(NamedTuple):
@@ -76,44 +58,6 @@ class SplitPiece(NamedTuple):
     after: SplitPosition | None
 
 
-def choose_split_rule(source: Source, strict: bool, val_fraction: float) -> SplitRule:
-    """Choose the rule for a source; read only as much of it as that takes.
-
-    Args:
-        source: What to read.
-        strict: Refuse bad text, as in ``documents``.
-        val_fraction: The share of the documents for validation, at least 0 and below 1.
-
-    Raises:
-        UserError: The source has no text, or can't be read.
-    """
-    last_bad: list[str] = []
-
-    def on_bad(message: str) -> None:
-        last_bad[:] = [message.removesuffix("; skipped")]
-
-    digests: set[bytes] = set()
-    count = size = 0
-    begins = True
-    for piece in documents(source, strict, on_bad):
-        if begins:
-            if val_fraction == 0 or count == FEW or (count and size > _SURVEYED):
-                return SplitRule("hash", val_fraction)
-            count += 1
-            digests.add(hashlib.sha256(piece.data).digest())
-        size += len(piece.data)
-        begins = piece.last
-    if count == 0:
-        where = ", ".join(source.path) or source.kind
-        example = f"; everything was skipped, for example {last_bad[0]}" if last_bad else ""
-        raise UserError(f"no text found in {where}{example}")
-    if count == 1:
-        return SplitRule("tail", val_fraction, cut_at=max(1, int(size * (1 - val_fraction))))
-    # Equal documents stay together, and one distinct text must be left for training.
-    wanted = min(max(1, round(count * val_fraction)), len(digests) - 1)
-    return SplitRule("smallest", val_fraction, tuple(d.hex() for d in sorted(digests)[:wanted]))
-
-
 def assign_splits(
     source: Source, rule: SplitRule, strict: bool, on_bad: OnBad | None, start: SplitPosition
 ) -> Iterator[SplitPiece]:
@@ -127,27 +71,85 @@ def assign_splits(
         start: Where to continue: the ``after`` of an earlier piece.
 
     Raises:
-        UserError: The source can't be read.
+        UserError: The source can't be read, or has changed.
     """
+    assign = _cut_tails if rule.name in ("tails", "tail") else _by_hash
+    yield from assign(source, rule, strict, on_bad, start)
+
+
+def _by_hash(
+    source: Source, rule: SplitRule, strict: bool, on_bad: OnBad | None, start: SplitPosition
+) -> Iterator[SplitPiece]:
+    """Assign each document as a whole."""
     held_out = {bytes.fromhex(digest) for digest in rule.digests}
+    skipped = frozenset(rule.skipped)
     threshold = rule.val_fraction * 2.0**64
     inside, val = start.position.inside, start.val
     for data, last, after in documents(source, strict, on_bad, start.position):
         digest = hashlib.sha256(data).digest()
-        mark = digest + bytes([last])
-        if rule.name == "tail":
-            here, end = inside, inside + len(data)
-            if here < rule.cut_at < end and len(data) > 1:
-                at = find_cut(data, rule.cut_at - here)
+        if not inside:
+            if rule.name == "bytes":
+                bucket = hash_bucket(digest)
+                val = bucket < rule.end and bucket not in skipped
+            elif rule.name == "smallest":
+                val = digest in held_out
+            else:
+                val = int.from_bytes(digest[:8]) < threshold
+        yield SplitPiece(data, val, last, digest + bytes([last]), SplitPosition(after, val))
+        inside = after.inside
+
+
+def _cut_tails(
+    source: Source, rule: SplitRule, strict: bool, on_bad: OnBad | None, start: SplitPosition
+) -> Iterator[SplitPiece]:
+    """Cut documents in two."""
+    position, val, cut_at, measured, held_out, num_long = start
+    inside = position.inside
+    for data, last, after in documents(source, strict, on_bad, position):
+        mark = hashlib.sha256(data).digest() + bytes([last])
+        here, end = inside, inside + len(data)
+        if rule.name == "tail":  # of an earlier version: one document, and the rule has its cut
+            cut_at = rule.cut_at
+        elif not inside:
+            size = len(data)
+            if not last:
+                if num_long == len(rule.long_sizes):
+                    raise UserError("the source's files were written while they were read")
+                size = rule.long_sizes[num_long]
+                num_long += 1
+            has_training = measured > held_out
+            measured += size
+            wanted = measured - int(measured * (1 - rule.val_fraction))
+            tail = _tail(rule, size, wanted - held_out, has_training)
+            held_out += tail
+            cut_at = size - tail
+        if here < cut_at < end:
+            at = _whole_character(data, find_cut(data, cut_at - here, rule.tolerance))
+            held_out += cut_at - (here + at)
+            cut_at = here + at
+            if here < cut_at < end:
                 head, data = data[:at], data[at:]
                 yield SplitPiece(head, False, True, None, None)
-            val = here >= rule.cut_at or end > rule.cut_at
-            last = last or end == rule.cut_at
-        elif not inside:
-            val = (
-                digest in held_out
-                if rule.name == "smallest"
-                else int.from_bytes(digest[:8]) < threshold
-            )
-        yield SplitPiece(data, val, last, mark, SplitPosition(after, val))
+        val = here >= cut_at or end > cut_at
+        last = last or end == cut_at
+        place = SplitPosition(after, val, cut_at, measured, held_out, num_long)
+        yield SplitPiece(data, val, last, mark, place)
         inside = after.inside
+
+
+def _tail(rule: SplitRule, size: int, owed: int, has_training: bool) -> int:
+    """Return how many bytes to cut off a document of ``size`` bytes.
+
+    What is too little for a tail is owed to the next document. So the sum is right, for any sizes.
+    """
+    if owed < min(rule.shortest_tail, size):
+        return 0
+    if not has_training:
+        return min(owed, size - 1)
+    shortest_head = min(rule.tolerance, _SHORTEST_HEAD)
+    return size if owed >= size - shortest_head else owed
+
+
+def _whole_character(data: bytes, at: int) -> int:
+    """Return where to cut; the end if there is no place between two characters."""
+    return len(data) if data[at] & 0xC0 == 0x80 else at

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli import __version__
-from minigpt_cli.core.console import error_line
+from minigpt_cli.core.console import counted, error_line
 from minigpt_cli.core.constants import SHARD_TOKENS
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.files import locked, sha256_of, write_atomically
+from minigpt_cli.core.files import sha256_of, write_atomically
 from minigpt_cli.data.dataset_manifest import (
     JOURNAL,
-    LOCK,
     MANIFEST,
     SPLITS,
     TOKENIZER,
@@ -34,11 +33,17 @@ from minigpt_cli.data.tokenizer import (
 )
 from minigpt_cli.prepare.bpe import check_vocab_size, train_bpe
 from minigpt_cli.prepare.journal import State, read_journal
-from minigpt_cli.prepare.output import differences, finished_dataset, write_error
+from minigpt_cli.prepare.output import (
+    differences,
+    finished_dataset,
+    locked_directory,
+    write_error,
+)
 from minigpt_cli.prepare.pipeline import Work, encode_all, shard_files
 from minigpt_cli.prepare.progress import Progress, ProgressReporter
 from minigpt_cli.prepare.sources import Source, listing, source_files
-from minigpt_cli.prepare.split import SplitPosition, SplitRule, assign_splits, choose_split_rule
+from minigpt_cli.prepare.split import SplitPosition, assign_splits
+from minigpt_cli.prepare.split_rule import SplitRule, choose_split_rule
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,8 +73,8 @@ def tokenize(
         tokenizer_path: the tokenizer to use, see `load_tokenizer`. Exactly one of
             ``tokenizer_path`` and ``train_vocab`` is given.
         train_vocab: train a BPE tokenizer of this size on the training documents.
-        val_fraction: about this share of the documents becomes validation, chosen by a hash of the
-            text. A single document is cut near its end instead, see `split.py`.
+        val_fraction: this share of the text becomes validation, within a tenth: whole documents
+            chosen by a hash, or the end of each document, see `split_rule.py`.
         shard_tokens: tokens per file.
         strict: refuse bad lines instead of skipping them.
         workers: processes that encode; None: one per core that this process may use.
@@ -104,13 +109,13 @@ def tokenize(
     try:
         if is_dataset(out):  # before the lock: a dataset may lie on a read-only disk
             return finished_dataset(out, settings, instructions=False)
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out / LOCK, busy):
+        with locked_directory(out, busy):
             if is_dataset(out):
                 return finished_dataset(out, settings, instructions=False)
             work, state = _resumed(source, out, strict, settings, warn) or _begun(
                 source, out, strict, settings, given, train_vocab, reporter
             )
+            reporter.measured(work.rule.total_bytes)
             state = encode_all(work, state, workers or _cores(), reporter, warn)
             return _completed(work, state)
     except OSError as error:
@@ -126,7 +131,7 @@ def _begun(
     train_vocab: int | None,
     reporter: ProgressReporter,
 ) -> tuple[Work, State]:
-    """Choose the split rule, make the tokenizer, write the first journal."""
+    """Measure the source, make the tokenizer, write the first journal."""
     strays = shard_files(out)
     if strays and not (out / JOURNAL).exists():
         raise UserError(
@@ -136,10 +141,13 @@ def _begun(
     if given is not None:
         _needs_tokenizer(out, given)  # fail before the corpus is read
     modified = _modified(source)  # before the first byte is read
-    rule = choose_split_rule(source, strict, settings["val_fraction"])
+    reporter.begin("measuring the text")
+    rule = choose_split_rule(source, strict, settings["val_fraction"], reporter.read)
+    reporter.measured(rule.total_bytes)
     tokenizer = given
     if tokenizer is None:
         assert train_vocab is not None
+        reporter.begin("training the tokenizer")
         tokenizer = train_bpe(_training_texts(source, rule, strict, reporter), train_vocab)
     if _needs_tokenizer(out, tokenizer):
         write_atomically(out / TOKENIZER, tokenizer.to_str(pretty=True).encode())
@@ -192,12 +200,15 @@ def _resumed(
     work = _work(source, out, strict, settings, journal.rule, modified, tokenizer)
     if work.tokenizer_fingerprint != journal.tokenizer_fingerprint:
         raise Damaged(f"{out / TOKENIZER} was changed since the work began: {start_over}")
+    if max(state.pending) >= settings["shard_tokens"]:
+        raise Damaged(f"{out / JOURNAL} counts more tokens than a file may hold: {start_over}")
     for shard in (shard for shards in state.shards for shard in shards):
         problem = shard_problem(out / shard.file, shard, work.dtype, verify=False)
         if problem:
             raise Damaged(f"{out / shard.file}: {problem}; {start_over}")
     if state.tokens:
-        warn(f"{out}: continuing after {sum(state.documents):,} documents, {state.tokens:,} tokens")
+        done = counted(sum(state.documents), "document"), counted(state.tokens, "token")
+        warn(f"{out}: continuing after {', '.join(done)}")
     return work, state
 
 
@@ -232,9 +243,7 @@ def _completed(work: Work, state: State) -> DatasetManifest:
         )
     }
     if not splits["train"].tokens:
-        raise UserError(
-            f"all {splits['val'].documents} documents became validation: lower val_fraction"
-        )
+        raise UserError("all of the text became validation: lower val_fraction, or give more text")
     manifest = DatasetManifest(
         splits=splits,
         eos_id=work.eos_id,
@@ -257,7 +266,6 @@ def _completed(work: Work, state: State) -> DatasetManifest:
 def _training_texts(
     source: Source, rule: SplitRule, strict: bool, reporter: ProgressReporter
 ) -> Iterator[str]:
-    reporter.begin("training the tokenizer")
     size = documents = 0
     # Bad lines are reported and counted later, when the text is read to be encoded.
     for piece in assign_splits(source, rule, strict, None, SplitPosition()):

@@ -67,7 +67,8 @@ class ShardWriter:
         assert tokens.dtype == self._dtype, (tokens.dtype, self._dtype)
         while len(tokens):
             if self._stream is None:
-                self._stream = io.FileIO(self._file(".partial"), "w")
+                self._file(".partial").unlink(missing_ok=True)  # a link may lead elsewhere
+                self._stream = io.FileIO(self._file(".partial"), "x")
                 _write_all(self._stream, npy_header(self._dtype, self._shard_tokens))
             part = tokens[: self._shard_tokens - self.pending]
             _write_all(self._stream, np.ascontiguousarray(part).view(np.uint8).data)

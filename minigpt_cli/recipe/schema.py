@@ -83,8 +83,8 @@ class DataSource:
     split: str = setting("`huggingface` only: the split to read", "train")
     config: str | None = setting("`huggingface` only: the dataset's configuration", None)
     val_fraction: float = setting(
-        "share of the documents for validation, chosen by a hash of their text; a single document "
-        "gives its tail",
+        "share of the text's bytes for validation, within a tenth: whole documents chosen by a "
+        "hash, or each document's end (docs/data.md); with `instructions`, of the examples",
         0.05,
         PROBABILITY,
     )

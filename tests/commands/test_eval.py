@@ -1,4 +1,7 @@
+import gzip
 import json
+import lzma
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,10 @@ def test_dataset_and_text(run: Path, tmp_path: Path):
     (tmp_path / "a.txt").write_text("import os\n\n\ndef f(x):\n    return x\n" * 20)
     text = finished("eval", run / "checkpoints/step-00000012", "--text", tmp_path / "a.txt")
     assert "bits per byte" in text
+    for name, compress in (("a.txt.gz", gzip.compress), ("a.txt.xz", lzma.compress)):
+        (tmp_path / name).write_bytes(compress((tmp_path / "a.txt").read_bytes()))
+        same = finished("eval", run / "checkpoints/step-00000012", "--text", tmp_path / name)
+        assert same == text
 
 
 def test_device_and_dtype(run: Path):
@@ -35,8 +42,12 @@ def test_device_and_dtype(run: Path):
         ("--device toaster: no such device; give cpu, cuda or cuda:N", ("--device", "toaster")),
         (f"this machine has {torch.cuda.device_count()} CUDA GPUs", ("--device", "cuda:99")),
         ("--data and --text can't be combined", ("--text", "a.txt", "--data", "b")),
-        ("--text nowhere.txt: can't be read: No such file", ("--text", "nowhere.txt")),
-        ("--text {folder}/latin.txt: is not UTF-8 text", ("--text", "{folder}/latin.txt")),
+        ("--text nowhere.txt can't be read: No such file", ("--text", "nowhere.txt")),
+        ("--text {folder}/latin.txt is not UTF-8 text", ("--text", "{folder}/latin.txt")),
+        ("--text -: standard input can't be read", ("--text", "-")),
+        ("pipe is a pipe or a device", ("--text", "{folder}/pipe")),
+        ("torn.gz can't be read: it is damaged or cut off", ("--text", "{folder}/torn.gz")),
+        ("binary.txt holds NUL bytes", ("--text", "{folder}/binary.txt")),
         ("{folder}/empty.txt: the file is empty", ("--text", "{folder}/empty.txt")),
         ("has no split tset, but train, val", ("--split", "tset")),
     ],
@@ -44,5 +55,8 @@ def test_device_and_dtype(run: Path):
 def test_bad_options(run: Path, tmp_path: Path, part: str, arguments: tuple[str, ...]):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "torn.gz").write_bytes(gzip.compress(b"text " * 99)[:-4])
+    (tmp_path / "binary.txt").write_bytes(b"a\0b")
+    os.mkfifo(tmp_path / "pipe")
     filled = (each.format(folder=tmp_path) for each in arguments)
     refused(2, part.format(folder=tmp_path), "eval", run, *filled)

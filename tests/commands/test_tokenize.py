@@ -1,11 +1,15 @@
+import contextlib
 import json
+import os
+import pty
+import subprocess
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
 from tests.helpers.commands import finished, refused
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, command, environment, minigpt
 
 RECORDS = [("2 + 2 = ", "4"), ("The capital of France is ", "Paris"), ("Say hi: ", "hi there")]
 
@@ -102,3 +106,62 @@ def test_bad_sources(tmp_path: Path):
     options = ("-o", "out", "--vocab-size", 300)
     refused(2, "nowhere.txt", "tokenize", "nowhere.txt", *options, cwd=tmp_path)
     refused(2, "no text found in empty.txt", "tokenize", "empty.txt", *options, cwd=tmp_path)
+
+
+def test_what_the_end_says(tmp_path: Path):
+    """Numbers and nouns agree; the share of validation; a vocabulary that is smaller."""
+    (tmp_path / "a.txt").write_text("some words and more " * 99 + "\nbad \n")
+    (tmp_path / "a.txt").write_bytes((tmp_path / "a.txt").read_bytes() + b"\xff\n")
+    done = minigpt("tokenize", "a.txt", "-o", "d", "--vocab-size", 400, "--json", cwd=tmp_path)
+    told = json.loads(done.stdout)
+    lines = done.stderr.splitlines()
+    size = told["splits"]["train"]["bytes"] + told["splits"]["val"]["bytes"]
+    assert size == 99 * 20 + 6
+    assert told["val_share"] == told["splits"]["val"]["bytes"] / size
+    assert 0.045 < told["val_share"] < 0.055
+    assert told["vocab_size"] < told["requested_vocab_size"] == 400
+    assert lines[0] == "warning: a.txt:3: not valid UTF-8 at byte 0; skipped"
+    assert lines[1].startswith("d train: 1 document, 1,8")
+    assert f"d: validation is {told['val_share']:.2%} of the text (5.00% was asked for)" in lines
+    assert lines[-2] == (
+        f"warning: d: the vocabulary has {told['vocab_size']} entries instead of 400: the text has "
+        "no more to merge"
+    )
+    assert lines[-1] == "warning: d: 1 malformed line was skipped"
+    told = json.loads(
+        finished("tokenize", "a.txt", "-o", "e", "--tokenizer", "d", "--json", cwd=tmp_path)
+    )
+    assert told["requested_vocab_size"] is None
+
+
+def test_first_skipped_text_is_named(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"body": 1}\n{"text": 2}\n')
+    refused(2, "everything was skipped, first a.jsonl:1: no field 'text'", "tokenize", "a.jsonl",
+            "-o", "out", "--vocab-size", 300, cwd=tmp_path)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_pipes_do_not_hang(tmp_path: Path):
+    os.mkfifo(tmp_path / "p.txt")
+    options = ("-o", "out", "--vocab-size", 300)
+    for source in ("p.txt", "-", "/dev/zero"):
+        refused(2, "write it to a file first", "tokenize", source, *options, cwd=tmp_path)
+
+
+def test_bar_with_the_time_left_on_a_terminal(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("some words " * 300_000)
+    arguments = command("tokenize", "a.txt", "-o", "d", "--vocab-size", 300, "--workers", 1)
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment() | {"TERM": "xterm"}, stderr=terminal
+    )
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the other side was closed
+        while chunk := os.read(main, 1 << 16):
+            shown += chunk
+    os.close(main)
+    assert process.wait() == 0
+    for part in ("tokenizing", "%", "1 document", "MB/s", "0:00:0"):
+        assert part.encode() in shown
+    assert b"validation is" in shown

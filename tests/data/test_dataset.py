@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minigpt_cli.core.errors import Damaged, UserError
+from minigpt_cli.core.files import json_checksum
 from minigpt_cli.data.dataset import TokenDataset, open_dataset, verify_dataset
 from minigpt_cli.data.dataset_manifest import DatasetManifest, Split, write_dataset_manifest
 from minigpt_cli.data.tokenizer import tokenizer_fingerprint
@@ -273,6 +274,85 @@ def test_a_changed_manifest_is_damage(dataset: Path) -> None:
     file.write_text(json.dumps(json.loads(whole) | {"format": 3}))
     with pytest.raises(UserError, match="format 3, newer than the 2"):
         open_dataset(dataset)
+
+
+SHARD = {"file": "x.npy", "tokens": 1, "bytes_on_disk": 130, "sha256": ""}
+WRONG = [
+    ("splits", []),
+    ("splits.train", None),
+    ("splits.train.shards", {}),
+    ("splits.train.shards", [[]]),
+    ("splits.train.shards", [SHARD | {"tokens": "1"}]),
+    ("splits.train.shards", [SHARD | {"tokens": -1}]),
+    ("splits.train.shards", [SHARD]),  # not as many tokens as the split
+    *(("splits.train.shards.0.file", name) for name in ("../../x", "/etc/passwd", "..", "", "a/b")),
+    ("splits.train.loss_mask", SHARD | {"file": "../x"}),
+    ("splits.train.tokens", True),
+    ("splits.train.documents", 1.5),
+    ("eos_id", "0"),
+    ("dtype", "float64"),
+    ("dtype", 16),
+    ("vocab_size", None),
+    ("vocab_size", 10**30),
+    ("tokenizer_fingerprint", 5),
+    ("source", []),
+    ("settings", "x"),
+    ("bad_lines", -1),
+    ("unknown", 1),
+    ("format", "1"),
+    ("format", [1]),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_manifest_of_wrong_types_is_damage(dataset: Path, name: str, value: Any) -> None:
+    """Also if its checksum is right, as in a dataset that someone else made."""
+    file = dataset / "dataset.json"
+    record = json.loads(file.read_text())
+    del record["checksum"]
+    *parents, last = (int(key) if key.isdecimal() else key for key in name.split("."))
+    place = record
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    file.write_text(json.dumps(record | {"checksum": json_checksum(record)}))
+    with pytest.raises(Damaged, match=r"dataset\.json: .*(restore|again)") as caught:
+        open_dataset(dataset)
+    assert "\n" not in str(caught.value)
+    assert list(verify_dataset(dataset)) == ["dataset.json"]
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "instructions.json"])
+def test_deep_json_is_damage(dataset: Path, name: str) -> None:
+    (dataset / "dataset.json").rename(dataset / name)
+    for content in (b"[" * 100_000, b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", b"\xff", b"3"):
+        (dataset / name).write_bytes(content)
+        with pytest.raises(Damaged, match=name) as caught:
+            open_dataset(dataset)
+        assert "\n" not in str(caught.value)
+    (dataset / name).unlink()
+    os.mkfifo(dataset / name)
+    with pytest.raises(UserError, match=f"{name}: is not a regular file"):
+        open_dataset(dataset)
+
+
+@pytest.mark.parametrize("name", ["train-00000.npy", "tokenizer.json"])
+def test_a_pipe_in_a_dataset_is_damage(dataset: Path, name: str) -> None:
+    (dataset / name).unlink()
+    os.mkfifo(dataset / name)
+    with pytest.raises(Damaged, match=rf"{name}: is not a regular file"):
+        open_dataset(dataset)
+    assert verify_dataset(dataset)[name] == "is not a regular file"
+
+
+def test_a_writer_follows_no_links(quick: Path) -> None:
+    (quick / "precious").write_text("x")
+    (quick / "train-00000.npy.partial").symlink_to(quick / "precious")
+    writer = ShardWriter(quick, "train", "uint16", 10)
+    writer.write(np.arange(20, dtype=np.uint16))
+    writer.finish()
+    assert (quick / "precious").read_text() == "x"
+    assert len(np.load(quick / "train-00000.npy")) == 10
 
 
 def test_another_tokenizer_is_found(dataset: Path, tokenizer: Any) -> None:

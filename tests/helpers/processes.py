@@ -26,7 +26,7 @@ MARK = "MINIGPT_FAULTS"
 """Environment variable, by which a process's whole family is found."""
 
 _IMPORTED = [
-    "minigpt_cli.cli", "minigpt_cli.commands.loading",
+    "encodings.utf_8_sig", "minigpt_cli.cli", "minigpt_cli.commands.loading",
     "minigpt_cli.evaluate.loss", "minigpt_cli.generate.text", "minigpt_cli.huggingface.export",
     "minigpt_cli.distributed.launch", "minigpt_cli.train.loop", "minigpt_cli.prepare.from_recipe",
     "minigpt_cli.train.start", "minigpt_cli.core.status", "numpy.ctypeslib", "numpy.ma",

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import lzma
+import random
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -82,23 +84,39 @@ def test_a_line_that_never_ends_is_skipped(folder: Path, monkeypatch: pytest.Mon
     assert told[0].startswith("x.jsonl:2: longer than")
 
 
-def test_compressed_files(folder: Path) -> None:
-    content = json_lines(*({"text": f"document {i}"} for i in range(1000)))
-    (folder / "a.jsonl").write_text(content)
-    with gzip.open(folder / "a.jsonl.gz", "wt") as stream:
-        stream.write(content)
-    with pa.output_stream("a.jsonl.zst", compression="zstd") as stream:
-        stream.write(content.encode())
+@pytest.mark.parametrize("ending", ["gz", "xz", "zst"])
+def test_compressed_files(folder: Path, ending: str) -> None:
+    content = json_lines(*({"text": f"document {i}"} for i in range(1000))).encode()
+    (folder / "a.jsonl").write_bytes(content)
     plain = list(documents(detect_source(["a.jsonl"])))
-    for name in ("a.jsonl.gz", "a.jsonl.zst"):
-        source = detect_source([name])
-        assert list(documents(source)) == plain
-        assert list(documents(source, start=plain[600].after)) == plain[601:]
-        assert listing(source)[1] is None
-    whole = (folder / "a.jsonl.gz").read_bytes()
-    (folder / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz"):
-        read_documents(detect_source(["a.jsonl.gz"]))
+    name = f"a.jsonl.{ending}"
+    whole = compressed(content, ending)
+    (folder / name).write_bytes(whole)
+    source = detect_source([name])
+    assert list(documents(source)) == plain
+    assert list(documents(source, start=plain[600].after)) == plain[601:]
+    assert listing(source)[1] is None
+    (folder / f"b.TXT.{ending.upper()}").write_bytes(compressed("zażółć\n".encode() * 9, ending))
+    assert read_documents(detect_source([f"b.TXT.{ending.upper()}"])) == ["zażółć\n" * 9]
+    wrong = bytearray(whole)
+    wrong[len(whole) // 2] ^= 255
+    damaged = [whole[: len(whole) // 2], whole[:-3], b"plain text"]
+    if ending != "zst":  # written here without a checksum
+        damaged.append(bytes(wrong))
+    for each in damaged:
+        (folder / name).write_bytes(each)
+        with pytest.raises(UserError, match=rf"{ending} can't be read: .* get it again") as caught:
+            read_documents(source)
+        assert "\n" not in str(caught.value)
+
+
+def compressed(content: bytes, ending: str) -> bytes:
+    if ending == "zst":
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, "zstd") as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+    return {"gz": gzip.compress, "xz": lzma.compress}[ending](content)
 
 
 # Text
@@ -111,19 +129,98 @@ def test_text_files_are_documents_as_they_are(folder: Path) -> None:
     assert read_documents(detect_source(["*.txt"])) == ["one\r\ntwo\n\n", "zażółć"]
 
 
-def test_invalid_utf8(folder: Path) -> None:
-    (folder / "a.txt").write_bytes(b"good \xff bad \xfe" + b" word" * LONG_DOCUMENT + b"\xfd")
+def test_invalid_lines_are_left_out(folder: Path) -> None:
+    good = b"good line\n" * 300_000
+    (folder / "a.txt").write_bytes(
+        b"1 bad \xff line\nfine\r\n" + good + b"bad \xc5\n" + b"cut \xc5"
+    )
     (folder / "b.txt").write_bytes(b"fine")
     source = detect_source(["*.txt"])
     told: list[str] = []
-    first, second = read_documents(source, on_bad=told.append)
-    assert first.startswith("good \ufffd bad \ufffd word")
-    assert first.endswith(" word\ufffd")
-    assert second == "fine"
-    assert told == ["a.txt: not valid UTF-8 at byte 5"]
-    assert [piece.after.bad for piece in documents(source)] == [1] * 7
-    with pytest.raises(UserError, match=r"a\.txt: not valid UTF-8 at byte 5"):
+    assert read_documents(source, on_bad=told.append) == ["fine\r\n" + good.decode(), "fine"]
+    assert told == [
+        "a.txt:1: not valid UTF-8 at byte 6; skipped",
+        "a.txt:300003: not valid UTF-8 at byte 4; skipped",
+        "a.txt:300004: not valid UTF-8 at byte 4; skipped",
+    ]
+    whole = list(documents(source))
+    assert whole[-1].after.bad == 3
+    for index, piece in enumerate(whole):
+        assert list(documents(source, start=piece.after)) == whole[index + 1 :]
+    with pytest.raises(UserError, match=r"a\.txt:1: not valid UTF-8 at byte 6 \(refused: strict\)"):
         read_documents(source, strict=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_exactly_the_invalid_lines_are_left_out(tmp_path: Path, seed: int) -> None:
+    """Wherever the pieces of about 1 MiB end."""
+    draw = random.Random(seed)
+    lines = []
+    while sum(map(len, lines)) < 3 * LONG_DOCUMENT:
+        line = ("żółw " * draw.randrange(1, 8000)).encode()
+        lines.append(line + (b"\xff\n" if draw.random() < 0.2 else b"\n"))
+    (tmp_path / "a.txt").write_bytes(b"".join(lines))
+    source = Source("files", (str(tmp_path / "a.txt"),))
+    assert read_documents(source) == [b"".join(x for x in lines if b"\xff" not in x).decode()]
+    whole = list(documents(source))
+    assert whole[-1].after.bad == sum(b"\xff" in line for line in lines)
+    for index, piece in enumerate(whole):
+        assert list(documents(source, start=piece.after)) == whole[index + 1 :]
+
+
+def test_of_a_long_line_the_invalid_pieces_are_left_out(folder: Path) -> None:
+    (folder / "a.txt").write_bytes(b"first \xff" + b" word" * LONG_DOCUMENT + b"\xfd")
+    told: list[str] = []
+    (text,) = read_documents(detect_source(["a.txt"]), on_bad=told.append)
+    assert set(text.split()) == {"word"}
+    assert 3 * LONG_DOCUMENT < len(text) < 5 * LONG_DOCUMENT
+    assert len(told) == 2
+
+
+# Files that are no text
+
+
+LATIN = "Müller, Jürgen: Grüße\n".encode("latin-1") * 50
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LATIN, r"is not UTF-8 text \(\d+\.\d% of .*\): .*`iconv -f LATIN1 -t UTF-8 a\.\w+ > NEW`"),
+        ("Zażółć\n".encode("utf-16"), "holds NUL bytes.*UTF-16.*`iconv -f UTF-16 -t UTF-8"),
+        ("plain text\n".encode("utf-16-le"), "holds NUL bytes.*`iconv -f UTF-16 -t UTF-8"),
+        (gzip.compress(b"text" * 999), r"gzip; rename it to end with \.gz, or use `gunzip -c < a"),
+        (lzma.compress(b"text" * 999), r"xz; rename it to end with \.xz, or use `xz -dc < a"),
+        (b"\x7fELF\x02\x01\x01\0\0\0", "holds NUL bytes: it is a program; leave it out"),
+        (b"a log with a hole\n" + b"\0" * 100, "holds NUL bytes: it looks like a binary file"),
+        (b"good " * 100 + b"\xff" + b"good " * 99, "is not UTF-8 text"),  # 1 in 996
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_what_is_no_text_is_refused(folder: Path, content: bytes, message: str, name: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_documents(detect_source([name]))
+    assert "\n" not in str(caught.value)
+
+
+def test_less_than_one_byte_in_a_thousand_may_be_invalid(folder: Path) -> None:
+    (folder / "a.txt").write_bytes(b"good " * 100 + b"\n\xff\n" + b"good " * 100)
+    assert read_documents(detect_source(["a.txt"])) == ["good " * 100 + "\n" + "good " * 100]
+
+
+def test_a_nul_in_a_json_string_is_text(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('{"text": "a\\u0000b"}\n')
+    assert read_documents(detect_source(["a.jsonl"])) == ["a\0b"]
+
+
+def test_a_table_with_invalid_text(folder: Path) -> None:
+    texts = pa.array([b"good", b"bad \xff", b"fine"]).view(pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
+    pq.write_table(pa.table({"text": column}), "a.parquet")
+    told: list[str] = []
+    assert read_documents(detect_source(["a.parquet"]), on_bad=told.append) == ["good", "fine"]
+    assert told == ["a.parquet: row 1: field 'text' is not valid UTF-8; skipped"]
 
 
 def test_an_unreadable_file_is_named(folder: Path) -> None:
@@ -247,10 +344,21 @@ def test_hugging_face_datasets_on_disk(folder: Path) -> None:
         read_documents(Source("huggingface", ("two",), split="validation"))
     with pytest.raises(UserError, match="split invalid_state"):
         read_documents(Source("huggingface", ("three",), split="invalid_state"))
-    for content in ("{", "[]", "{}", '{"splits": 3}'):
+    deep = "[" * 100_000
+    for content in ("{", "[]", "{}", '{"splits": 3}', '{"splits": [["train"]]}', deep):
         (folder / "two/dataset_dict.json").write_text(content)
         with pytest.raises(UserError, match="two is not a saved dataset that can be read"):
             read_documents(Source("huggingface", ("two",)))
+    (folder / "two/dataset_dict.json").write_text('{"splits": ["../one"]}')
+    with pytest.raises(UserError, match="two is not a saved dataset that can be read"):
+        read_documents(Source("huggingface", ("two",), split="../one"))
+    for files in (3, [3], [{}], [{"filename": 3}], [{"filename": "../one/x.arrow"}], deep):
+        content = files if isinstance(files, str) else json.dumps({"_data_files": files})
+        (folder / "two/train/state.json").write_text(content)
+        (folder / "two/dataset_dict.json").write_text('{"splits": ["train"]}')
+        with pytest.raises(UserError, match="train is not a saved dataset that can be") as caught:
+            read_documents(Source("huggingface", ("two",)))
+        assert "\n" not in str(caught.value)
     next((folder / "one").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match="one is not a saved dataset that can be read"):
         read_documents(Source("huggingface", ("one",)))

@@ -73,7 +73,7 @@ def test_a_template_that_can_not_be_read(tmp_path: Path, model: Path) -> None:
 
 
 def test_summaries_have_the_same_keys(tmp_path: Path, model: Path) -> None:
-    text = source_of(tmp_path, *({"text": f"text {i}"} for i in range(4)), "bad")
+    text = source_of(tmp_path, *({"text": f"text {i}"} for i in range(100, 200)), "bad")
     of_text = summary(
         make_dataset(text, tmp_path / "text", tokenizer_path=model, val_fraction=0.25),
         tmp_path / "text",
@@ -93,9 +93,10 @@ def test_summaries_have_the_same_keys(tmp_path: Path, model: Path) -> None:
     assert of_text["bad_lines"] == of_records["bad_lines"] == 1
     assert of_text["dtype"] == of_records["dtype"] == "uint16"
     assert of_text["vocab_size"] == of_records["vocab_size"]
-    assert [each["documents"] for each in of_text["splits"].values()] == [3, 1]
+    assert [each["documents"] for each in of_text["splits"].values()] == [75, 25]
     assert [each["documents"] for each in of_records["splits"].values()] == [1, 1]
-    assert [each["bytes"] for each in of_text["splits"].values()] == [18, 6]
+    assert [each["bytes"] for each in of_text["splits"].values()] == [600, 200]
+    assert (of_text["val_share"], of_records["val_share"]) == (0.25, 0.5)
     assert [each["bytes"] for each in of_records["splits"].values()] == [4, 4]  # " two"
     assert sum(each["tokens"] for each in of_text["splits"].values()) == sum(
         split.tokens for split in open_dataset(tmp_path / "text").splits.values()

@@ -1,5 +1,6 @@
 """Sources: which files a user's words mean."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -62,12 +63,16 @@ def test_patterns_are_sorted_and_files_read_once(folder: Path) -> None:
         (["here"], "no text, JSON lines or Parquet"),
         (["a.txt", "b.jsonl"], "different kinds"),
         (["mixed"], "different kinds"),
+        (["-"], "standard input .* write it to a file first"),
+        (["pipe"], "pipe is a pipe or a device"),
+        (["/dev/null"], "/dev/null is a pipe or a device"),
         (["python-stdlib", "a.txt"], "python-stdlib can't be mixed"),
     ],
 )
 def test_what_is_refused(folder: Path, arguments: list[str], message: str) -> None:
     (folder / "here").mkdir()
     (folder / "mixed").mkdir()
+    os.mkfifo(folder / "pipe")
     for name in ("a.txt", "b.jsonl", "mixed/a.jsonl", "mixed/b.parquet"):
         (folder / name).write_text("{}")
     with pytest.raises(UserError, match=message):
@@ -83,6 +88,22 @@ def test_a_directory_gives_the_kind_that_is_asked_for(folder: Path) -> None:
     assert read_documents(Source("files", ("both",))) == ["about"]
     with pytest.raises(UserError, match="no Parquet files in both"):
         read_documents(Source("parquet", ("both",)))
+
+
+def test_what_a_directory_leaves_out_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "c").mkdir()
+    (folder / "c/x.json").write_text("{}")
+    assert detect_source(["c"]).kind == "jsonl"
+    assert capsys.readouterr().err == ""
+    (folder / "c/b.txt").write_text("text")
+    (folder / "c/a.rst").write_text("text")
+    assert detect_source(["c/"]).kind == "jsonl"
+    assert capsys.readouterr().err == (
+        "warning: c/: reading 1 file of JSON lines and leaving out 2 files of text (a.rst); to "
+        "read text give a pattern such as 'c/**/*.rst'\n"
+    )
 
 
 def test_a_source_is_checked_when_it_is_made() -> None:
