@@ -102,6 +102,19 @@ def locked(file: Path, busy: str) -> Iterator[IO[str]]:
 
 
 @contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """If the ``with`` block fails, remove the directory and its parents, as far as they are new."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for each in new:
+                each.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def whole_directory(out: Path, replace: bool = False) -> Iterator[Path]:
     """Give a temporary directory to write to; rename it to ``out`` when the ``with`` block ends.
 

@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 
 from minigpt_cli import __version__
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.files import locked, sha256_of, sync_to_disk, write_atomically
+from minigpt_cli.core.files import (
+    locked,
+    removed_if_empty,
+    sha256_of,
+    sync_to_disk,
+    write_atomically,
+)
 from minigpt_cli.data.chat import check_template
 from minigpt_cli.data.dataset_manifest import (
     LOCK,
@@ -43,7 +49,6 @@ from minigpt_cli.prepare.output import (
     finished_dataset,
     is_same_file,
     remove_stale_lock,
-    removed_if_empty,
     write_error,
 )
 from minigpt_cli.prepare.progress import BadLines
@@ -113,7 +118,10 @@ def make_instructions(
             return finished_dataset(out, settings, instructions=True)
         remove_stale_lock(out)
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} holds something else: choose another directory, or delete it")
+            raise UserError(
+                f"{out} holds something else: choose another "
+                "directory (data.path in a recipe), or delete it"
+            )
         with _work_directory(out) as work:
             if is_dataset(out):  # another process made it just before this one held the lock
                 return finished_dataset(out, settings, instructions=True)

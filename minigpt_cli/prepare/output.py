@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.files import locked
+from minigpt_cli.core.files import locked, removed_if_empty
 from minigpt_cli.data.dataset import open_dataset
 from minigpt_cli.data.dataset_manifest import (
     JOURNAL,
@@ -47,19 +47,6 @@ def locked_directory(out: Path, busy: str) -> Iterator[None]:
                 if not (out / JOURNAL).exists() and not is_dataset(out):
                     (out / LOCK).unlink()
                 raise
-
-
-@contextlib.contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """If the ``with`` block fails, remove the directory and its parents, as far as they are new."""
-    new = [each for each in (folder, *folder.parents) if not each.exists()]
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for each in new:
-                each.rmdir()
-        raise
 
 
 def remove_stale_lock(out: Path) -> None:
@@ -106,7 +93,10 @@ def finished_dataset(out: Path, settings: dict[str, Any], *, instructions: bool)
     manifest = open_dataset(out).manifest
     if manifest.has_loss_mask != instructions:
         found = "instructions" if manifest.has_loss_mask else "text"
-        raise UserError(f"{out} holds a dataset of {found}: choose another directory, or delete it")
+        raise UserError(
+            f"{out} holds a dataset of {found}: choose another "
+            "directory (data.path in a recipe), or delete it"
+        )
     then = dict(manifest.settings)
     if settings["tokenizer"] == manifest.tokenizer_fingerprint:
         then["tokenizer"] = settings["tokenizer"]  # the very tokenizer that was trained here
@@ -114,7 +104,7 @@ def finished_dataset(out: Path, settings: dict[str, Any], *, instructions: bool)
     if changed:
         raise UserError(
             f"{out} holds a dataset made with other settings ({'; '.join(changed)}): "
-            "choose another directory, or delete it"
+            "choose another directory (data.path in a recipe), or delete it"
         )
     return manifest
 

@@ -136,7 +136,7 @@ def _begun(
     if strays and not (out / JOURNAL).exists():
         raise UserError(
             f"{out} holds {strays[0].name} but neither {MANIFEST} nor {JOURNAL}: "
-            "choose another directory, or delete it"
+            "choose another directory (data.path in a recipe), or delete it"
         )
     if given is not None:
         _needs_tokenizer(out, given)  # fail before the corpus is read
@@ -166,7 +166,8 @@ def _needs_tokenizer(out: Path, tokenizer: "Tokenizer") -> bool:
         return True
     if tokenizer_fingerprint(load_tokenizer(out / TOKENIZER)) != tokenizer_fingerprint(tokenizer):
         raise UserError(
-            f"{out / TOKENIZER} is another tokenizer: choose another directory, or delete it"
+            f"{out / TOKENIZER} is another tokenizer: choose another "
+            "directory (data.path in a recipe), or delete it"
         )
     return False
 
