@@ -106,6 +106,10 @@ def sample_command(
     With several --adapter each one continues the prompt in turn.
     """
     _check_utf8(prompt)
+    if chat:
+        from minigpt_cli.data.untrusted import start_early
+
+        start_early()
     from minigpt_cli.commands.loading import each_adapter, load_and_report
     from minigpt_cli.data.tokenizer import eos_id
     from minigpt_cli.generate.sampling import SamplingOptions
@@ -191,6 +195,7 @@ def _text_ids(trained: "TrainedModel", prompt: str) -> list[int]:
 def _chat_ids(trained: "TrainedModel", prompt: str) -> list[int]:
     """Encode the prompt as a user's message, up to where the assistant's answer begins."""
     from minigpt_cli.data.chat import render
+    from minigpt_cli.data.tokenizer import recognising_special_tokens
     from minigpt_cli.huggingface.auxiliary_files import chat_template
 
     base = trained.base
@@ -199,8 +204,8 @@ def _chat_ids(trained: "TrainedModel", prompt: str) -> list[int]:
         raise UserError(f"{base.name}: has no chat template; leave out --chat")
     messages = [{"role": "user", "content": prompt}]
     text = render(template, messages, add_generation_prompt=True, variables=variables)
-    trained.tokenizer.encode_special_tokens = False  # the template's own are recognised
-    return list(trained.tokenizer.encode(text, add_special_tokens=False).ids)
+    tokenizer = recognising_special_tokens(trained.tokenizer)  # the template wrote them
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _print_live(

@@ -1,5 +1,6 @@
 """Load a trained model onto a device, to evaluate it or to generate text."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,12 +59,14 @@ def load_model(path: Path, device: torch.device, adapters: list[Path]) -> Traine
         Damaged: A run has no valid checkpoint.
     """
     base, opened = open_model(path, adapters)
-    fp64 = base.recipe is not None and base.recipe.precision.dtype == "fp64"
-    model = GPT(base.config).to(device, torch.float64 if fp64 else torch.float32)
-    load_base(base, model, copy_values)
-    apply(model, opened[0] if opened else None)
-    model.eval()
-    return TrainedModel(model, load_tokenizer(base.tokenizer), base, opened)
+    with ThreadPoolExecutor(1) as pool:  # large tokenizers take as long as weights
+        tokenizer = pool.submit(load_tokenizer, base.tokenizer)
+        fp64 = base.recipe is not None and base.recipe.precision.dtype == "fp64"
+        model = GPT(base.config).to(device, torch.float64 if fp64 else torch.float32)
+        load_base(base, model, copy_values)
+        apply(model, opened[0] if opened else None)
+        model.eval()
+        return TrainedModel(model, tokenizer.result(), base, opened)
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
