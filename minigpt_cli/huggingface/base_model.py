@@ -18,7 +18,7 @@ from torch import Tensor
 from minigpt_cli.checkpoint.shards import whole_reader
 from minigpt_cli.checkpoint.store import choose
 from minigpt_cli.checkpoint.tensors import WEIGHTS_PREFIX
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.reading import read_json
 from minigpt_cli.core.run_dir import RECIPE, TOKENIZER
 from minigpt_cli.data import chat
@@ -30,6 +30,7 @@ from minigpt_cli.huggingface.auxiliary_files import (
     files_beside,
     read_auxiliary_files,
 )
+from minigpt_cli.huggingface.bounds import check_sizes
 from minigpt_cli.huggingface.peft import is_peft_adapter
 from minigpt_cli.huggingface.weights import CONFIG, model_directory, open_weights
 from minigpt_cli.model.config import ModelConfig, config_from_recipe
@@ -113,11 +114,18 @@ def _open_run(path: Path) -> BaseModel:
             f"{path}: holds adapters, not a whole model: merge them first, with minigpt export"
         )
     tokenizer = checkpoint / TOKENIZER
+    config = config_from_recipe(recipe, vocabulary_size(load_tokenizer(tokenizer)))
+    shapes = {
+        name: entry["shape"]
+        for name, entry in manifest.tensors.items()
+        if name.startswith(WEIGHTS_PREFIX)
+    }
+    check_sizes(config, shapes, str(checkpoint / RECIPE), Damaged)
     read = whole_reader(checkpoint, manifest.tensor_files, manifest.tensors)
     return BaseModel(
         name=str(path),
         directory=checkpoint,
-        config=config_from_recipe(recipe, vocabulary_size(load_tokenizer(tokenizer))),
+        config=config,
         tokenizer=tokenizer,
         auxiliary_files=auxiliary_files_of_checkpoint(checkpoint),
         read=lambda name: read(WEIGHTS_PREFIX + name),

@@ -4,6 +4,7 @@ Only safetensors are read. Reading a pickle (``.bin``) can run any code.
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.core.reading import read_json
+from minigpt_cli.huggingface.bounds import check_sizes
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import meta_model
 from minigpt_cli.model.hf_names import huggingface_name, is_transposed
@@ -130,6 +132,8 @@ def open_weights(directory: Path, config: ModelConfig) -> Weights:
             name if name.startswith("lm_head.") else prefix + name: stored
             for name, stored in held.items()
         }
+    shapes = {name: stored.shape for name, stored in held.items()}
+    check_sizes(config, shapes, str(directory / CONFIG))
     fitting: dict[str, _Stored] = {}
     loaded: list[str] = []
     missing: list[str] = []
@@ -199,7 +203,7 @@ def weight_files(directory: Path) -> list[Path]:
         for name in files:
             if Path(name).name != name:
                 raise UserError(f"{directory / INDEX}: names a file outside the directory: {name}")
-            if not (directory / name).is_file():
+            if not os.path.isfile(directory / name):  # False also for a name that is too long
                 raise UserError(f"{directory / name}: is missing; {INDEX} names it")
         return [directory / name for name in files]
     raise UserError(

@@ -1,8 +1,12 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest, write_checkpoint_manifest
+from minigpt_cli.checkpoint.store import list_steps
+from minigpt_cli.core.files import sha256_of
 from tests.helpers.commands import finished, refused
 from tests.helpers.processes import minigpt
 
@@ -51,6 +55,20 @@ def test_any_minigpt_json_marks_our_models(run: Path, tmp_path: Path):
     (copy / "minigpt.json").write_text("[]")
     found = finished("sample", copy, "--prompt", "def ", "--greedy", "--max-new-tokens", "4")
     assert found == expected
+
+
+def test_run_whose_recipe_asks_for_more(run: Path, tmp_path: Path):
+    """A received run may be made so that all its checksums are right."""
+    shutil.copytree(run, tmp_path / "run")
+    _, checkpoint = list_steps(tmp_path / "run")[-1]
+    text = (checkpoint / "recipe.toml").read_text()
+    many = re.sub(r"num_hidden_layers = \d+", "num_hidden_layers = 1000000", text)
+    (checkpoint / "recipe.toml").write_text(many)
+    manifest = read_checkpoint_manifest(checkpoint)
+    entry = {"bytes": len(many), "sha256": sha256_of(checkpoint / "recipe.toml")}
+    forged = replace(manifest, files=manifest.files | {"recipe.toml": entry})
+    write_checkpoint_manifest(checkpoint, forged)
+    refused(4, "num_hidden_layers is 1,000,000, but the weights have", "sample", checkpoint)
 
 
 def test_no_run(tmp_path: Path):

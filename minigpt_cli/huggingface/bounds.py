@@ -1,0 +1,41 @@
+"""Compare the sizes of a config with the tensors that are there, before a model is built."""
+
+import math
+import re
+
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.model.config import ModelConfig
+from minigpt_cli.model.cost import parameter_count
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d{1,6})\.")
+
+
+def check_sizes(
+    config: ModelConfig,
+    shapes: dict[str, list[int]],
+    where: str,
+    error: type[UserError] = UserError,
+) -> None:
+    """Refuse sizes for which the tensors don't suffice: building such a model might never end.
+
+    Args:
+        config: What a received file says.
+        shapes: Tensor name -> shape, of tensors that are really there.
+        where: The file that says it, for the message.
+        error: The type of the error.
+
+    Raises:
+        UserError: There are more or fewer layers than the config says, or far too few numbers.
+    """
+    layers = {match[1] for name in shapes if (match := _LAYER.search(name))}
+    if len(layers) != config.num_hidden_layers:
+        raise error(
+            f"{where}: num_hidden_layers is {config.num_hidden_layers:,}, but the weights have "
+            f"{len(layers):,} layers"
+        )
+    needed, held = parameter_count(config), sum(map(math.prod, shapes.values()))
+    if needed > 2 * held:  # smaller differences are listed tensor by tensor
+        raise error(
+            f"{where}: a model of these sizes has {needed:,} parameters, but the weights are "
+            f"{held:,} numbers"
+        )
