@@ -1,5 +1,6 @@
 """``minigpt sample``."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, Version, option
-from minigpt_cli.core.console import print_json, warn
+from minigpt_cli.core.console import print_json, printable, warn
 from minigpt_cli.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -216,18 +217,23 @@ def _print_live(
     waiting: list[list[str]] = [[] for _ in range(num_samples)]
     ended: set[int] = set()
     current = 0
-    print(prompt, end="", flush=True)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+
+    def show(text: str) -> None:
+        print(printable(text, keep="\n") if is_terminal else text, end="", flush=True)
+
+    show(prompt)
     for chunk in chunks:
         yield chunk
         waiting[chunk.sample].append(chunk.text)
         if chunk.finish_reason is not None:
             ended.add(chunk.sample)
         while current < num_samples:
-            print("".join(waiting[current]), end="", flush=True)
+            show("".join(waiting[current]))
             waiting[current] = []
             if current not in ended:
                 break
             current += 1
-            print(flush=True)
+            show("\n")
             if current < num_samples:
-                print(f"\n--- {current + 1} ---\n{prompt}", end="", flush=True)
+                show(f"\n--- {current + 1} ---\n{prompt}")

@@ -74,5 +74,6 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
         + ("  (best)" if is_best else f"  (best: step {state.best_step})")
     )
     for prompt, completion in run.prompts.complete(run.context.model):
-        log(f"  | {prompt}{completion}".replace("\n", "\n  | "))
+        for line in f"{prompt}{completion}".split("\n"):
+            log(f"  | {line}")
     return is_best

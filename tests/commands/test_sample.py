@@ -1,6 +1,9 @@
 import json
+import os
+import pty
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +11,7 @@ from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest, write_chec
 from minigpt_cli.checkpoint.store import list_steps
 from minigpt_cli.core.files import sha256_of
 from tests.helpers.commands import finished, refused
-from tests.helpers.processes import minigpt
+from tests.helpers.processes import command, environment, minigpt
 
 ARGUMENTS = ("sample", "--prompt", "def ", "--max-new-tokens", "12", "--seed", "3")
 
@@ -73,3 +76,25 @@ def test_run_whose_recipe_asks_for_more(run: Path, tmp_path: Path):
 
 def test_no_run(tmp_path: Path):
     refused(2, "runs/ holds no trained run", "sample", cwd=tmp_path)
+
+
+def test_a_completion_on_a_terminal_and_in_a_pipe(run: Path):
+    prompt = "a\tb\nc\x1b[2J\x1b]0;title\x07"
+    arguments = ("sample", run, "--prompt", prompt, "--max-new-tokens", "1", "--num-samples", "2")
+    assert minigpt(*arguments).stdout.count(prompt) == 2
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command(*arguments), stdout=theirs, stderr=subprocess.DEVNULL, env=environment()
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 10_000):
+                shown += part
+        except OSError:  # the terminal's other side is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    text = shown.decode().replace("\r\n", "\n")
+    assert text.count("a\tb\nc" + r"\x1b[2J\x1b]0;title\x07") == 2
+    assert "\x1b" not in text
