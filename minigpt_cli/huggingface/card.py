@@ -45,7 +45,8 @@ def model_card(
         rows += _training(recipe, read_state(checkpoint))
     rows.append(("Made with", f"minigpt {__version__}, torch {torch.__version__}"))
     table = "\n".join(f"| {what} | {_markdown(value)} |" for what, value in rows)
-    front = {"library_name": "peft" if alone else "transformers"}
+    is_alone = adapter is not None and alone
+    front = {"library_name": "peft" if is_alone else "transformers"}
     if adapter is not None:
         front["base_model"] = base.name
     card = _CARD.format(
@@ -53,7 +54,7 @@ def model_card(
         more_tags="- lora\n" if adapter is not None else "",
         name=_markdown(name),
         table=table,
-        load=_LOAD_ADAPTER if alone else _LOAD,
+        load=_LOAD_ADAPTER if is_alone else _LOAD,
     )
     if recipe is not None:
         card += f"\n## Recipe\n\n```toml\n{dump_recipe(recipe)}```\n"

@@ -60,8 +60,9 @@ def test_names_are_only_names(base: BaseModel, name: str, alone: bool):
     assert list(rows)[-1] == "Made with"
 
 
-def test_card_without_adapter(base: BaseModel):
-    front, headings, _ = parsed(model_card(base, "tiny"))
+@pytest.mark.parametrize("alone", [False, True])
+def test_card_without_adapter(base: BaseModel, alone: bool):
+    front, headings, _ = parsed(model_card(base, "tiny", alone=alone))
     assert front == {
         "library_name": "transformers", "tags": ["minigpt"], "pipeline_tag": "text-generation",
     }  # fmt: skip
