@@ -46,12 +46,10 @@ def model_card(
     rows.append(("Made with", f"minigpt {__version__}, torch {torch.__version__}"))
     table = "\n".join(f"| {what} | {_markdown(value)} |" for what, value in rows)
     is_alone = adapter is not None and alone
-    front = {"library_name": "peft" if is_alone else "transformers"}
-    if adapter is not None:
-        front["base_model"] = base.name
     card = _CARD.format(
-        front="\n".join(f"{key}: {_yaml(value)}" for key, value in front.items()),
-        more_tags="- lora\n" if adapter is not None else "",
+        library="peft" if is_alone else "transformers",
+        base="" if adapter is None else f"base_model: {_yaml(base.name)}\n",
+        more_tags="" if adapter is None else "- lora\n",
         name=_markdown(name),
         table=table,
         load=_LOAD_ADAPTER if is_alone else _LOAD,
@@ -103,9 +101,9 @@ model = PeftModel.from_pretrained(model, "PATH")  # from peft import PeftModel
 """
 _CARD = """\
 ---
-{front}
+library_name: {library}
 pipeline_tag: text-generation
-tags:
+{base}tags:
 {more_tags}- minigpt
 ---
 
