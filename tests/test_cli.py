@@ -271,3 +271,18 @@ def test_a_run_that_diverges_exits_with_3(tmp_path: Path, dataset: Path):
     assert not list((tmp_path / "second").glob("checkpoints/step-*"))
     refused(2, "expected a finite number above 0, got inf", "pretrain", "tiny.toml",
             "--set", "optimizer.lr=inf", cwd=tmp_path)  # fmt: skip
+
+
+def test_too_little_memory_is_one_line(tmp_path: Path, dataset: Path):
+    (tmp_path / "tiny.toml").write_text(TINY.format(data=dataset))
+    sizes = ("--set", "train.global_batch_size=65536", "--set", "train.micro_batch_size=65536")
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 5000000; exec "$@"', "bash", *command("pretrain", "tiny.toml"),
+         *sizes],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    size = r"[\d.,]+ [GM]B"
+    start = f"minigpt: out of memory: {size} were asked for, {size} are free; in training, try"
+    assert re.match(f"{start} in this order: a smaller train.micro_batch_size", last), done.stderr

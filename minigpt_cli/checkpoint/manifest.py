@@ -1,13 +1,13 @@
 """manifest.json: a checkpoint's files with their checksums, and its tensors."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.errors import Damaged
 from minigpt_cli.core.files import json_checksum
+from minigpt_cli.core.reading import build, parse_json, read_text
 from minigpt_cli.core.run_dir import (
     AUXILIARY_FILES,
     CHECKPOINT_MANIFEST,
@@ -43,6 +43,18 @@ class CheckpointManifest:
         return [name for name in self.files if name.endswith(".safetensors")]
 
 
+@dataclass(frozen=True)
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: str
+    shape: list[int]
+
+
 def write_checkpoint_manifest(checkpoint: Path, manifest: CheckpointManifest) -> None:
     """Write ``manifest`` into the directory ``checkpoint``, with a checksum of itself.
 
@@ -69,13 +81,10 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     file = checkpoint / CHECKPOINT_MANIFEST
     if not file.exists() and not file.is_symlink():
         raise Damaged(f"{checkpoint}: has no {file.name}, so the checkpoint is incomplete")
-    if file.is_symlink() or not file.is_file():  # reading a pipe would block
+    if file.is_symlink():
         raise Damaged(f"{file}: is not a regular file")
-    try:
-        text = file.read_text()
-        raw = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{file}: can't be read: {error}") from None
+    text = read_text(file, Damaged)
+    raw = parse_json(text, str(file), Damaged)
     try:
         if raw["format"] != _FORMAT:
             raise Damaged(
@@ -84,10 +93,12 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
         unchanged = text == _text(raw)
         if raw.pop("checksum") != json_checksum(raw) or not unchanged:
             raise Damaged(f"{file}: its content doesn't match its checksum")
-        manifest = CheckpointManifest(raw["step"], raw["files"], raw["tensors"], raw["val_loss"])
-        _check_types(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{file}: is not a manifest ({error!r})") from None
+        del raw["format"]
+        manifest: CheckpointManifest = build(CheckpointManifest, raw)
+        build(dict[str, _File], raw["files"], "files")
+        build(dict[str, _Tensor], raw["tensors"], "tensors")
+    except (KeyError, ValueError) as error:
+        raise Damaged(f"{file}: is not a manifest ({error})") from None
     for name in manifest.files:
         if Path(name).name != name or name in ("", ".", ".."):
             raise Damaged(f"{checkpoint}: the manifest names a file outside it: {name!r}")
@@ -96,24 +107,6 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     if checkpoint_step(checkpoint) not in (None, manifest.step):
         raise Damaged(f"{checkpoint}: its manifest is of step {manifest.step}")
     return manifest
-
-
-def _check_types(manifest: CheckpointManifest) -> None:
-    """Raise TypeError for a value of the wrong type: a received manifest may be forged."""
-    if type(manifest.step) is not int:
-        raise TypeError("step")
-    loss = manifest.val_loss
-    if loss is not None and not (isinstance(loss, float) and math.isfinite(loss)):
-        raise TypeError("val_loss")
-    for name, entry in manifest.files.items():
-        if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
-            raise TypeError(name)
-    for name, entry in manifest.tensors.items():
-        sizes = entry["shape"]
-        if not (isinstance(entry["dtype"], str) and isinstance(sizes, list)):
-            raise TypeError(name)
-        if not all(type(size) is int and size >= 0 for size in sizes):
-            raise TypeError(name)
 
 
 def _text(content: dict[str, Any]) -> str:

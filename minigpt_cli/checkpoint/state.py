@@ -3,15 +3,16 @@
 import json
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 
-from minigpt_cli.core.errors import Damaged
+from minigpt_cli.core.errors import Damaged, first_line
+from minigpt_cli.core.reading import build, read_json, read_text
 from minigpt_cli.core.run_dir import AUXILIARY_FILES, RECIPE, STATE, TOKENIZER
 
 
@@ -48,14 +49,9 @@ def read_state(checkpoint: Path) -> RunState:
     """
     file = checkpoint / STATE
     try:
-        state = RunState(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        state: RunState = build(RunState, read_json(file, Damaged))
+    except ValueError as error:
         raise Damaged(f"{file}: can't be read: {error}") from None
-    for name, hint in get_type_hints(RunState).items():
-        types = get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
-        value = getattr(state, name)
-        if type(value) not in types or (isinstance(value, int | float) and not value >= 0):
-            raise Damaged(f"{file}: invalid {name}: {value!r}")
     if not _is_guard_state(state.guard, state.step):
         raise Damaged(f"{file}: invalid guard: {state.guard!r}")
     if state.scaler and not _is_scaler_state(state.scaler):
@@ -75,20 +71,30 @@ def invalid_state(checkpoint: Path, step: int, files: Iterable[str]) -> list[str
         A line for each problem.
     """
     problems = []
-    parsers = {RECIPE: tomllib.loads, TOKENIZER: json.loads, AUXILIARY_FILES: json.loads}
-    for name, parse in parsers.items():
+    for name in sorted(_READERS.keys() & set(files)):
         try:
-            if name in files:
-                parse((checkpoint / name).read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            problems.append(f"{checkpoint / name}: can't be read: {error}")
-    if STATE in files:
-        try:
-            if (found := read_state(checkpoint).step) != step:
-                problems.append(f"{checkpoint / STATE}: is of step {found}, expected {step}")
+            content = _READERS[name](checkpoint / name)
         except Damaged as error:
             problems.append(str(error))
+            continue
+        if isinstance(content, RunState) and content.step != step:
+            problems.append(f"{checkpoint / name}: is of step {content.step}, expected {step}")
     return problems
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_text(file, Damaged))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{file}: can't be read: {first_line(error)}") from None
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    RECIPE: _read_toml,
+    TOKENIZER: partial(read_json, error=Damaged),
+    AUXILIARY_FILES: partial(read_json, error=Damaged),
+    STATE: lambda file: read_state(file.parent),
+}
 
 
 def _is_guard_state(guard: dict[str, Any], step: int) -> bool:
@@ -99,7 +105,7 @@ def _is_guard_state(guard: dict[str, Any], step: int) -> bool:
         and all(isinstance(each, list) for each in (skips, losses, norms))
         and all(type(skip) is int and 0 < skip <= step for skip in skips)
         and len(losses) == len(norms)
-        and all(isinstance(n, int | float) and math.isfinite(n) for n in (*losses, *norms))
+        and all(type(n) is float and math.isfinite(n) for n in (*losses, *norms))
         and type(count := guard.get("spikes_in_a_row", 0)) is int
         and count >= 0
     )
@@ -108,5 +114,5 @@ def _is_guard_state(guard: dict[str, Any], step: int) -> bool:
 def _is_scaler_state(scaler: dict[str, Any]) -> bool:
     """Whether it has the form of torch.amp.GradScaler's state."""
     return scaler.keys() == torch.amp.GradScaler("cpu").state_dict().keys() and all(
-        isinstance(value, int | float) and 0 <= value < math.inf for value in scaler.values()
+        type(value) in (int, float) and 0 <= value < 1 << 63 for value in scaler.values()
     )

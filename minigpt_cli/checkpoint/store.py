@@ -146,12 +146,11 @@ def locate(path: Path) -> tuple[Path, Path | None]:
     Raises:
         UserError: It is neither a run nor a checkpoint.
     """
-    path = Path(os.path.abspath(path))
     if not path.exists():
         raise UserError(f"{path}: no such run or checkpoint")
     run = run_of(path)
-    if is_checkpoint(path):
-        return run, path
+    if is_checkpoint(whole := Path(os.path.abspath(path))):
+        return run, whole if run.is_absolute() else Path(os.path.relpath(whole))
     if checkpoints_dir(run).is_dir() or (run / RECIPE).exists():
         return run, None
     raise UserError(f"{path}: {_what_it_is(path)}")

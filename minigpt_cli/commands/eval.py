@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, ModelPath, Version, option
-from minigpt_cli.core.console import log, print_json, print_result
+from minigpt_cli.core.console import console, log, print_json, print_result
 from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.signals import nothing_is_saved
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,7 @@ def eval_command(
     Every token of a dataset's split or of a text is predicted once; in instructions, only those of
     the answers.
     """
+    nothing_is_saved()
     if text is not None and data is not None:
         raise UserError("--data and --text can't be combined: give one of them")
     from minigpt_cli.commands.loading import each_adapter, load_and_report
@@ -147,12 +149,21 @@ def _set_dtype(trained: "TrainedModel", name: Dtype) -> "torch.dtype":
 def _evaluate(
     trained: "TrainedModel", data: "EvalData", batch_size: int, dtype: "torch.dtype"
 ) -> dict[str, Any]:
+    from rich.progress import track
+
     from minigpt_cli.data.tokenizer import token_byte_lengths
     from minigpt_cli.evaluate.loss import evaluate
 
     result = evaluate(
         trained.model,
-        data.batches(batch_size),
+        track(
+            data.batches(batch_size),
+            "evaluating",
+            total=-(-data.sequences.num_sequences // batch_size),
+            console=console(),
+            transient=True,
+            disable=not console().is_terminal,
+        ),
         dtype=dtype,
         token_bytes=token_byte_lengths(trained.tokenizer),
         bytes_per_token=data.bytes_per_token,

@@ -8,6 +8,7 @@ import typer
 from minigpt_cli.commands.options import OUTPUT, Adapters, Debug, Json, ModelPath, Version, option
 from minigpt_cli.core.console import log, print_json
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.signals import nothing_is_saved
 
 if TYPE_CHECKING:
     from minigpt_cli.huggingface.adapter import LoadedAdapter
@@ -41,6 +42,7 @@ def export_command(
 
     transformers, if installed, must compute the same logits from it. An adapter is merged.
     """
+    nothing_is_saved()
     adapters = adapter or []
     if len(adapters) > 1:
         raise UserError(f"--adapter is given {len(adapters)} times: export takes one adapter")

@@ -9,7 +9,9 @@ import typer
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, Version, option
 from minigpt_cli.core.console import print_json, printable, warn
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import Stopped, UserError
+from minigpt_cli.core.reading import MAX_BYTES, read_text
+from minigpt_cli.core.signals import nothing_is_saved
 
 if TYPE_CHECKING:
     from minigpt_cli.generate.text import Completion, TextChunk
@@ -29,7 +31,13 @@ OptionalModel = Annotated[
         "newest run under runs/.",
     ),
 ]
-Prompt = Annotated[str, option("--prompt", "TEXT", "The text to continue.", PROMPT)]
+Prompt = Annotated[
+    str | None,
+    option("--prompt", "TEXT", "The text to continue; -: what standard input holds.", PROMPT),
+]
+PromptFile = Annotated[
+    Path | None, option("--prompt-file", "FILE", "A file with the text to continue.", PROMPT)
+]
 Chat = Annotated[
     bool,
     option(
@@ -84,7 +92,8 @@ WeightsDtype = Annotated[
 def sample_command(
     model: OptionalModel = None,
     adapter: Adapters = None,
-    prompt: Prompt = "",
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
     chat: Chat = False,
     max_new_tokens: MaxNewTokens = 200,
     num_samples: NumSamples = 1,
@@ -106,7 +115,8 @@ def sample_command(
 
     With several --adapter each one continues the prompt in turn.
     """
-    _check_utf8(prompt)
+    nothing_is_saved()
+    prompt = _read_prompt(prompt, prompt_file)
     if chat:
         from minigpt_cli.data.untrusted import start_early
 
@@ -151,11 +161,19 @@ def sample_command(
         print_json(results[0] if len(results) == 1 else {"prompt": prompt, "adapters": results})
 
 
-def _check_utf8(prompt: str) -> None:
+def _read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the prompt as it was given, read from a file or from standard input."""
+    if prompt is not None and file is not None:
+        raise UserError("--prompt and --prompt-file can't be combined: give one of them")
+    if file is not None:
+        return read_text(file)
     try:
-        prompt.encode()
-    except UnicodeEncodeError:  # the shell passed bytes that are no UTF-8
+        if prompt == "-":
+            return sys.stdin.buffer.read(MAX_BYTES).decode() if sys.stdin else ""
+        (prompt or "").encode()
+    except (UnicodeEncodeError, UnicodeDecodeError):  # the shell passed bytes that are no UTF-8
         raise UserError("--prompt: is not UTF-8 text") from None
+    return prompt or ""
 
 
 def _result(
@@ -222,18 +240,22 @@ def _print_live(
     def show(text: str) -> None:
         print(printable(text, keep="\n") if is_terminal else text, end="", flush=True)
 
-    show(prompt)
-    for chunk in chunks:
-        yield chunk
-        waiting[chunk.sample].append(chunk.text)
-        if chunk.finish_reason is not None:
-            ended.add(chunk.sample)
-        while current < num_samples:
-            show("".join(waiting[current]))
-            waiting[current] = []
-            if current not in ended:
-                break
-            current += 1
-            show("\n")
-            if current < num_samples:
-                show(f"\n--- {current + 1} ---\n{prompt}")
+    try:
+        show(prompt)
+        for chunk in chunks:
+            yield chunk
+            waiting[chunk.sample].append(chunk.text)
+            if chunk.finish_reason is not None:
+                ended.add(chunk.sample)
+            while current < num_samples:
+                show("".join(waiting[current]))
+                waiting[current] = []
+                if current not in ended:
+                    break
+                current += 1
+                show("\n")
+                if current < num_samples:
+                    show(f"\n--- {current + 1} ---\n{prompt}")
+    except Stopped:
+        show("\n")  # what standard error says next begins a line
+        raise

@@ -30,12 +30,16 @@ def train_recipe(
     Returns:
         The exit code.
     """
+    from minigpt_cli.train.batch import micro_batch_size_of
+
     launcher = is_launcher(nproc)
     if not launcher:
         join_ranks()  # then only rank 0 shows an error in the recipe
     recipe = _load(recipe_file, overrides, lora)
     directory = out or Path("runs") / recipe.name
     if launcher:
+        assert nproc is not None
+        micro_batch_size_of(recipe, nproc)  # an error is shown before any process starts
         return launch_ranks(nproc, directory)
     train_new_run(recipe, recipe_file, directory, as_json)
     return 0

@@ -8,6 +8,7 @@ import typer
 from minigpt_cli.commands.options import Debug, Json, Version
 from minigpt_cli.core.console import print_json, print_result
 from minigpt_cli.core.errors import Damaged, UserError
+from minigpt_cli.core.signals import nothing_is_saved
 
 EXAMPLE = "minigpt verify runs/tiny"
 
@@ -25,6 +26,7 @@ def verify_command(
 
     Every file must have the size and the sha256 that were recorded when it was written.
     """
+    nothing_is_saved()
     checked, damaged = _check(path)
     if as_json:
         print_json({"valid": not damaged, "checked": checked, "damaged": list(damaged)})

@@ -45,7 +45,7 @@ def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str
     """Return a phrase for each difference that makes results differ in their bits."""
     keys = ("torch", "device", "threads", "computing_dtype", "ranks", "strategy")
     return [
-        f"{key} changed from {before.get(key)} to {now[key]}"
+        f"{key} changed from {str(before.get(key))[:80]} to {now[key]}"
         for key in keys
         if before.get(key) != now[key]
     ]

@@ -7,6 +7,8 @@ line and exits with ``exit_code``. Every other exception is a bug.
 import signal
 from dataclasses import dataclass
 
+from minigpt_cli.core.memory import describe_out_of_memory, is_out_of_memory
+
 EXIT_STOPPED = 75  # a signal stopped the run with everything saved: EX_TEMPFAIL, "run me again"
 EXIT_INTERRUPTED = 130  # the same after Ctrl-C
 STOP_CODES = (EXIT_STOPPED, EXIT_INTERRUPTED)
@@ -88,18 +90,6 @@ def exit_code_of(error: BaseException) -> int:
     return 1
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a device or this machine had too little memory, also below torch.compile."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if type(seen).__name__ == "OutOfMemoryError" or isinstance(seen, MemoryError):
-            return True
-        if isinstance(seen, RuntimeError) and "DefaultCPUAllocator: can't allocate" in str(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
 def describe(error: BaseException) -> str:
     """Return the line that tells a user about an error."""
     if isinstance(error, UserError | Stopped):
@@ -107,10 +97,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'reading or writing'}: {error.strerror or error}"
     if exit_code_of(error) == UserError.exit_code:
-        return (
-            "out of memory; in training, try a smaller train.micro_batch_size (the result stays "
-            "the same) or --set train.activation_checkpointing=true"
-        )
+        return describe_out_of_memory(error)
     return f"internal error: {type(error).__name__}: {error} (--debug shows where)"
 
 

@@ -28,13 +28,25 @@ def write_atomically(file: Path, content: bytes) -> None:
     """
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        temporary.write_bytes(content)
+        create_file(temporary, content)
         sync_to_disk(temporary)
         temporary.replace(file)
     except OSError:
         temporary.unlink(missing_ok=True)  # a full disk needs the room
         raise
     sync_to_disk(file.parent)
+
+
+def create_file(file: Path, content: bytes) -> None:
+    """Write a new file. What has its name is replaced: of a link, the link and not its target.
+
+    Raises:
+        OSError: The disk is full or can't be written to.
+    """
+    file.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(file, flags, 0o666), "wb") as stream:
+        stream.write(content)
 
 
 def sync_to_disk(path: Path) -> None:
@@ -78,9 +90,10 @@ def locked(file: Path, busy: str) -> Iterator[IO[str]]:
 
     Raises:
         UserError: Another process holds the lock.
-        OSError: The file can't be created.
+        OSError: The file can't be created, or is a link.
     """
-    with file.open("a") as stream:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link may lead elsewhere
+    with open(os.open(file, flags, 0o666), "a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

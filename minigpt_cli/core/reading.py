@@ -43,6 +43,8 @@ def read_bytes(file: Path, error: type[UserError] = UserError, limit: int = MAX_
             return stream.read()
     except FileNotFoundError:
         raise error(f"{file}: no such file") from None
+    except IsADirectoryError:
+        raise error(f"{file}: is not a regular file") from None
     except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{file}: can't be read: {reason}") from None

@@ -48,8 +48,14 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def run_of(path: Path) -> Path:
-    """Return the run directory of a path: a run, its checkpoints/, or one checkpoint."""
-    path = Path(os.path.abspath(path))
-    if is_checkpoint(path):
-        return path.parent.parent
-    return path.parent if path.name == CHECKPOINTS else path
+    """Return the run directory of a path: a run, its checkpoints/, or one checkpoint.
+
+    A relative path gives a relative one, unless that has no name, as . and .. have none.
+    """
+    run = Path(os.path.abspath(path))
+    if is_checkpoint(run):
+        run = run.parent.parent
+    elif run.name == CHECKPOINTS:
+        run = run.parent
+    relative = Path(os.path.relpath(run))
+    return run if path.is_absolute() or relative.name in ("", "..") else relative

@@ -19,8 +19,10 @@ PATIENCE = 5.0  # seconds for the first signal's exception to get through
 
 class _Seen:
     signum: int | None = None
+    way_out = "; run the same command again to go on"  # the end of the message
     time = 0.0
-    is_handled = False  # a signal is being handled, or will be sent again in a moment
+    is_handled = False  # a signal is being handled
+    is_repeated = False  # a thread sends a signal again until its exception is raised
 
 
 def block_signals() -> None:
@@ -41,8 +43,14 @@ def stop_at_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
+def nothing_is_saved() -> None:
+    """Leave out of the message about a signal that the same command goes on with the work."""
+    _Seen.way_out = ""
+
+
 def ignore_signals() -> None:
     """Ignore signals from now on: the exit code is decided, and the interpreter is closing."""
+    _Seen.is_repeated = False
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
@@ -58,22 +66,26 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     _Seen.is_handled = True
     if _would_be_lost(frame):
         # An import may catch every exception or stay half-loaded, and Python ignores what __del__
-        # raises: send the signal again in a moment.
-        threading.Timer(0.1, _again, (signum,)).start()
+        # raises: send the signal again.
+        if not _Seen.is_repeated:
+            _Seen.is_repeated = True
+            threading.Thread(target=_repeat, args=(signum,), daemon=True).start()
+        _Seen.is_handled = False
         return
-    _Seen.is_handled = False
+    _Seen.is_handled = _Seen.is_repeated = False
     now = time.monotonic()
     if _Seen.signum is None or now > _Seen.time + PATIENCE:
         _Seen.signum, _Seen.time = _Seen.signum or signum, now
-        raise Stopped(
-            f"stopped by {signal.Signals(_Seen.signum).name}; run the same command again to go on",
-            _Seen.signum,
-        )
+        name = signal.Signals(_Seen.signum).name
+        raise Stopped(f"stopped by {name}{_Seen.way_out}", _Seen.signum)
 
 
-def _again(signum: int) -> None:
-    _Seen.is_handled = False
-    os.kill(os.getpid(), signum)
+def _repeat(signum: int) -> None:
+    """Send the signal until it is handled: one just before a wait in C doesn't end the wait."""
+    while _Seen.is_repeated:
+        time.sleep(0.1)
+        if _Seen.is_repeated:
+            os.kill(os.getpid(), signum)
 
 
 def _would_be_lost(frame: FrameType | None) -> bool:

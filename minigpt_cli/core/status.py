@@ -3,6 +3,7 @@
 This module imports no torch, because the launcher of ``--nproc`` writes the file too.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -10,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, Diverged
+from minigpt_cli.core.errors import EXIT_INTERRUPTED, EXIT_STOPPED, Diverged, UserError
+from minigpt_cli.core.files import create_file
+from minigpt_cli.core.reading import read_json
 from minigpt_cli.core.run_dir import STATUS
 
 _NAMES = {Diverged.exit_code: "diverged", EXIT_STOPPED: "stopped", EXIT_INTERRUPTED: "stopped"}
@@ -24,10 +27,9 @@ def status_name(exit_code: int) -> str:
 def read_status(directory: Path) -> dict[str, Any]:
     """Read a run's status.json; empty if there is none or it can't be read."""
     try:
-        status = json.loads((directory / STATUS).read_bytes())
-    except (OSError, ValueError):
+        return read_json(directory / STATUS)
+    except UserError:
         return {}
-    return status if isinstance(status, dict) else {}
 
 
 def write_status(
@@ -52,7 +54,8 @@ def write_status(
     }
     temporary = directory / f".{STATUS}"
     try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        create_file(temporary, (json.dumps(content, indent=2) + "\n").encode())
         temporary.replace(directory / STATUS)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -203,8 +203,9 @@ def open_dataset(
     made_with = manifest.tokenizer_fingerprint
     if tokenizer_fingerprint not in (None, made_with):
         raise UserError(
-            f"{path} was made with another tokenizer ({made_with[:12]}, not "
-            f"{str(tokenizer_fingerprint)[:12]}): make a dataset with this one in another directory"
+            f"{path} was made with another tokenizer ({made_with[:12]}, the model's is "
+            f"{str(tokenizer_fingerprint)[:12]}): give a dataset that was made with the model's "
+            "(`minigpt tokenize --tokenizer MODEL/tokenizer.json`)"
         )
     for file, problem in problems(path, manifest, verify):
         raise damaged(path / file, problem)

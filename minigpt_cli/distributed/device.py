@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-from pathlib import Path
 
 import torch
 
@@ -25,27 +24,6 @@ def device_memory(device: torch.device, local_size: int) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
-
-
-def available_memory() -> int | None:
-    """Return the free bytes of main memory, within the limits of a container or Slurm job.
-
-    None if the system doesn't say.
-    """
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(1024 * int(line.split()[1]) for line in lines if "MemAvailable" in line)
-        own = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
-        group = Path("/sys/fs/cgroup") / own.lstrip("/")
-        for folder in (group, *group.parents):
-            if (folder / "memory.max").exists():
-                limit = (folder / "memory.max").read_text().strip()
-                if limit != "max":
-                    used = int((folder / "memory.current").read_text())
-                    free = min(free, int(limit) - used)
-    except (OSError, ValueError, StopIteration, IndexError):
-        return None
-    return free
 
 
 def _keep_freed_memory() -> None:

@@ -52,7 +52,7 @@ def exit_status(worker: str, returncode: int, run: Path) -> ExitStatus:
         return ExitStatus(returncode)
     if returncode > 0:
         return ExitStatus(1, f"{worker} ended with exit code {returncode}; {resume_hint(run)}")
-    memory = " (out of memory?)" if -returncode == signal.SIGKILL else ""
+    memory = ", probably out of memory" if -returncode == signal.SIGKILL else ""
     name = _signal_name(-returncode)
     return ExitStatus(1, f"{worker} was killed by {name}{memory}; {resume_hint(run)}")
 

@@ -42,15 +42,15 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         problems = []
         if not 0 <= self.temperature < math.inf:
-            problems.append(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+            problems.append(f"--temperature: must be 0 (greedy) or more, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            problems.append(f"top_k must be 1 or more, not {self.top_k}")
+            problems.append(f"--top-k: must be 1 or more, not {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            problems.append(f"top_p must lie in (0, 1], not {self.top_p}")
+            problems.append(f"--top-p: must lie in (0, 1], not {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p < 1:
-            problems.append(f"min_p must lie in [0, 1), not {self.min_p}")
+            problems.append(f"--min-p: must lie in [0, 1), not {self.min_p}")
         if not 0 < self.repetition_penalty < math.inf:
-            problems.append(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+            problems.append(f"--repetition-penalty: must be above 0, not {self.repetition_penalty}")
         if problems:
             raise UserError("; ".join(problems))
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.memory import available_memory
 from minigpt_cli.data.tokenizer import load_tokenizer
-from minigpt_cli.distributed.device import available_memory
 from minigpt_cli.huggingface.base_model import BaseModel, load_base
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT, copy_values

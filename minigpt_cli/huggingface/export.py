@@ -18,6 +18,7 @@ from torch import Tensor
 from minigpt_cli.checkpoint.store import list_steps
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import whole_directory
+from minigpt_cli.core.memory import format_size
 from minigpt_cli.core.run_dir import CHECKPOINTS, FINAL, RECIPE, STATE, TOKENIZER, is_checkpoint
 from minigpt_cli.data.chat import TOKENIZER_CONFIG
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
@@ -94,7 +95,9 @@ def export_model(
     with whole_directory(out, replace) as folder:
         size = parameter_count(base.config) * DTYPES[dtype].itemsize
         if (free := shutil.disk_usage(folder).free) < size:
-            raise UserError(f"{out}: it takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} are free")
+            raise UserError(
+                f"{out}: it takes {format_size(size)}, and {format_size(free)} are free: make room"
+            )
         parameters = _write_weights(base, folder, DTYPES[dtype], shard_bytes)
         token_ids = write_tokenizer(base, folder)
         name = str(DTYPES[dtype]).removeprefix("torch.")
@@ -171,8 +174,8 @@ def _name_for_peft(base: BaseModel) -> str:
     if (final / CONFIG).is_file() and weights_fingerprint(open_base(final)) == weights_fingerprint(
         base
     ):
-        return str(final)
-    return str(base.directory)
+        return os.path.abspath(final)
+    return os.path.abspath(base.directory)
 
 
 def _write_texts(folder: Path, files: dict[str, str]) -> None:

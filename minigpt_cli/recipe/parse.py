@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import importlib.util
+import os
 import re
 import tomllib
 import types
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.reading import read_text
 from minigpt_cli.recipe.schema import Origin, Recipe
 from minigpt_cli.recipe.tables import leaves, to_tables
 from minigpt_cli.recipe.validate import find_problems
@@ -18,6 +21,7 @@ from minigpt_cli.recipe.validate import find_problems
 FORMAT = "minigpt-resolved-recipe-1"  # the `format` key of a file that dump_recipe() wrote
 # Files written before there was a `format` key have this in their first line.
 OLD_FIRST_LINE = "the resolved recipe; where each value came from"
+_MAX_BYTES = 1 << 20
 # (section, two settings of which one is given): the command line's replaces the file's.
 _ALTERNATIVES = (("train", "steps", "tokens"), ("data.tokenizer", "path", "train_vocab"))
 
@@ -36,13 +40,17 @@ def load_recipe(
         UserError: the file can't be read; or a list of all problems in it.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")  # a byte order mark
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; recipes/ holds examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the recipe can't be read: {error}") from None
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: no such recipe{_examples()}")
+    text = read_text(path, limit=_MAX_BYTES).removeprefix("\ufeff")  # a byte order mark
     return parse_recipe(text, overrides or [], where=str(path), name=name or path.stem)
+
+
+def _examples() -> str:
+    """Name the folder of the recipes that come with minigpt, if it is there."""
+    found = importlib.util.find_spec("minigpt_cli.recipes")
+    folders = [] if found is None else found.submodule_search_locations or []
+    return "".join(f"; there are examples in {folder}" for folder in folders)
 
 
 def parse_recipe(

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.console import warn
+from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import write_atomically
+from minigpt_cli.core.reading import parse_json, read_bytes
 from minigpt_cli.core.run_dir import METRICS
+
+_MAX_BYTES = 1 << 30
 
 
 class MetricsFile:
@@ -56,7 +60,8 @@ class MetricsFile:
         os.close(self._descriptor)
 
     def _open(self) -> int:
-        return os.open(self._run / METRICS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link may lead elsewhere
+        return os.open(self._run / METRICS, flags, 0o644)
 
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
@@ -73,18 +78,20 @@ class MetricsFile:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Return every whole line of a run's metrics.jsonl; none if it isn't there."""
-    lines = []
-    try:
-        text = (run / METRICS).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    """Return every whole line of a run's metrics.jsonl that has a step; none if it isn't there.
+
+    Raises:
+        Damaged: it can't be read.
+    """
+    file, lines = run / METRICS, []
+    if not os.path.lexists(file):
         return []
-    for line in text.splitlines():
+    for line in read_bytes(file, Damaged, _MAX_BYTES).splitlines():
         try:
-            value = json.loads(line)
-        except ValueError:  # torn by a power cut
+            value = parse_json(line, str(file))
+        except UserError:  # torn by a power cut
             continue
-        if isinstance(value, dict):
+        if type(value.get("step")) is int:
             lines.append(value)
     return lines
 
@@ -98,13 +105,13 @@ def cut_back(run: Path, step: int, evaluated: bool = True) -> None:
         evaluated: whether to keep the evaluation at that step.
 
     Raises:
+        Damaged: the file can't be read.
         OSError: the file can't be written.
     """
     kept = [
         line
         for line in read(run)
-        if line.get("step", 0) < step
-        or (line.get("step") == step and (evaluated or "val_loss" not in line))
+        if line["step"] < step or (line["step"] == step and (evaluated or "val_loss" not in line))
     ]
     text = "".join(json.dumps(line) + "\n" for line in kept)
     write_atomically(run / METRICS, text.encode())

@@ -1,6 +1,5 @@
 """Changes between two processes of a run: settings, the dataset, the machine."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.environment import environment_changes
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.reading import read_json
 from minigpt_cli.core.run_dir import ENVIRONMENT
 from minigpt_cli.recipe import Recipe, changed_settings, setting_names
 
@@ -112,8 +112,8 @@ def warn_about_environment(directory: Path, now: dict[str, Any]) -> None:
         now: this process's environment.
     """
     try:
-        before = json.loads((directory / ENVIRONMENT).read_text())
-    except (OSError, ValueError):
+        before = read_json(directory / ENVIRONMENT)
+    except UserError:
         return
     if changes := environment_changes(before, now):
         warn(f"{', '.join(changes)}: results will not be bit-identical")

@@ -86,21 +86,22 @@ def restore_checkpoint(
     restore_guard(context.guard, state.guard, state.step, state.skipped)
 
 
-def finish_save(run: Run, must_succeed: bool = False) -> None:
+def finish_save(run: Run, must_succeed: bool = False, is_last: bool = False) -> None:
     """Wait for the save that is running, and log its result; every rank calls it.
 
     Raises:
         UserError: it failed, and it ``must_succeed``.
     """
-    log_save(run.saver.wait(), must_succeed)
+    log_save(run.saver.wait(), must_succeed, is_last)
 
 
-def log_save(saved: SaveResult | None, must_succeed: bool = False) -> None:
+def log_save(saved: SaveResult | None, must_succeed: bool = False, is_last: bool = False) -> None:
     """Log the result of a save.
 
     Args:
         saved: None if none has ended.
         must_succeed: whether a failure is an error rather than a warning.
+        is_last: whether training has ended.
 
     Raises:
         UserError: it failed, and it ``must_succeed``.
@@ -116,7 +117,8 @@ def log_save(saved: SaveResult | None, must_succeed: bool = False) -> None:
             f"{problem}; older checkpoints are untouched: free some space or repair the path, then "
             "run minigpt resume"
         )
-    warn(f"{problem}; training goes on and saves again at the next interval")
+    next_try = "training goes on and saves again at the next interval"
+    warn(f"{problem}; {'trying once more' if is_last else next_try}")
 
 
 def last_good_checkpoint(run: Run) -> str:

@@ -40,7 +40,7 @@ def fit(run: Run, state: RunState) -> None:
 
 
 def _train(run: Run, state: RunState) -> None:
-    recipe, total = run.recipe, run.recipe.total_steps
+    recipe, total, first = run.recipe, run.recipe.total_steps, state.step
     run.saver.last_saved_step = state.step  # of the process before this one
     with StopRequest() as stop, TrainingDisplay(total, state.step) as display:
         steps, saved_at = StepLog(run, display), time.monotonic()
@@ -75,7 +75,7 @@ def _train(run: Run, state: RunState) -> None:
             log_save(run.saver.poll())
 
         steps.clock.pause()
-        finish_save(run)
+        finish_save(run, is_last=True)
         if state.step != run.saver.last_saved_step:
             _rolls_back(run, state, steps.clock)
             save_checkpoint(run, state, must_succeed=True)
@@ -85,6 +85,8 @@ def _train(run: Run, state: RunState) -> None:
         f"finished at step {state.step}: {state.tokens:,} tokens, {steps.clock.total:.1f} s of "
         f"training in this process; {run.directory}"
     )
+    if state.step == first:
+        log(f"to train it further: minigpt resume {run.directory} --set train.steps=N")
 
 
 def is_finished(recipe: Recipe, state: RunState) -> bool:

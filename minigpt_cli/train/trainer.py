@@ -3,7 +3,8 @@
 import torch
 
 from minigpt_cli.core.console import warn
-from minigpt_cli.core.errors import UserError, first_line, is_out_of_memory
+from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.memory import is_out_of_memory
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.device import use_deterministic_kernels
 from minigpt_cli.distributed.parallel import ParallelDims
@@ -12,6 +13,7 @@ from minigpt_cli.model import lora, precision
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe
+from minigpt_cli.train.batch import micro_batch_size_of
 from minigpt_cli.train.guard import new_guard
 from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.step import StepContext
@@ -33,7 +35,7 @@ def build_context(recipe: Recipe, vocab_size: int, world: World) -> StepContext:
     """
     dtype = _common_dtype(recipe, world)
     config = config_from_recipe(recipe, vocab_size)
-    micro_batch_size = _micro_batch_size(recipe, world)
+    micro_batch_size = micro_batch_size_of(recipe, world.size)
     if recipe.train.deterministic:
         use_deterministic_kernels(world.device, recipe.precision.compile)
     with torch.device("meta"):  # so that a model too large for one rank is never whole
@@ -156,18 +158,6 @@ def _common_dtype(recipe: Recipe, world: World) -> torch.dtype:
             "these ranks' devices: set a dtype that all of them support"
         )
     return dtype
-
-
-def _micro_batch_size(recipe: Recipe, world: World) -> int:
-    """Return the sequences per forward pass of one rank."""
-    whole, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    if whole % (world.size * (micro or 1)):
-        raise UserError(
-            f"[train] global_batch_size {whole} can't be divided among {world.size} ranks"
-            + (f" in micro-batches of {micro}" if micro else "")
-            + f": it must be a multiple of {world.size * (micro or 1)}"
-        )
-    return micro or whole // world.size
 
 
 def _choose_dims(recipe: Recipe, model: GPT, world: World) -> ParallelDims:

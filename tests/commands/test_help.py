@@ -30,9 +30,9 @@ SURFACE = {
         "--json",
     },
     "sample": COMMON | {
-        "MODEL", "--adapter", "--prompt", "--chat", "--max-new-tokens", "--num-samples",
-        "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--greedy",
-        "--stop", "--seed", "--device", "--dtype", "--json",
+        "MODEL", "--adapter", "--prompt", "--prompt-file", "--chat", "--max-new-tokens",
+        "--num-samples", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty",
+        "--greedy", "--stop", "--seed", "--device", "--dtype", "--json",
     },
     "export": COMMON | {"MODEL", "OUT", "--dtype", "--adapter", "--adapter-only", "--json"},
     "verify": COMMON | {"PATH", "--json"},

@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -98,3 +99,36 @@ def test_a_completion_on_a_terminal_and_in_a_pipe(run: Path):
     text = shown.decode().replace("\r\n", "\n")
     assert text.count("a\tb\nc" + r"\x1b[2J\x1b]0;title\x07") == 2
     assert "\x1b" not in text
+
+
+def test_prompts_from_a_file_and_from_standard_input(run: Path, tmp_path: Path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("def \n\n")
+    arguments = ("--max-new-tokens", "4", "--greedy", "--json")
+    expected = json.loads(finished("sample", run, "--prompt", "def \n\n", *arguments))
+    assert json.loads(finished("sample", run, "--prompt-file", file, *arguments)) == expected
+    done = subprocess.run(
+        command("sample", run, "--prompt", "-", *arguments), stdin=file.open(), env=environment(),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == expected
+    refused(2, "--prompt-file can't be combined", "sample", "--prompt", "a", "--prompt-file", file)
+    file.write_bytes(b"\xff")
+    refused(2, "prompt.txt: can't be read: byte 0 is not UTF-8", "sample", "--prompt-file", file)
+    refused(2, "--top-p: must lie in (0, 1], not 2.0", "sample", "--top-p", "2")
+
+
+def test_ctrl_c_ends_the_line(run: Path):
+    arguments = ("sample", run, "--prompt", "def ", "--max-new-tokens", "1000000")
+    with subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        start = process.stdout.read(10)
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 130
+    assert (start + rest).startswith(b"def ")
+    assert rest.endswith(b"\n")
+    assert errors.splitlines()[-1] == b"minigpt: stopped by SIGINT"

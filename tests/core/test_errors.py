@@ -13,7 +13,10 @@ def test_out_of_memory():
     wrapped.__cause__ = allocation.value
     for error in (allocation.value, wrapped, MemoryError()):
         assert exit_code_of(error) == 2
-        assert describe(error).startswith("out of memory; ")
+        assert describe(error).startswith("out of memory: ")
+        assert "try in this order: a smaller train.micro_batch_size" in describe(error)
+    assert "1,152,921,504.6 GB were asked for" in describe(wrapped)
+    assert "asked for" not in describe(MemoryError())
     other = RuntimeError("a bug")
     assert exit_code_of(other) == 1
     assert describe(other).startswith("internal error: RuntimeError: a bug")

@@ -12,7 +12,7 @@ from minigpt_cli.core.reading import build, parse_json, read_bytes, read_json, r
 def test_pipes_devices_and_directories_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for file in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        with pytest.raises(UserError, match=r"is not a regular file|Is a directory"):
+        with pytest.raises(UserError, match="is not a regular file"):
             read_bytes(file)
     with pytest.raises(UserError, match="no such file"):
         read_bytes(tmp_path / "none")

@@ -62,7 +62,7 @@ def both_started(folder: Path) -> Callable[[], bool]:
 
 
 def test_exit_codes_and_output(start: Start):
-    killed = f"minigpt: rank 1 was killed by SIGKILL (out of memory?); {AGAIN}\n"
+    killed = f"minigpt: rank 1 was killed by SIGKILL, probably out of memory; {AGAIN}\n"
     cases = {
         ("exit:0", "exit:0"): (0, ""),
         ("exit:0", "exit:130"): (130, ""),
@@ -288,8 +288,8 @@ def test_killed_ranks_are_in_status_json(tmp_path: Path, recipe_file: Path):
     status = json.loads((run / "status.json").read_text())
     message = launcher.said.splitlines()[-1].removeprefix("minigpt: ")
     assert re.fullmatch(
-        r"rank [01] was killed by SIGKILL \(out of memory\?\); go on from the last checkpoint with "
-        f"`minigpt resume {run}`",
+        r"rank [01] was killed by SIGKILL, probably out of memory; go on from the last checkpoint "
+        f"with `minigpt resume {run}`",
         message,
     )
     assert status.keys() == before.keys()
@@ -303,4 +303,12 @@ def test_a_recipe_is_checked_before_anything_starts(tmp_path: Path, recipe_file:
     assert launcher.wait() == 2
     assert launcher.said.count("\n") == 1
     assert "stepz" in launcher.said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_ranks_must_fit_the_batch(tmp_path: Path, recipe_file: Path):
+    launcher = pretrain(tmp_path, recipe_file, "--set", "train.global_batch_size=9")
+    assert launcher.wait() == 2
+    assert launcher.said.count("\n") == 1
+    assert "global_batch_size 9 can't be divided among 2 ranks" in launcher.said
     assert not (tmp_path / "run").exists()

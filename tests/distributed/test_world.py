@@ -132,7 +132,7 @@ def test_shared_error_has_no_rank(tmp_path: Path):
     for arguments, line in (
         (
             ("-m", "minigpt_cli", "pretrain", "nowhere.toml"),
-            "nowhere.toml: no such recipe; recipes/ holds examples",
+            f"nowhere.toml: no such recipe; there are examples in {ROOT / 'recipes'}",
         ),
         ((FAILS, "shared", "fail"), "the disk of all is gone"),
     ):

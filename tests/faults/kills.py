@@ -180,7 +180,7 @@ def kill_under_launcher(scene: Scene, chance: random.Random, victims: list[str])
         if victim.startswith("rank"):
             assert code == 1, launcher.tail
             way_out = "go on from" if steps_saved(run) else "run the same command again"
-            killed = f"minigpt: {victim} was killed by SIGKILL (out of memory?); {way_out}"
+            killed = f"minigpt: {victim} was killed by SIGKILL, probably out of memory; {way_out}"
             assert killed in launcher.said, launcher.tail
             assert "Traceback" not in launcher.said
         else:

@@ -14,8 +14,10 @@ from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.run_lock import run_lock
 from minigpt_cli.train.start import resume_run, start_run
+from tests.helpers.runs import rewind
 
 MakeRecipe = Callable[..., Recipe]
+SETTINGS = ("train.steps=4", "checkpoint.every_steps=2")
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -26,7 +28,7 @@ def content(directory: Path) -> dict[str, bytes]:
 @pytest.fixture
 def finished(tmp_path: Path, make_recipe: MakeRecipe) -> Path:
     run = tmp_path / "run"
-    fit(*start_run(make_recipe("train.steps=4"), run))
+    fit(*start_run(make_recipe(*SETTINGS), run))
     return run
 
 
@@ -48,7 +50,7 @@ def test_a_run_whose_checkpoints_were_removed(finished: Path, make_recipe: MakeR
     shutil.rmtree(finished / "checkpoints")
     before = content(finished)
     with pytest.raises(UserError, match=r"holds .*, which the run would overwrite"):
-        start_run(make_recipe("train.steps=4"), finished)
+        start_run(make_recipe(*SETTINGS), finished)
     assert content(finished) == before
 
 
@@ -56,8 +58,8 @@ def test_a_run_that_died_before_its_first_save(finished: Path, make_recipe: Make
     shutil.rmtree(finished / "checkpoints")
     shutil.rmtree(finished / "final")
     with pytest.raises(UserError, match=r"without a checkpoint and with another optimizer\.lr"):
-        start_run(make_recipe("train.steps=4", "optimizer.lr=1e-4"), finished)
-    run, state = start_run(make_recipe("train.steps=4"), finished)
+        start_run(make_recipe(*SETTINGS, "optimizer.lr=1e-4"), finished)
+    run, state = start_run(make_recipe(*SETTINGS), finished)
     run.resources.close()
     assert state.step == 0
 
@@ -70,13 +72,13 @@ def test_a_run_that_trains_with_another_recipe(finished: Path, make_recipe: Make
         run_lock(finished),
         pytest.raises(UserError, match="another process is training in it"),
     ):
-        start_run(make_recipe("train.steps=4", "optimizer.lr=1e-4"), finished)
+        start_run(make_recipe(*SETTINGS, "optimizer.lr=1e-4"), finished)
 
 
 def test_a_run_that_died_while_data_was_prepared(tmp_path: Path, make_recipe: MakeRecipe):
     write_status(tmp_path, "running", None, None, "")
     (tmp_path / "metrics.jsonl").touch()
-    start_run(make_recipe("train.steps=4"), tmp_path)[0].resources.close()
+    start_run(make_recipe(*SETTINGS), tmp_path)[0].resources.close()
     assert json.loads((tmp_path / "status.json").read_text())["status"] != "running"
 
 
@@ -89,3 +91,43 @@ def test_files_of_a_user_in_final(finished: Path, capsys: pytest.CaptureFixture[
     (finished / "final/thesis.txt").unlink()
     fit(*resume_run(finished, ["train.steps=8"], []))
     assert content(finished / "final") != before
+
+
+PLANTED = [f".{name}.tmp" for name in RUN_FILES if "." in name]
+PLANTED += [".status.json", *(name for name in RUN_FILES if "." in name and name != "recipe.toml")]
+
+
+def test_planted_links_lead_nowhere(finished: Path, tmp_path: Path):
+    """A received run must not make resume write outside it."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    rewind(finished, 2)
+    for name in PLANTED:
+        target = outside / name.strip(".")
+        target.write_text("mine")
+        (finished / name).unlink(missing_ok=True)
+        (finished / name).symlink_to(target)
+    (finished / "checkpoints" / ".writing-step-00000004").symlink_to(outside)
+    (finished / "checkpoints" / ".deleting-step-00000001").symlink_to(outside)
+    (finished / "final").rename(outside / "final")
+    (finished / "final").symlink_to(outside / "final")
+    before = content(outside)
+    run, state = resume_run(finished, [], [])
+    assert state.step == 2
+    fit(run, state)
+    assert content(outside) == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "incidents", ".lock"])
+def test_linked_directories_are_refused(finished: Path, tmp_path: Path, name: str):
+    outside = tmp_path / "outside"
+    if name == ".lock":
+        (finished / name).unlink()
+    elif name == "checkpoints":
+        (finished / name).rename(outside)
+    else:
+        outside.mkdir()
+    (finished / name).symlink_to(outside)
+    with pytest.raises(UserError, match=f"{name} is a link|can't be written to: .*symbolic links"):
+        resume_run(finished, [], [])
+    assert name != ".lock" or not outside.exists()
