@@ -108,7 +108,7 @@ def ask(module: str, request: dict[str, Any], what: str) -> Any:
 def ending(code: int) -> str:
     """Return in a few words why a child with limits died."""
     if code == -signal.SIGXCPU:
-        return f"takes more than {SECONDS} seconds"
+        return f"takes more than {SECONDS} seconds of CPU time"
     if code in (-signal.SIGABRT, -signal.SIGKILL):  # Rust aborts where memory runs out
         return f"takes more than {MEMORY >> 30} GB of memory"
     return f"crashes ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"

@@ -3,7 +3,9 @@
 import math
 import re
 
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.checkpoint.manifest import CheckpointManifest
+from minigpt_cli.checkpoint.tensors import WEIGHTS_PREFIX
+from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cost import parameter_count
 
@@ -39,3 +41,22 @@ def check_sizes(
             f"{where}: a model of these sizes has {needed:,} parameters, but the weights are "
             f"{held:,} numbers"
         )
+
+
+def check_checkpoint_sizes(config: ModelConfig, manifest: CheckpointManifest, recipe: str) -> None:
+    """Refuse the sizes in a checkpoint's recipe for which its weights don't suffice.
+
+    Args:
+        config: What the recipe says.
+        manifest: Of a verified checkpoint without adapters.
+        recipe: The recipe's file, for the message.
+
+    Raises:
+        Damaged: See ``check_sizes``.
+    """
+    shapes = {
+        name: entry["shape"]
+        for name, entry in manifest.tensors.items()
+        if name.startswith(WEIGHTS_PREFIX)
+    }
+    check_sizes(config, shapes, recipe, Damaged)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.huggingface.adapter import open_model
-from minigpt_cli.huggingface.base_model import open_base
+from minigpt_cli.huggingface.base_model import open_base, stop_token_ids
 from minigpt_cli.huggingface.load import load_model
 from tests.helpers.adapters import KINDS, peft_adapter
 from tests.helpers.models import saved_model
@@ -144,6 +145,32 @@ def test_files_that_are_none(model: Path):
         (model / name).unlink()
         (model / name).write_bytes(content)
     open_base(model)
+
+
+@pytest.mark.parametrize("value", ["x", [[1]], {"a": 1}, 1.5, True, ["x"]])
+def test_special_token_ids(model: Path, value: Any):
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"eos_token_id": value}))
+    assert_one_line(model, r"config\.json: eos_token_id must be")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[" * 10**6, "[]", '{"eos_token_id": {"a": 1}}', "\ufeff{}"]
+)
+def test_generation_settings_that_no_model_has(model: Path, content: str):
+    """They only say where a text ends, so a model without them works."""
+    (model / "generation_config.json").write_text(content)
+    base = open_base(model)
+    assert stop_token_ids(base, load_tokenizer(base.tokenizer))
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("content", [b"\xff", b"a" * (1 << 25)])
+def test_auxiliary_files_that_are_none(model: Path, name: str, content: bytes):
+    (model / name).write_bytes(content)
+    assert_one_line(model, f"{name}: (can't be read|is larger)")
 
 
 def test_more_token_ids_than_embeddings(model: Path):
