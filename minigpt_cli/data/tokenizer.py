@@ -111,7 +111,7 @@ def _checked_text(file: Path) -> str:
 def _from_text(text: str, file: Path) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    with tokenizer_errors(f"{file} is not a valid tokenizer"):
+    with _tokenizer_errors(f"{file} is not a valid tokenizer"):
         return Tokenizer.from_str(text)
 
 
@@ -119,8 +119,11 @@ def _from_pair(vocab: Path) -> "Tokenizer":
     """Load GPT-2's two files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    with tokenizer_errors(f"{vocab} is not a valid tokenizer"):
-        merges = vocab.with_name("merges.txt")
+    invalid, merges = f"{vocab} is not a valid tokenizer", vocab.with_name("merges.txt")
+    lines = [line for line in read_text(merges).splitlines() if not line.startswith("#version")]
+    if not _merges_fit(parse_json(_checked_text(vocab), invalid), lines):
+        raise UserError(f"{invalid}: {merges.name} merges to a token that is not in it")
+    with _tokenizer_errors(invalid):
         tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -132,7 +135,7 @@ def _from_pair(vocab: Path) -> "Tokenizer":
 
 
 @contextlib.contextmanager
-def tokenizer_errors(what: str) -> Iterator[None]:
+def _tokenizer_errors(what: str) -> Iterator[None]:
     """Turn every error of the library `tokenizers` into one line that begins with ``what``."""
     try:
         yield
@@ -159,7 +162,18 @@ def _is_plain(content: dict[str, Any]) -> bool:
         content.get("normalizer") is None
         and types in (["ByteLevel"] * 3, ["ByteLevel", "ByteLevel", None])
         and not any(model.get(name) for name in options)
+        and _merges_fit(model.get("vocab"), model.get("merges"))
     )
+
+
+def _merges_fit(vocab: Any, merges: Any) -> bool:
+    """Return whether each merge makes a token of the vocabulary; else the library may panic."""
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        return False
+    try:
+        return all("".join(m.split(" ") if isinstance(m, str) else m) in vocab for m in merges)
+    except TypeError:  # a number, or a list of others than texts
+        return False
 
 
 def _checked_size(tokenizer: T, file: Path) -> T:

@@ -122,6 +122,19 @@ def test_tokenizer_that_cannot_be_loaded(tmp_path: Path, changed: dict[str, Any]
     assert str(caught.value).startswith(str(tmp_path))
 
 
+def test_merge_to_a_token_that_is_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """The library panics; where it would do so in this process, pages appeared on the terminal."""
+    model = PARTS["model"] | {"merges": [["a", "<|endoftext|>"]]}
+    with pytest.raises(UserError, match="not a valid tokenizer"):
+        load_tokenizer(written(tmp_path / "tokenizer.json", model=model))
+    for merges in ("#version: 0.2\na <|endoftext|>", "a", "a  b", "\x00"):
+        (tmp_path / "vocab.json").write_text(json.dumps(PARTS["model"]["vocab"]))
+        (tmp_path / "merges.txt").write_text(merges)
+        with pytest.raises(UserError, match=r"vocab\.json is not a valid tokenizer"):
+            load_tokenizer(tmp_path / "vocab.json")
+    assert capfd.readouterr().err == ""
+
+
 def test_nested_tokenizer(tmp_path: Path):
     deep: dict[str, Any] = {"type": "Lowercase"}
     for _ in range(60):
