@@ -82,6 +82,8 @@ def read_peft(path: Path, model: GPT) -> tuple[AdapterSettings, dict[str, Tensor
         if not tensor.is_floating_point():
             raise UserError(f"{path}: {name} is of {tensor.dtype}, not of floating-point numbers")
         tensors[f"{ours[module]}.{kind}"] = tensor
+    if not tensors:
+        raise UserError(f"{file}: holds no adapter: is the download complete?")
     return settings, tensors
 
 

@@ -107,24 +107,31 @@ def entry(shape: list[Any], begin: int, end: int, dtype: str = "F32") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"", b"1234567", struct.pack("<Q", 10**18) + b"{}", struct.pack("<Q", 2**64 - 1) + b"{}",
-        struct.pack("<Q", 100) + b"{}", header(b"[" * 10**6), header(b"{}"), header(b"[1]"),
-        header({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"0" * 12),
-        header({"a": entry([2], 0, 8), "b": entry([2], 100, 108)}, b"0" * 108),
-        header({"a": entry([2], 0, 8)}), header({"a": entry([2], 0, 8)}, b"0" * 99),
-        header({"a": entry([2**40, 2**40], 0, 8)}, b"0" * 8),
-        header({"a": entry([-1], 0, 8)}, b"0" * 8), header({"a": entry([2], 8, 0)}, b"0" * 8),
-        header({"a": entry([2], 0, 8, "F99")}, b"0" * 8),
-        header({"a\u001b[2J\nb": entry([2], 0, 8)}, b"0" * 8),
-        header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', b"0000"),
-    ],
-)  # fmt: skip
+HEADERS = [
+    b"", b"1234567", struct.pack("<Q", 10**18) + b"{}", struct.pack("<Q", 2**64 - 1) + b"{}",
+    struct.pack("<Q", 100) + b"{}", header(b"[" * 10**6), header(b"{}"), header(b"[1]"),
+    header({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, b"0" * 12),
+    header({"a": entry([2], 0, 8), "b": entry([2], 100, 108)}, b"0" * 108),
+    header({"a": entry([2], 0, 8)}), header({"a": entry([2], 0, 8)}, b"0" * 99),
+    header({"a": entry([2**40, 2**40], 0, 8)}, b"0" * 8),
+    header({"a": entry([-1], 0, 8)}, b"0" * 8), header({"a": entry([2], 8, 0)}, b"0" * 8),
+    header({"a": entry([2], 0, 8, "F99")}, b"0" * 8),
+    header({"a\u001b[2J\nb": entry([2], 0, 8)}, b"0" * 8),
+    header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": 1}', b"0000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", HEADERS)
 def test_headers_of_safetensors(model: Path, content: bytes):
     (model / "model.safetensors").write_bytes(content)
     assert_one_line(model, r"safetensors|config\.json: num_hidden_layers")
+
+
+@pytest.mark.parametrize("content", HEADERS)
+def test_headers_of_an_adapter(adapter: Path, content: bytes):
+    (adapter / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=str(adapter)):
+        open_model(adapter, [])
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "/etc/passwd", "a/b", "a\u0000b", "x" * 300])
