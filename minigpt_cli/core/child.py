@@ -93,6 +93,7 @@ def ask(module: str, request: dict[str, Any], what: str) -> Any:
                 child.stdin.flush()
             line = child.stdout.readline()
         except BaseException:  # a signal: its answer must not be taken for the next one
+            child.kill()
             _end(child)
             raise
         if not line.endswith(b"\n"):
@@ -157,6 +158,7 @@ def limit_resources(size: int, memory_per_byte: int, seconds: float = SECONDS) -
         memory_per_byte: The memory that each of them may take beyond ``MEMORY``.
         seconds: The CPU time that it may take; a long input may take longer.
     """
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     until = time.process_time() + seconds + size * _SECONDS_PER_BYTE
     _limit(resource.RLIMIT_CPU, math.ceil(until))
     _limit(resource.RLIMIT_AS, MEMORY + size * memory_per_byte)

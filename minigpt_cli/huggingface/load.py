@@ -1,6 +1,5 @@
 """Load a trained model onto a device, to evaluate it or to generate text."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import torch
 
 from minigpt_cli.checkpoint.store import list_steps
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.threads import device_thread
 from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
 from minigpt_cli.huggingface.adapter import LoadedAdapter, apply, open_model
 from minigpt_cli.huggingface.base_model import BaseModel, load_base
@@ -59,7 +59,7 @@ def load_model(path: Path, device: torch.device, adapters: list[Path]) -> Traine
         Damaged: A run has no valid checkpoint.
     """
     base, opened = open_model(path, adapters)
-    with ThreadPoolExecutor(1) as pool:  # large tokenizers take as long as weights
+    with device_thread("tokenizer", device) as pool:  # large tokenizers take as long as weights
         tokenizer = pool.submit(load_tokenizer, base.tokenizer)
         fp64 = base.recipe is not None and base.recipe.precision.dtype == "fp64"
         model = GPT(base.config).to(device, torch.float64 if fp64 else torch.float32)
