@@ -1,6 +1,8 @@
 """``minigpt``, and ``python -m minigpt_cli``, which launchers start as ranks."""
 
+import io
 import os
+import sys
 
 from minigpt_cli.core.signals import block_signals
 from minigpt_cli.distributed.join import follow_launcher
@@ -9,13 +11,24 @@ from minigpt_cli.distributed.join import follow_launcher
 def main() -> None:
     block_signals()  # until cli.main() handles them
     follow_launcher()
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait for each other spin. Less of it loses nothing on a quiet machine, and
-        # is 1.7 times as fast on a busy one (benchmarks/LOG.md). Read when torch is imported.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    _set_environment()
     from minigpt_cli import cli
 
     cli.main()
+
+
+def _set_environment() -> None:
+    """Set what libraries read when they are imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for each other spin. Less of it loses nothing on a quiet machine, and
+        # is 1.7 times as fast on a busy one (benchmarks/LOG.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    columns = os.environ.get("COLUMNS", "80")
+    if not (columns.isdecimal() and 1 <= int(columns[:6]) <= 10_000):
+        del os.environ["COLUMNS"]  # rich prints nothing for 0, and pads lines to any width
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # for names of files, which may be no text
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

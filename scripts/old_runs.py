@@ -59,7 +59,7 @@ USES = {
     # The recipe of an adapter holds the absolute path of its base.
     "resume lora": "resume runs/lora --set lora.base=runs/base",
 }
-SPEED = ("tokens_per_second", "mfu")
+SPEED = ("tokens_per_second", "mfu", "seconds", "time", "memory_bytes")
 
 
 def start(code: Path, folder: Path, line: str) -> subprocess.Popen[str]:

@@ -286,3 +286,26 @@ def test_too_little_memory_is_one_line(tmp_path: Path, dataset: Path):
     size = r"[\d.,]+ [GM]B"
     start = f"minigpt: out of memory: {size} were asked for, {size} are free; in training, try"
     assert re.match(f"{start} in this order: a smaller train.micro_batch_size", last), done.stderr
+
+
+@pytest.mark.parametrize("columns", ["0", "-5", "", "wide", "9" * 100])
+def test_a_width_that_is_none_counts_as_80(columns: str, tmp_path: Path):
+    def show(columns: str) -> str:
+        return subprocess.run(
+            command("sample", "--help"), env=environment() | {"COLUMNS": columns},
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+
+    assert show(columns) == show("80")
+
+
+def test_names_that_are_no_text(dataset: Path, tmp_path: Path):
+    name = os.fsdecode(b"na\xffme")
+    (tmp_path / name).symlink_to(dataset)
+    for encoding in ("utf-8", "ascii"):
+        done = subprocess.run(
+            command("verify", name), env=environment() | {"PYTHONIOENCODING": encoding},
+            cwd=tmp_path, capture_output=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.startswith(rb"na\udcffme: valid")

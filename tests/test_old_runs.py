@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.processes import minigpt
+from tests.helpers.runs import BY_CLOCK
 
 OLD = Path(__file__).parent / "data/old"
 EVALUATIONS = json.loads((OLD / "expected/evaluations.json").read_text())
@@ -33,8 +34,7 @@ def run(folder: Path, line: str) -> dict[str, Any]:
 
 def metrics(file: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    timed = ("tokens_per_second", "mfu")
-    return [{key: line[key] for key in line if key not in timed} for line in lines]
+    return [{key: line[key] for key in line if key not in BY_CLOCK} for line in lines]
 
 
 def assert_same_metrics(file: Path, expected: Path) -> None:

@@ -88,7 +88,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
     try:
         if raw["format"] != _FORMAT:
             raise Damaged(
-                f"{checkpoint}: format {raw['format']!r}; this version of minigpt reads {_FORMAT}"
+                f"{checkpoint}: format {raw['format']!r:.80}; this minigpt reads {_FORMAT}"
             )
         unchanged = text == _text(raw)
         if raw.pop("checksum") != json_checksum(raw) or not unchanged:
@@ -101,7 +101,7 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
         raise Damaged(f"{file}: is not a manifest ({error})") from None
     for name in manifest.files:
         if Path(name).name != name or name in ("", ".", ".."):
-            raise Damaged(f"{checkpoint}: the manifest names a file outside it: {name!r}")
+            raise Damaged(f"{checkpoint}: the manifest names a file outside it: {name!r:.80}")
         if not name.endswith(".safetensors") and name not in _SMALL_FILES:
             raise Damaged(f"{checkpoint}: the manifest names {name}, which no checkpoint holds")
     if checkpoint_step(checkpoint) not in (None, manifest.step):

@@ -64,7 +64,9 @@ def mismatched_shards(directory: Path, files: list[str], recorded: dict[str, Any
         try:
             held = _shards_in(directory / file)
         except Exception as error:  # safetensors has no error of its own for Python
-            return [f"{directory / file}: is not a safetensors file of a checkpoint: {error!r}"]
+            return [
+                f"{directory / file}: is not a safetensors file of a checkpoint: {error!r:.200}"
+            ]
         different = []
         for name, (dtype, begin, sizes) in held.items():
             entry = recorded.get(name)

@@ -53,9 +53,9 @@ def read_state(checkpoint: Path) -> RunState:
     except ValueError as error:
         raise Damaged(f"{file}: can't be read: {error}") from None
     if not _is_guard_state(state.guard, state.step):
-        raise Damaged(f"{file}: invalid guard: {state.guard!r}")
+        raise Damaged(f"{file}: invalid guard: {state.guard!r:.80}")
     if state.scaler and not _is_scaler_state(state.scaler):
-        raise Damaged(f"{file}: invalid scaler: {state.scaler!r}")
+        raise Damaged(f"{file}: invalid scaler: {state.scaler!r:.80}")
     return state
 
 

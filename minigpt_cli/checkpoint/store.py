@@ -131,6 +131,8 @@ def newest_valid(
         problems = verify_on_all_ranks(checkpoint, world)
         if not problems:
             return checkpoint, read_checkpoint_manifest(checkpoint), skipped
+        if world is None and not checkpoint.exists():
+            continue  # the run has just pruned it
         skipped.append(f"{name} skipped: {'; '.join(problems)}")
     if names:
         raise Damaged(

@@ -48,18 +48,22 @@ def export_command(
         raise UserError(f"--adapter is given {len(adapters)} times: export takes one adapter")
     if adapter_only and dtype != "fp32":
         raise UserError("--dtype can't be combined with --adapter-only: adapters stay as trained")
-    from minigpt_cli.commands.loading import report_base
+    from minigpt_cli.commands.loading import report_base, retry_if_pruned
     from minigpt_cli.huggingface.adapter import open_model
 
-    base, opened = open_model(model, adapters)
-    report_base(base)
-    loaded = opened[0] if opened else None
-    if not adapter_only:
-        result = _export_merged(base, loaded, model, out, dtype)
-    elif loaded is None:
-        raise UserError(f"{model}: is a whole model without an adapter; leave out --adapter-only")
-    else:
-        result = _export_adapter(base, loaded, model, out)
+    def export() -> dict[str, Any]:
+        base, opened = open_model(model, adapters)
+        report_base(base)
+        loaded = opened[0] if opened else None
+        if not adapter_only:
+            return _export_merged(base, loaded, model, out, dtype)
+        if loaded is None:
+            raise UserError(
+                f"{model}: is a whole model without an adapter; leave out --adapter-only"
+            )
+        return _export_adapter(base, loaded, model, out)
+
+    result = retry_if_pruned([model, *adapters], export)
     if as_json:
         print_json(result)
 

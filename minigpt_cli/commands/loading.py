@@ -1,23 +1,50 @@
 """A trained model for ``eval``, ``sample`` and ``export``: which device, and what is reported."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from minigpt_cli.checkpoint.store import list_steps
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.run_dir import run_of
 from minigpt_cli.distributed.device import find_device
 from minigpt_cli.huggingface.adapter import LoadedAdapter, apply
 from minigpt_cli.huggingface.base_model import BaseModel
 from minigpt_cli.huggingface.load import TrainedModel, load_model
 
+T = TypeVar("T")
+_ATTEMPTS = 20
+
 
 def load_and_report(path: Path, adapters: list[Path] | None, device: str | None) -> TrainedModel:
     """Load a model with its first adapter onto a device, and say which checkpoint it is."""
-    trained = load_model(path, choose_device(device), adapters or [])
+    chosen, others = choose_device(device), adapters or []
+    trained = retry_if_pruned([path, *others], lambda: load_model(path, chosen, others))
     report_base(trained.base)
     return trained
+
+
+def retry_if_pruned(paths: list[Path], read: Callable[[], T]) -> T:
+    """Read models of runs that may be training: a run deletes old checkpoints, also under a reader.
+
+    Args:
+        paths: The models, of which some may be runs.
+        read: Reads them. It is called again if it fails and a checkpoint has gone meanwhile.
+
+    Returns:
+        What ``read`` returns.
+    """
+    for attempt in range(_ATTEMPTS):
+        before = [each for path in paths for _, each in list_steps(run_of(path))]
+        try:
+            return read()
+        except Exception:
+            if attempt == _ATTEMPTS - 1 or all(each.exists() for each in before):
+                raise
+    raise AssertionError
 
 
 def choose_device(name: str | None) -> torch.device:

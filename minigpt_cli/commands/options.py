@@ -7,12 +7,15 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from minigpt_cli import __version__
+from minigpt_cli.core.errors import UserError
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a bug or a lost process; 2 wrong input; 3 training diverged; 4 damaged "
     "data or checkpoint; 75 stopped by a signal with everything saved: go on with minigpt resume "
     "(tokenize: run it again); 130 the same after Ctrl-C."
 )
+
+_MAX_INTEGER = 2**31 - 1
 
 # Panels of --help.
 RUN, PROCESSES, OUTPUT = "Run", "Processes", "Output"
@@ -32,7 +35,14 @@ class _PlainParams:
 
 
 class Command(_PlainParams, TyperCommand):
-    """A command."""
+    """A command. Its integers fit torch's, and no range of them clutters ``--help``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+                raise UserError(f"{param.opts[0]}: must be at most {_MAX_INTEGER}, not {value:.3g}")
+        return super().invoke(ctx)
 
 
 class Group(_PlainParams, TyperGroup):

@@ -149,7 +149,7 @@ def _build_dataclass(cls: Any, value: Any, name: str) -> Any:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(value.keys() - fields.keys()):
-        raise ValueError(f"{unknown[0]!r} is unknown")
+        raise ValueError(f"{unknown[0]!r:.80} is unknown")
     for key, field in fields.items():
         missing = dataclasses.MISSING
         if key not in value and field.default is missing and field.default_factory is missing:

@@ -7,6 +7,7 @@ from pathlib import Path
 # Beside the checkpoints.
 RECIPE = "recipe.toml"  # the resolved recipe; also in each checkpoint
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # completions of [eval] prompts
 TOKENIZER = "tokenizer.json"  # also in each checkpoint, and in a token dataset
 ENVIRONMENT = "environment.json"
 STATUS = "status.json"
@@ -21,7 +22,17 @@ AUXILIARY_FILES = "huggingface.json"  # of the model that the run started from
 CHECKPOINT_MANIFEST = "manifest.json"
 
 # All that a run writes, except its lock.
-RUN_FILES = (RECIPE, METRICS, TOKENIZER, ENVIRONMENT, STATUS, INCIDENTS, FINAL, CHECKPOINTS)
+RUN_FILES = (
+    RECIPE,
+    METRICS,
+    SAMPLES,
+    TOKENIZER,
+    ENVIRONMENT,
+    STATUS,
+    INCIDENTS,
+    FINAL,
+    CHECKPOINTS,
+)
 
 _STEP = re.compile(r"step-(\d{8,})$")
 

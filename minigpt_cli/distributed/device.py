@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 
 import torch
 
@@ -17,6 +18,13 @@ def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
         torch.set_num_threads(cores or max(1, len(os.sched_getaffinity(0)) // local_size))
     _keep_freed_memory()
     return torch.device("cpu")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has used so far: of tensors on a GPU, else of all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def device_memory(device: torch.device, local_size: int) -> int:

@@ -16,7 +16,7 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.reading import read_text
 from minigpt_cli.recipe.schema import Origin, Recipe
 from minigpt_cli.recipe.tables import leaves, to_tables
-from minigpt_cli.recipe.validate import find_problems
+from minigpt_cli.recipe.validate import find_problems, out_of_range
 
 FORMAT = "minigpt-resolved-recipe-1"  # the `format` key of a file that dump_recipe() wrote
 # Files written before there was a `format` key have this in their first line.
@@ -68,7 +68,7 @@ def parse_recipe(
     problems: list[str] = []
     resolved = tables.pop("format", None)
     if resolved not in (None, FORMAT):
-        problems.append(f"{where}: format {resolved!r} is not {FORMAT!r}: remove this line")
+        problems.append(f"{where}: format {resolved!r:.80} is not {FORMAT!r}: remove this line")
     origin: dict[str, Origin] = dict.fromkeys(leaves(tables), "recipe")
     if resolved == FORMAT or OLD_FIRST_LINE in text.partition("\n")[0]:
         origin.update(_origins_in_comments(text))
@@ -76,7 +76,7 @@ def parse_recipe(
     for override in overrides:
         key, equals, raw = (part.strip() for part in override.partition("="))
         if not equals or "." not in key:
-            problems.append(f"--set {override}: write it as --set section.key=value")
+            problems.append(f"--set {override:.80}: write it as --set section.key=value")
             continue
         _set_leaf(tables, key.split("."), _toml_value(raw))
         origin[key] = "command line"
@@ -93,7 +93,7 @@ def parse_recipe(
     locate = _Locator(where, text, overridden)
     recipe = _from_table(Recipe, tables, "", problems, locate)
     if recipe is not None:
-        problems += find_problems(recipe, locate)
+        problems += find_problems(recipe)
     if problems:
         if len(problems) == 1:
             (problem,) = problems
@@ -146,16 +146,20 @@ class _Locator:
 
 
 def _from_table(cls: type, table: Any, section: str, problems: list[str], locate: _Locator) -> Any:
-    """Build the dataclass ``cls`` from a TOML table; None if ``problems`` got longer."""
+    """Build the dataclass ``cls`` from a TOML table; None if a key or a type is wrong.
+
+    A line for each problem, also for each number out of its range, is added to ``problems``.
+    """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("internal")}
     values: dict[str, Any] = {}
-    before = len(problems)
+    is_whole = True
     for key, value in table.items():
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
             known = f"did you mean {near[0]}?" if near else f"known here: {', '.join(fields)}"
             problems.append(f"{locate(section, key)}: unknown; {known}")
+            is_whole = False
             continue
         kind = _dataclass_in(hints[key])
         dotted = f"{section}.{key}" if section else key
@@ -163,17 +167,23 @@ def _from_table(cls: type, table: Any, section: str, problems: list[str], locate
             try:
                 values[key] = _convert(hints[key], value)
             except TypeError as error:
-                problems.append(f"{locate(section, key)}: expected {error}, got {value!r}")
+                problems.append(f"{locate(section, key)}: expected {error}, got {value!r:.80}")
+                is_whole = False
         elif not isinstance(value, dict):
             problems.append(f"{locate(section, key)}: expected a table, [{dotted}]")
+            is_whole = False
         else:
             values[key] = _from_table(kind, value, dotted, problems, locate)
+            is_whole = is_whole and values[key] is not None
     for key, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and key not in table:
             missing = f"[{section}] {key}" if section else f"the section [{key}]"
             problems.append(f"{locate.where}: {missing} is missing")
-    return cls(**values) if len(problems) == before else None
+            is_whole = False
+    given = types.SimpleNamespace(**dict.fromkeys(fields) | values)
+    problems += [f"{locate(section, key)}: {why}" for key, why in out_of_range(cls, given)]
+    return cls(**values) if is_whole else None
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -212,8 +222,10 @@ def _convert(hint: Any, value: Any) -> Any:
         return tuple(_convert(each, item) for each, item in zip(inner, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is hint:
+    if type(value) is hint and not (hint is int and abs(value) >= 1 << 63):
         return value
+    if type(value) is int and hint is int:
+        raise TypeError("an integer that fits into 64 bits")
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     raise TypeError(names[hint])
 

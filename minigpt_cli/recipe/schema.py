@@ -33,7 +33,7 @@ class Range:
     def __str__(self) -> str:
         words = {"at_least": "of at least", "at_most": "at most"}
         bounds = [
-            f"{words.get(name, name)} {bound:g}"
+            f"{words.get(name, name)} {bound:{',' if isinstance(bound, int) else 'g'}}"
             for name in ("above", "at_least", "below", "at_most")
             if (bound := getattr(self, name)) is not None
         ]
@@ -42,6 +42,9 @@ class Range:
 
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(at_least=0)
+# Far above every model, so that a slip of the pen is told as such and not as too little memory.
+WIDTH, LAYERS = Range(above=0, at_most=1_000_000), Range(above=0, at_most=10_000)
+LENGTH, VOCABULARY = Range(above=0, at_most=10**9), Range(above=0, at_most=10_000_000)
 PROBABILITY = Range(at_least=0, below=1)
 RATIO = Range(at_least=0, at_most=1)
 FROM_BASE = "must be given, unless a base model has it"
@@ -105,7 +108,7 @@ class DataTokenizer:
         unset="the base model's",
     )
     train_vocab: int | None = setting(
-        "instead of `path`: train a byte-level BPE with this many entries", None, POSITIVE
+        "instead of `path`: train a byte-level BPE with this many entries", None, VOCABULARY
     )
 
 
@@ -141,25 +144,25 @@ class ModelSettings:
     family: Literal["gpt2", "llama", "qwen3"] | None = setting(
         "the architecture", None, unset=FROM_BASE
     )
-    hidden_size: int | None = setting("width of the residual stream", None, POSITIVE, FROM_BASE)
-    num_hidden_layers: int | None = setting("number of blocks", None, POSITIVE, FROM_BASE)
-    num_attention_heads: int | None = setting("number of query heads", None, POSITIVE, FROM_BASE)
+    hidden_size: int | None = setting("width of the residual stream", None, WIDTH, FROM_BASE)
+    num_hidden_layers: int | None = setting("number of blocks", None, LAYERS, FROM_BASE)
+    num_attention_heads: int | None = setting("number of query heads", None, WIDTH, FROM_BASE)
     num_key_value_heads: int | None = setting(
-        "fewer than the query heads: grouped-query attention", None, POSITIVE,
+        "fewer than the query heads: grouped-query attention", None, WIDTH,
         unset="`num_attention_heads`",
     )  # fmt: skip
     head_dim: int | None = setting(
-        "size of a head", None, POSITIVE, unset="`hidden_size / num_attention_heads`"
+        "size of a head", None, WIDTH, unset="`hidden_size / num_attention_heads`"
     )
     intermediate_size: int | None = setting(
-        "width inside the MLP", None, POSITIVE,
+        "width inside the MLP", None, WIDTH,
         unset="4 h (gpt2), or 8/3 h rounded up to a multiple of 64",
     )  # fmt: skip
     max_position_embeddings: int | None = setting(
-        "the longest context", None, POSITIVE, unset="`train.sequence_length`"
+        "the longest context", None, LENGTH, unset="`train.sequence_length`"
     )
     vocab_size: int | None = setting(
-        "more than the tokenizer has: the rest is padding, never sampled", None, POSITIVE,
+        "more than the tokenizer has: the rest is padding, never sampled", None, VOCABULARY,
         unset="the tokenizer's",
     )  # fmt: skip
     rope_theta: float | None = setting(
@@ -193,10 +196,8 @@ class ModelSettings:
 class TrainSettings:
     """The length is given once: as ``steps`` or as ``tokens``."""
 
-    global_batch_size: int = setting(
-        "sequences per optimizer step, over all devices", range=POSITIVE
-    )
-    sequence_length: int = setting("tokens per sequence", range=POSITIVE)
+    global_batch_size: int = setting("sequences per optimizer step, over all devices", range=LENGTH)
+    sequence_length: int = setting("tokens per sequence", range=LENGTH)
     steps: int | None = setting(
         "optimizer steps", None, POSITIVE, unset="give this or `train.tokens`"
     )
@@ -311,7 +312,7 @@ class EvalSettings:
         "stop after this many evaluations without a new best", None, POSITIVE
     )
     prompts: tuple[str, ...] = setting("completed at each evaluation, greedily", ())
-    prompt_tokens: int = setting("tokens to add to each prompt", 48, POSITIVE)
+    prompt_tokens: int = setting("tokens to add to each prompt", 48, LENGTH)
 
 
 @dataclass(frozen=True)
@@ -347,7 +348,7 @@ class LogSettings:
 class AdapterSettings:
     """Low-rank adapters (Hu et al. 2021), in PEFT's terms."""
 
-    rank: int = setting("rows of A, columns of B", 16, POSITIVE)
+    rank: int = setting("rows of A, columns of B", 16, WIDTH)
     alpha: float = setting("the adapter's output is multiplied by alpha / rank", 32.0, POSITIVE)
     dropout: float = setting("of the adapter's input", 0.0, PROBABILITY)
     target_modules: tuple[str, ...] = setting(

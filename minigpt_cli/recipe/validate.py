@@ -2,43 +2,31 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import get_args
 
 from minigpt_cli.recipe.schema import DataTokenizer, Range, Recipe
 
 
-def find_problems(recipe: Recipe, locate: Callable[[str, str], str]) -> list[str]:
-    """Return one line for each setting out of range and each contradiction; empty when all is well.
+def find_problems(recipe: Recipe) -> list[str]:
+    """Return one line for each contradiction between settings; empty when all is well.
 
     Args:
         recipe: every value has the right type already.
-        locate: returns the place of (section, key), for messages.
     """
     problems = [
-        *_all_out_of_range(recipe, "", locate),
         *_base_problems(recipe),
         *_length_problems(recipe),
         *_data_problems(recipe),
     ]
     steps, warmup = recipe.train.steps or recipe.train.tokens, recipe.schedule.warmup_steps
-    if not problems and steps and warmup > recipe.total_steps:
+    sizes = (steps or 0, recipe.train.global_batch_size, recipe.train.sequence_length)
+    if not problems and min(sizes) > 0 and warmup > recipe.total_steps:
         problems.append(
             f"[schedule] warmup_steps {warmup} is more than the {recipe.total_steps} steps of the "
             "run"
         )
     return problems
-
-
-def _all_out_of_range(section: Any, name: str, locate: Callable[[str, str], str]) -> Iterator[str]:
-    """Compare every number in a section, and in those below it, with its ``Range``."""
-    for key, problem in out_of_range(type(section), section):
-        yield f"{locate(name, key)}: {problem}"
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if dataclasses.is_dataclass(value):
-            inner = f"{name}.{field.name}" if name else field.name
-            yield from _all_out_of_range(value, inner, locate)
 
 
 def out_of_range(section: type, values: object) -> Iterator[tuple[str, str]]:

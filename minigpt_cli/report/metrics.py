@@ -1,9 +1,10 @@
-"""metrics.jsonl: a line per logged step and per evaluation, always of one curve."""
+"""metrics.jsonl (logged steps, evaluations) and samples.jsonl (completions), of one curve."""
 
 import errno
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,19 @@ class MetricsFile:
     A full disk is only a warning: the run itself can go on.
     """
 
-    def __init__(self, run: Path):
-        """Open the file of a run directory, or create it."""
-        self._run = run
+    def __init__(self, run: Path, name: str = METRICS):
+        """Open the file of a run directory, METRICS or SAMPLES, or create it."""
+        self._run, self._name = run, name
         self._descriptor = self._open()
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line. JSON has no NaN, so a number that is not finite becomes null."""
+        """Append one line with the time (s since 1970).
+
+        JSON has no NaN, so a number that is not finite becomes null.
+        """
         finite = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
+            for key, value in (values | {"time": round(time.time(), 3)}).items()
         }
         try:
             self._append((json.dumps(finite) + "\n").encode())
@@ -51,7 +55,7 @@ class MetricsFile:
         Raises:
             OSError: it can't be written.
         """
-        cut_back(self._run, step, evaluated)
+        cut_back(self._run, step, evaluated, self._name)
         self.close()
         self._descriptor = self._open()
 
@@ -61,7 +65,7 @@ class MetricsFile:
 
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # a link may lead elsewhere
-        return os.open(self._run / METRICS, flags, 0o644)
+        return os.open(self._run / self._name, flags, 0o644)
 
     def _append(self, line: bytes) -> None:
         size = os.fstat(self._descriptor).st_size
@@ -74,16 +78,16 @@ class MetricsFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _warn(self, error: OSError) -> None:
-        warn(f"{METRICS} could not be written: {error.strerror}")
+        warn(f"{self._name} could not be written: {error.strerror}")
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """Return every whole line of a run's metrics.jsonl that has a step; none if it isn't there.
+def read(run: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Return every whole line of METRICS or SAMPLES that has a step; none if there is no file.
 
     Raises:
         Damaged: it can't be read.
     """
-    file, lines = run / METRICS, []
+    file, lines = run / name, []
     if not os.path.lexists(file):
         return []
     for line in read_bytes(file, Damaged, _MAX_BYTES).splitlines():
@@ -96,22 +100,28 @@ def read(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def cut_back(run: Path, step: int, evaluated: bool = True) -> None:
-    """Drop the lines after ``step``, from which the run goes on.
+def cut_back(
+    run: Path, step: int, evaluated: bool = True, name: str = METRICS
+) -> list[dict[str, Any]]:
+    """Drop the lines after ``step``, from which the run goes on; return the others.
 
     Args:
         run: the run directory.
         step: the last step to keep.
         evaluated: whether to keep the evaluation at that step.
+        name: METRICS or SAMPLES.
 
     Raises:
         Damaged: the file can't be read.
         OSError: the file can't be written.
     """
-    kept = [
-        line
-        for line in read(run)
-        if line["step"] < step or (line["step"] == step and (evaluated or "val_loss" not in line))
-    ]
+
+    def is_kept(line: dict[str, Any]) -> bool:
+        is_evaluation = not {"val_loss", "completion"}.isdisjoint(line)
+        at_step = line["step"] == step and (evaluated or not is_evaluation)
+        return line["step"] < step or at_step
+
+    kept = [line for line in read(run, name) if is_kept(line)]
     text = "".join(json.dumps(line) + "\n" for line in kept)
-    write_atomically(run / METRICS, text.encode())
+    write_atomically(run / name, text.encode())
+    return kept

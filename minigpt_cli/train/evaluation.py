@@ -76,4 +76,6 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
     for prompt, completion in run.prompts.complete(run.context.model):
         for line in f"{prompt}{completion}".split("\n"):
             log(f"  | {line}")
+        if run.samples is not None:
+            run.samples.write({"step": state.step, "prompt": prompt, "completion": completion})
     return is_best

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import warn
+from minigpt_cli.distributed.device import peak_memory
 from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.train.guard_report import first_loss_warning, overflow_rate, overflow_warning
 from minigpt_cli.train.run import Run
@@ -85,6 +86,8 @@ class StepLog:
             "grad_norm": numbers[1],
             "tokens_per_second": rate,
             "mfu": None if peak is None else rate * run.flops_per_token / peak,
+            "seconds": round(run.seconds_before + self.clock.total, 3),
+            "memory_bytes": peak_memory(run.world.device),
         }
         if context.scaler.is_enabled():
             skip_rate = overflow_rate(context.guard, state.step)

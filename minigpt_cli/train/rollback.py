@@ -112,8 +112,10 @@ def _record_rollback(
         if later > state.step:  # a damaged one
             store.set_aside(path)
     assert run.metrics is not None
+    assert run.samples is not None
     try:
-        run.metrics.cut_back(state.step, evaluated=state.evaluated_step == state.step)
+        for file in (run.metrics, run.samples):
+            file.cut_back(state.step, evaluated=state.evaluated_step == state.step)
         write_incident(
             run,
             "rollback",

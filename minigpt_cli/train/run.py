@@ -53,7 +53,9 @@ class Run:
         batches: this rank's batches, by step.
         validation: None without a validation split.
         prompts: completed at each evaluation.
-        metrics: metrics.jsonl on rank 0, once everything else is ready; else None.
+        metrics, samples: metrics.jsonl and samples.jsonl on rank 0, once everything else is ready;
+            else None.
+        seconds_before: of training in earlier processes; known on rank 0.
         saver: writes the checkpoints.
         tokenizer_json: the content of tokenizer.json.
         auxiliary_files: saved beside the weights.
@@ -70,6 +72,8 @@ class Run:
     validation: Validation | None
     prompts: Prompts
     metrics: MetricsFile | None
+    samples: MetricsFile | None
+    seconds_before: float
     saver: Saver
     tokenizer_json: bytes
     auxiliary_files: AuxiliaryFiles
@@ -127,6 +131,8 @@ def build_run(
             dtype=context.dtype,
         ),
         metrics=None,
+        samples=None,
+        seconds_before=0.0,
         saver=resources.enter_context(Saver(directory, world, recipe.checkpoint)),
         tokenizer_json=data.tokenizer_file.read_bytes(),
         auxiliary_files=auxiliary_files.with_template(data.chat_template),

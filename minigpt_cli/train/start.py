@@ -23,6 +23,7 @@ from minigpt_cli.core.run_dir import (
     METRICS,
     RECIPE,
     RUN_FILES,
+    SAMPLES,
     STATUS,
     TOKENIZER,
     checkpoints_dir,
@@ -294,12 +295,23 @@ def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
     if run.world.rank == 0:
         if warning := check_room(run.directory, size, run.recipe.checkpoint):
             warn(warning)
-        cut_back(run.directory, state.step or -1, evaluated=state.evaluated_step == state.step)
         _write_run_files(run)
-        run = replace(run, metrics=MetricsFile(run.directory))
-        assert run.metrics is not None
-        resources.callback(run.metrics.close)
+        run = _open_logs(run, state, resources)
     return replace(run, resources=resources.pop_all())
+
+
+def _open_logs(run: Run, state: RunState, resources: ExitStack) -> Run:
+    """Cut metrics.jsonl and samples.jsonl back to the state's step, and open them."""
+    evaluated = state.evaluated_step == state.step
+    kept, _ = (
+        cut_back(run.directory, state.step or -1, evaluated, name) for name in (METRICS, SAMPLES)
+    )
+    found = (line.get("seconds") for line in reversed(kept))
+    seconds = next((each for each in found if isinstance(each, float)), 0.0)
+    metrics, samples = (MetricsFile(run.directory, name) for name in (METRICS, SAMPLES))
+    resources.callback(metrics.close)
+    resources.callback(samples.close)
+    return replace(run, metrics=metrics, samples=samples, seconds_before=seconds)
 
 
 def _write_run_files(run: Run) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from signal import SIGINT, SIGTERM, SIGUSR1
 
-from tests.faults import damage, deceit, disks, kills, neighbours, signals
+from tests.faults import damage, deceit, disks, kills, neighbours, planted, signals, sockets
 from tests.faults.scene import TWO_RANKS, Scene, chance_of, newest
 
 Done = int | Counter[str] | None
@@ -43,6 +43,7 @@ def short(seed: int) -> Iterator[Trial]:
     yield from _once()
     yield from _damage(seed, 2, resume=range(0, 100, 9))
     yield from _deceit(resume=range(0, 200, 25))
+    yield Trial("planted links", "to directories", planted.links_to_directories)
     yield from _disks((700_000,))
     for phase, (number, signum) in zip(signals.PHASES, enumerate(itertools.cycle(SIGNALS))):  # noqa: B905
         if number % 2:
@@ -69,6 +70,8 @@ def long(seed: int, kill_count: int) -> Iterator[Trial]:
     yield from _once()
     yield from _damage(seed, 6, resume=range(200))
     yield from _deceit(resume=range(200))
+    yield from _planted()
+    yield from _sockets(seed)
     yield from _disks()
     for phase, signum in itertools.product(signals.PHASES, SIGNALS):
         yield _signal(seed, phase, signum)
@@ -163,6 +166,18 @@ def _deceit(resume: range) -> Iterator[Trial]:
     yield Trial("pickles", "all", all_of(lambda scene: deceit.pickles(scene.canary)))
     yield Trial("ways out of a checkpoint", "all", all_of(lambda s: deceit.ways_out(s.outside)))
     yield Trial("lies", "all", all_of(lambda _: deceit.lies()))
+
+
+def _planted() -> Iterator[Trial]:
+    yield Trial("planted links", "to files", planted.links_to_files)
+    yield Trial("planted links", "to directories", planted.links_to_directories)
+    yield Trial("--out over other files", "all names", planted.out_over_files)
+
+
+def _sockets(seed: int) -> Iterator[Trial]:
+    yield Trial("sockets", "all listen on loopback", sockets.all_on_loopback)
+    yield Trial("sockets", "noise", lambda s: sockets.noise(s, chance_of(seed, "noise")))
+    yield Trial("sockets", "forged failures", sockets.forged_failures)
 
 
 def _disks(leave_free: tuple[int, ...] = (0, 300_000, 700_000)) -> Iterator[Trial]:

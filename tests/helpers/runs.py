@@ -19,13 +19,13 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+BY_CLOCK = ("tokens_per_second", "mfu", "seconds", "time", "memory_bytes")
+
+
 def curve(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("tokens_per_second", "mfu")}
-        for line in lines
-    ]
+    return [{key: value for key, value in line.items() if key not in BY_CLOCK} for line in lines]
 
 
 def assert_same_run(a: Path, b: Path, step: int) -> None:

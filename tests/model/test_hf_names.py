@@ -250,7 +250,7 @@ def test_defaults_of_transformers(tmp_path):
         ({"model_type": "gpt2", "layer_norm_epsilon": -1},
          "norm_eps: expected a number above 0, got -1"),
         ({"model_type": "llama", "num_attention_heads": 0},
-             "num_attention_heads: expected an integer above 0, got 0"),
+             "num_attention_heads: expected an integer above 0 and at most 1,000,000, got 0"),
         ({"model_type": "llama", "hidden_size": 64.0}, "not the configuration of a model"),
         ({"model_type": "llama", "rope_scaling": "x"}, "not the configuration of a model"),
         ({"model_type": "llama", "rope_theta": "abc"}, "not the configuration of a model"),

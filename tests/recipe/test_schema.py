@@ -36,7 +36,7 @@ def test_the_table_is_made_from_the_schema():
         "| `train.seed` | integer of at least 0 | `1337` | of weights, data order and dropout |",
         '| `optimizer.name` | `"adamw"` or `"muon"` | `"adamw"` | ',
         "| `optimizer.betas` | 2 numbers of at least 0 and below 1 | `[0.9, 0.95]` | of AdamW |",
-        "| `model.num_key_value_heads` | integer above 0 | `num_attention_heads` | ",
+        "| `model.num_key_value_heads` | integer above 0 and at most 1,000,000 | `num_attention",
         "| `data.source.kind` | ",
     ):
         assert row in page

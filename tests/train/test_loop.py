@@ -27,6 +27,7 @@ from minigpt_cli.train.schedule import lr_factor
 from minigpt_cli.train.start import resume_run, start_run
 from tests.helpers.events import in_micro_batches
 from tests.helpers.file_limit import limit_files
+from tests.helpers.runs import rewind
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -161,6 +162,24 @@ def test_prompts_are_completed_at_each_evaluation(
     shown = capsys.readouterr().err
     assert shown.count("  | def f") == 3
     assert shown.count("  | import ") == 3
+    lines = metrics.read(tmp_path, "samples.jsonl")
+    assert [(line["step"], line["prompt"]) for line in lines] == [
+        (step, prompt) for step in (4, 8, 12) for prompt in ("def f", "import ")
+    ]
+    assert f"  | def f{lines[-2]['completion']}".split("\n")[0] in shown
+    steps = metrics.read(tmp_path)
+    seconds = [line["seconds"] for line in steps if "loss" in line]
+    assert seconds == sorted(seconds)
+    assert steps[0]["memory_bytes"] > 1e8
+    assert steps[0]["time"] > 1.7e9
+    rewind(tmp_path, 4)
+    fit(*resume_run(tmp_path, [], []))
+    again = metrics.read(tmp_path, "samples.jsonl")
+    assert [line | {"time": 0} for line in again] == [line | {"time": 0} for line in lines]
+    steps = metrics.read(tmp_path)
+    later = [line["seconds"] for line in steps if "loss" in line]
+    assert later == sorted(later)
+    assert later[:3] == seconds[:3]
 
 
 def test_divergence_saves_nothing(tmp_path: Path, make_recipe: MakeRecipe):

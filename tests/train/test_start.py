@@ -131,3 +131,13 @@ def test_linked_directories_are_refused(finished: Path, tmp_path: Path, name: st
     with pytest.raises(UserError, match=f"{name} is a link|can't be written to: .*symbolic links"):
         resume_run(finished, [], [])
     assert name != ".lock" or not outside.exists()
+
+
+def test_a_failed_start_leaves_nothing(tmp_path: Path, make_recipe: MakeRecipe):
+    with pytest.raises(UserError, match="too few"):
+        start_run(make_recipe("train.sequence_length=1000000"), tmp_path / "runs" / "new")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="too few"):
+        start_run(make_recipe("train.sequence_length=1000000"), tmp_path / "mine")
+    assert (tmp_path / "mine").is_dir()
