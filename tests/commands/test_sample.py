@@ -86,7 +86,7 @@ def test_run_whose_recipe_asks_for_more(run: Path, tmp_path: Path):
     shutil.copytree(run, tmp_path / "run")
     _, checkpoint = list_steps(tmp_path / "run")[-1]
     text = (checkpoint / "recipe.toml").read_text()
-    many = re.sub(r"num_hidden_layers = \d+", "num_hidden_layers = 1000000", text)
+    many = re.sub(r"num_hidden_layers = \d+", "num_hidden_layers = 10000", text)
     (checkpoint / "recipe.toml").write_text(many)
     manifest = read_checkpoint_manifest(checkpoint)
     entry = {"bytes": len(many), "sha256": sha256_of(checkpoint / "recipe.toml")}
@@ -94,7 +94,7 @@ def test_run_whose_recipe_asks_for_more(run: Path, tmp_path: Path):
     write_checkpoint_manifest(checkpoint, forged)
     for command_ in ("sample", "export", "eval", "resume"):
         out = [tmp_path / "out"] if command_ == "export" else []
-        message = "num_hidden_layers is 1,000,000, but the weights have"
+        message = "num_hidden_layers is 10,000, but the weights have"
         refused(4, message, command_, checkpoint, *out)
 
 
