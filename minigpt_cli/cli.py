@@ -60,7 +60,10 @@ def main() -> None:
     """Run a command. An error that a user can meet becomes one line and an exit code."""
     try:
         code = _run(sys.argv[1:])
-    except (Exception, Stopped) as error:
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"  # of Rust, in a library
+        if not (isinstance(error, Exception | Stopped) or is_panic):
+            raise
         ignore_signals()
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -119,7 +122,7 @@ def _is_closed(stream: IO[str]) -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def _report(error: Exception | Stopped) -> int:
+def _report(error: BaseException) -> int:
     """Print one line for an error; return the exit code."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _report_usage(error)

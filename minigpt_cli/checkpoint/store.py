@@ -20,6 +20,7 @@ from minigpt_cli.core.run_dir import (
     is_checkpoint,
     run_of,
 )
+from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.distributed.world import World
 
 # Prefixes of the names of directories that are no checkpoints: unfinished, replaced, or obsolete.
@@ -156,7 +157,24 @@ def locate(path: Path) -> tuple[Path, Path | None]:
         return run, whole if run.is_absolute() else Path(os.path.relpath(whole))
     if checkpoints_dir(run).is_dir() or (run / RECIPE).exists():
         return run, None
-    raise UserError(f"{path}: neither a run directory nor a checkpoint")
+    raise UserError(f"{path}: {_what_it_is(path)}")
+
+
+def _what_it_is(path: Path) -> str:
+    """Return in a few words what is there instead of a run, and what to do."""
+    if not path.is_dir():
+        return "is a file; name a run directory, a checkpoint or a Hugging Face directory"
+    if is_dataset(path):
+        return "is a token dataset, neither a run directory nor a checkpoint; name the model"
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return (
+            "is a Hugging Face directory, neither a run directory nor a checkpoint; to train it "
+            "further, name it in a recipe: [model] init_from, or [lora] base"
+        )
+    return (
+        f"neither a run directory nor a checkpoint: it holds no {RECIPE}; nor a Hugging Face "
+        "directory: it holds no config.json"
+    )
 
 
 def choose(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from minigpt_cli.commands.options import Adapters, Debug, Device, Json, Version, option
-from minigpt_cli.core.console import print_json, warn
+from minigpt_cli.core.console import print_json, printable, warn
 from minigpt_cli.core.errors import Stopped, UserError
 from minigpt_cli.core.reading import MAX_BYTES, read_text
 from minigpt_cli.core.signals import nothing_is_saved
@@ -117,6 +117,10 @@ def sample_command(
     """
     nothing_is_saved()
     prompt = _read_prompt(prompt, prompt_file)
+    if chat:
+        from minigpt_cli.data.untrusted import start_early
+
+        start_early()
     from minigpt_cli.commands.loading import each_adapter, load_and_report
     from minigpt_cli.data.tokenizer import eos_id
     from minigpt_cli.generate.sampling import SamplingOptions
@@ -210,6 +214,7 @@ def _text_ids(trained: "TrainedModel", prompt: str) -> list[int]:
 def _chat_ids(trained: "TrainedModel", prompt: str) -> list[int]:
     """Encode the prompt as a user's message, up to where the assistant's answer begins."""
     from minigpt_cli.data.chat import render
+    from minigpt_cli.data.tokenizer import recognising_special_tokens
     from minigpt_cli.huggingface.auxiliary_files import chat_template
 
     base = trained.base
@@ -218,8 +223,8 @@ def _chat_ids(trained: "TrainedModel", prompt: str) -> list[int]:
         raise UserError(f"{base.name}: has no chat template; leave out --chat")
     messages = [{"role": "user", "content": prompt}]
     text = render(template, messages, add_generation_prompt=True, variables=variables)
-    trained.tokenizer.encode_special_tokens = False  # the template's own are recognised
-    return list(trained.tokenizer.encode(text, add_special_tokens=False).ids)
+    tokenizer = recognising_special_tokens(trained.tokenizer)  # the template wrote them
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def _print_live(
@@ -230,22 +235,27 @@ def _print_live(
     waiting: list[list[str]] = [[] for _ in range(num_samples)]
     ended: set[int] = set()
     current = 0
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+
+    def show(text: str) -> None:
+        print(printable(text, keep="\n") if is_terminal else text, end="", flush=True)
+
     try:
-        print(prompt, end="", flush=True)
+        show(prompt)
         for chunk in chunks:
             yield chunk
             waiting[chunk.sample].append(chunk.text)
             if chunk.finish_reason is not None:
                 ended.add(chunk.sample)
             while current < num_samples:
-                print("".join(waiting[current]), end="", flush=True)
+                show("".join(waiting[current]))
                 waiting[current] = []
                 if current not in ended:
                     break
                 current += 1
-                print(flush=True)
+                show("\n")
                 if current < num_samples:
-                    print(f"\n--- {current + 1} ---\n{prompt}", end="", flush=True)
+                    show(f"\n--- {current + 1} ---\n{prompt}")
     except Stopped:
-        print(flush=True)  # what standard error says next begins a line
+        show("\n")  # what standard error says next begins a line
         raise

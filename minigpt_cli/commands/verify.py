@@ -15,7 +15,8 @@ EXAMPLE = "minigpt verify runs/tiny"
 
 def verify_command(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A run, a checkpoint or a token dataset.")
+        Path,
+        typer.Argument(metavar="PATH", help="A run, a checkpoint, an export or a token dataset."),
     ],
     as_json: Json = False,
     version: Version = False,
@@ -36,13 +37,18 @@ def verify_command(
 
 
 def _check(path: Path) -> tuple[int, dict[str, str]]:
-    """Return how many datasets or checkpoints were compared, and damaged file -> what is wrong."""
+    """Return how many things were compared, and damaged file -> what is wrong with it."""
     from minigpt_cli.checkpoint import store
     from minigpt_cli.data.dataset import verify_dataset
     from minigpt_cli.data.dataset_manifest import is_dataset
+    from minigpt_cli.huggingface.origin import ORIGIN, verify_export
+    from minigpt_cli.huggingface.peft import is_peft_adapter
+    from minigpt_cli.huggingface.weights import CONFIG
 
     if is_dataset(path):
         return 1, {name: f"{name}: {why}" for name, why in verify_dataset(path).items()}
+    if is_peft_adapter(path) or any((path / name).is_file() for name in (CONFIG, ORIGIN)):
+        return 1, {name: f"{name}: {why}" for name, why in verify_export(path).items()}
     run, checkpoint = store.locate(path)
     checkpoints = [checkpoint] if checkpoint else [each for _, each in store.list_steps(run)]
     if not checkpoints:

@@ -5,6 +5,7 @@ rich is imported when the first line is printed: commands that print nothing sta
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,6 +13,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_LONGEST = 4000  # characters of a message; it may quote a received file
+# Control characters but tabs, separators of lines, marks that reorder text, half surrogate pairs
+_CONTROL = re.compile(
+    "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 _quiet = False
 
@@ -22,6 +29,30 @@ def set_quiet() -> None:
     _quiet = True
     if console.cache_info().currsize:
         console().quiet = True
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Return a text that can't write commands to a terminal.
+
+    Args:
+        text: Any text.
+        keep: Control characters to leave as they are.
+
+    Returns:
+        The text with ``\\xNN`` or ``\\uNNNN`` in place of control characters.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if match[0] in keep:
+            return match[0]
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return _CONTROL.sub(escaped, text)
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
 
 
 @lru_cache(maxsize=1)
@@ -40,12 +71,12 @@ def console() -> "Console":
 def log(message: str, style: str | None = None) -> None:
     """Print a line. If the terminal has gone, the work goes on."""
     with contextlib.suppress(OSError):
-        console().print(message, style=style, markup=False)
+        console().print(printable(message), style=style, markup=False)
 
 
 def warn(message: str) -> None:
     """Print a warning."""
-    log(f"warning: {message}", style="yellow")
+    log(f"warning: {_shortened(message)}", style="yellow")
 
 
 def counted(count: int, noun: str) -> str:
@@ -56,7 +87,7 @@ def counted(count: int, noun: str) -> str:
 def error_line(message: str) -> None:
     """Print why a command failed, in one write: several ranks may print at once."""
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"minigpt: {message}\n")
+        sys.stderr.write(f"minigpt: {printable(_shortened(message))}\n")
         sys.stderr.flush()
 
 

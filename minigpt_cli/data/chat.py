@@ -1,22 +1,18 @@
 """Render conversations with a chat template, and find the parts that the loss counts.
 
-A template is a Jinja program that comes with a model's tokenizer. It is data from the Hub, so it
-runs in Jinja's sandbox. It gets the variables and functions that transformers gives it.
+A template is a program that comes with a model's tokenizer. It runs in a child process with limits
+(`untrusted.py`).
 """
 
-import json
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.reading import read_json, read_text
+from minigpt_cli.data import untrusted
+from minigpt_cli.data.templates import Messages
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-Messages = list[dict[str, Any]]
 
 # A chat template (None: there is none), and the special tokens that it may name.
 ModelTemplate = tuple[str | None, dict[str, str]]
@@ -27,6 +23,8 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+_WHAT = "the chat template"  # in messages
 
 # File names in a Hugging Face directory.
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -64,12 +62,8 @@ def tokenizer_template(folder: Path) -> str | None:
     Raises:
         UserError: a file can't be read.
     """
-    try:
-        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder / CHAT_TEMPLATE} can't be read: {first_line(error)}") from None
+    if (folder / CHAT_TEMPLATE).is_file():
+        return read_text(folder / CHAT_TEMPLATE)
     found = _object(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(found, list):
         named = [entry for entry in found if isinstance(entry, dict)]
@@ -111,7 +105,7 @@ def check_template(template: str) -> None:
     Raises:
         UserError: it can't.
     """
-    _compiled(template)
+    untrusted.ask_child(_WHAT, "check_template", template=template)
 
 
 def render(
@@ -135,23 +129,19 @@ def render(
         The text.
 
     Raises:
-        UserError: the template can't be parsed, or refuses these messages.
+        Refusal: the template refuses these messages.
+        UserError: the template can't be parsed, or takes too much time or memory.
     """
-    compiled = _compiled(template)
-    time = now or datetime.now()
-    try:
-        return compiled.render(
-            {
-                **(variables or {}),
-                "messages": messages,
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                "strftime_now": lambda form: time.strftime(form),
-            }
-        )
-    except Exception as error:  # a template is a program that can raise anything
-        raise UserError(f"the chat template refuses a conversation: {first_line(error)}") from None
+    text: str = untrusted.ask_child(
+        _WHAT,
+        "render",
+        template=template,
+        messages=messages,
+        add_generation_prompt=add_generation_prompt,
+        variables=variables or {},
+        now=(now or datetime.now()).isoformat(),
+    )
+    return text
 
 
 def masked_parts(
@@ -172,113 +162,28 @@ def masked_parts(
         template: the Jinja program.
         messages: see `render`.
         variables: see `render`.
-        now: see `render`.
+        now: see `render`; the same for all renderings.
 
     Returns:
         (text, whether the loss counts it), in order. Joined, the texts are ``render(messages)``.
         None is empty.
 
     Raises:
-        UserError: there is no assistant's message, or the template renders the last one differently
-            from its generation prompt.
+        Refusal: the template refuses these messages, there is no assistant's message, or the
+            template renders the last one differently from its generation prompt.
+        UserError: the template can't be parsed, or takes too much time or memory.
     """
-    time = now or datetime.now()  # the same for all renderings
-    text = render(template, messages, variables=variables, now=time)
-    answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not answers:
-        raise UserError("the conversation has no message of the role 'assistant'")
-    pieces: list[tuple[str, bool]] = []
-    at = 0
-    for index in answers:
-        try:
-            prompt = render(
-                template,
-                messages[:index],
-                add_generation_prompt=True,
-                variables=variables,
-                now=time,
-            )
-            until = text
-            if index + 1 < len(messages):
-                until = render(template, messages[: index + 1], variables=variables, now=time)
-        except UserError:  # some templates refuse a conversation without a user's message
-            if index == answers[-1]:
-                raise
-            continue
-        start, end = len(prompt), len(until)
-        if at <= start < end and until.startswith(prompt) and text.startswith(until):
-            pieces += [(text[at:start], False), (text[start:end], True)]
-            at = end
-        elif index == answers[-1]:
-            raise UserError(
-                "the chat template renders the last assistant message differently from its "
-                "generation prompt, so no loss mask can be built: use another template"
-            )
-    pieces.append((text[at:], False))
-    return [piece for piece in pieces if piece[0]]
-
-
-@lru_cache(maxsize=8)
-def _compiled(template: str) -> "Template":
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """Accept ``{% generation %}``, which marks transformers' assistant mask."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A block with its own scope, as in transformers
-            return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
-
-        def _text(self, caller: Any) -> str:
-            return str(caller())
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    parts = untrusted.ask_child(
+        _WHAT,
+        "parts",
+        template=template,
+        messages=messages,
+        variables=variables or {},
+        now=(now or datetime.now()).isoformat(),
     )
-    environment.filters["tojson"] = _tojson  # Jinja's own escapes HTML
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        line = getattr(error, "lineno", None)
-        where = "" if line is None else f" (line {line})"
-        raise UserError(
-            f"the chat template can't be parsed: {first_line(error)}{where}: correct it, "
-            "or use another"
-        ) from None
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return [(text, counts) for text, counts in parts]
 
 
 def _object(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file, an empty one if there is no file."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} can't be read: {first_line(error)}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} can't be read: not a JSON object but {type(content).__name__}")
-    return content
+    return read_json(file) if file.is_file() else {}

@@ -5,22 +5,30 @@ Every tokenizer from this module encodes special tokens in a text as text: the c
 Encode with ``add_special_tokens=False``; ``prepare/`` appends the end-of-text id.
 """
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.reading import parse_json, read_text
+from minigpt_cli.data.untrusted import ConfinedTokenizer, confined
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOS = "<|endoftext|>"
+T = TypeVar("T")
 
 # End-of-text tokens of other model families, most specific first.
 _OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>", "[EOS]")
+
+_MAX_VOCABULARY = 1 << 24  # the largest vocabularies have 260,000 tokens
 
 
 def is_tokenizer(path: Path) -> bool:
@@ -32,6 +40,9 @@ def is_tokenizer(path: Path) -> bool:
 def load_tokenizer(path: str | Path) -> "Tokenizer":
     """Load a tokenizer, without truncation and padding.
 
+    One with other parts than GPT-2's and minigpt's own have encodes and decodes in a child process,
+    because its patterns may take for ever (`untrusted.py`).
+
     Args:
         path: a tokenizer.json, a directory with one, or one with GPT-2's vocab.json and merges.txt.
 
@@ -41,34 +52,138 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     Raises:
         UserError: there is no tokenizer, or it can't be read.
     """
+    file = _file_of(Path(path))
+    if file.name == "vocab.json":
+        tokenizer = _from_pair(file)
+    else:
+        invalid = f"{file} is not a valid tokenizer"
+        text = _checked_text(file)
+        if not _is_plain(parse_json(text, invalid)):
+            found = confined(text, invalid)
+            return cast("Tokenizer", _checked_size(replace(found, what=str(file)), file))
+        tokenizer = _from_text(text, file)
+    return _checked_size(as_text_only(tokenizer), file)
+
+
+def load_tokenizer_here(path: str | Path) -> "Tokenizer":
+    """Load a tokenizer that this process encodes with; only for a child with limits."""
+    file = _file_of(Path(path))
+    is_pair = file.name == "vocab.json"
+    return as_text_only(_from_pair(file) if is_pair else _from_text(_checked_text(file), file))
+
+
+def recognising_special_tokens(tokenizer: "Tokenizer") -> "Tokenizer":
+    """Return a copy of a tokenizer that encodes a special token in a text as the token.
+
+    It is for what a chat template wrote.
+    """
+    from tokenizers import Tokenizer
+
+    if isinstance(tokenizer, ConfinedTokenizer):
+        return cast("Tokenizer", replace(tokenizer, encode_special_tokens=False))
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.encode_special_tokens = False
+    return copy
+
+
+def _file_of(path: Path) -> Path:
+    """Return the tokenizer.json, or the vocab.json of a pair."""
+    folder = path.parent if path.name in ("vocab.json", "merges.txt") else path
+    file = folder / "tokenizer.json" if path.is_dir() else path
+    if file.is_file() and file.name != "vocab.json" and file.name != "merges.txt":
+        return file
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return folder / "vocab.json"
+    raise UserError(
+        f"no tokenizer at {path}: give a tokenizer.json, a directory with one, "
+        "or a directory with vocab.json and merges.txt"
+    )
+
+
+def _checked_text(file: Path) -> str:
+    """Return the text of a tokenizer.json."""
+    try:
+        return read_text(file)
+    except UserError as error:
+        raise UserError(f"{file} is not a valid tokenizer: {error}") from None
+
+
+def _from_text(text: str, file: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    with _tokenizer_errors(f"{file} is not a valid tokenizer"):
+        return Tokenizer.from_str(text)
+
+
+def _from_pair(vocab: Path) -> "Tokenizer":
+    """Load GPT-2's two files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    path = Path(path)
-    folder = path.parent if path.name in ("vocab.json", "merges.txt") else path
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    file = folder / "tokenizer.json" if path.is_dir() else path
+    invalid, merges = f"{vocab} is not a valid tokenizer", vocab.with_name("merges.txt")
+    lines = [line for line in read_text(merges).splitlines() if not line.startswith("#version")]
+    if not _merges_fit(parse_json(_checked_text(vocab), invalid), lines):
+        raise UserError(f"{invalid}: {merges.name} merges to a token that is not in it")
+    with _tokenizer_errors(invalid):
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    # The two files don't say which entries are special. In GPT-2's it is this one.
+    if tokenizer.token_to_id(EOS) is not None:
+        tokenizer.add_special_tokens([EOS])
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _tokenizer_errors(what: str) -> Iterator[None]:
+    """Turn every error of the library `tokenizers` into one line that begins with ``what``."""
     try:
-        if file.is_file() and file.name != "vocab.json" and file.name != "merges.txt":
-            tokenizer = Tokenizer.from_file(str(file))
-        elif vocab.is_file() and merges.is_file():
-            file = vocab
-            tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = decoders.ByteLevel()
-            tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-            # The two files don't say which entries are special. In GPT-2's it is this one.
-            if tokenizer.token_to_id(EOS) is not None:
-                tokenizer.add_special_tokens([EOS])
-        else:
-            raise UserError(
-                f"no tokenizer at {path}: give a tokenizer.json, a directory with one, "
-                "or a directory with vocab.json and merges.txt"
-            )
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{file} is not a valid tokenizer: {first_line(error)}") from None
-    return as_text_only(tokenizer)
+        yield
+    except BaseException as error:  # it raises bare Exception; a panic of Rust is not even that
+        if isinstance(error, UserError | MemoryError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
+            raise
+        raise UserError(f"{what}: {first_line(error)}") from None
+
+
+def _is_plain(content: dict[str, Any]) -> bool:
+    """Return whether a tokenizer.json has only the parts that GPT-2's and minigpt's own have.
+
+    Their time and memory grow with the text, whatever the vocabulary: bytes, a fixed pattern, BPE.
+    """
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        return False
+    options = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    parts = [content.get(name) for name in ("pre_tokenizer", "decoder", "post_processor")]
+    types = [part.get("type") if isinstance(part, dict) else part for part in parts]
+    return (
+        content.get("normalizer") is None
+        and types in (["ByteLevel"] * 3, ["ByteLevel", "ByteLevel", None])
+        and not any(model.get(name) for name in options)
+        and _merges_fit(model.get("vocab"), model.get("merges"))
+    )
+
+
+def _merges_fit(vocab: Any, merges: Any) -> bool:
+    """Return whether each merge makes a token of the vocabulary; else the library may panic."""
+    if not isinstance(vocab, dict) or not isinstance(merges, list):
+        return False
+    try:
+        return all("".join(m.split(" ") if isinstance(m, str) else m) in vocab for m in merges)
+    except TypeError:  # a number, or a list of others than texts
+        return False
+
+
+def _checked_size(tokenizer: T, file: Path) -> T:
+    """Refuse ids for which no model has room: arrays as long as the largest id would be made."""
+    if (size := vocabulary_size(cast("Tokenizer", tokenizer))) > _MAX_VOCABULARY:
+        raise UserError(
+            f"{file}: its largest token id is {size - 1:,}, and minigpt reads ids below "
+            f"{_MAX_VOCABULARY:,}: use another tokenizer"
+        )
+    return tokenizer
 
 
 def eos_id(tokenizer: "Tokenizer") -> int:
@@ -89,7 +204,7 @@ def eos_id(tokenizer: "Tokenizer") -> int:
 
 def vocabulary_size(tokenizer: "Tokenizer") -> int:
     """Return the number of ids a model needs: the largest id plus one (ids may have gaps)."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def tokenizer_fingerprint(tokenizer: "Tokenizer") -> str:

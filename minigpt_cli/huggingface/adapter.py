@@ -23,7 +23,7 @@ from minigpt_cli.huggingface.base_model import (
     weights_fingerprint,
     with_tokenizer,
 )
-from minigpt_cli.huggingface.origin import ORIGIN, read_origin
+from minigpt_cli.huggingface.origin import is_trained_here, read_origin
 from minigpt_cli.huggingface.peft import is_peft_adapter, peft_base, read_peft
 from minigpt_cli.huggingface.weights import CONFIG
 from minigpt_cli.model import lora
@@ -71,7 +71,7 @@ def trained_by_minigpt(base: BaseModel, adapter: LoadedAdapter | None) -> bool:
     """Whether minigpt trained the model last. It trains without special tokens before a text."""
     if adapter is not None:
         return adapter.recipe is not None or adapter.trained_on is not None
-    return base.recipe is not None or (base.directory / ORIGIN).is_file()
+    return base.recipe is not None or is_trained_here(base.directory)
 
 
 def origin_of(base: BaseModel, adapter: LoadedAdapter | None) -> dict[str, str]:

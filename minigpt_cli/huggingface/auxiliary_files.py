@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.reading import read_json
+from minigpt_cli.core.reading import read_json, read_text
 from minigpt_cli.core.run_dir import AUXILIARY_FILES
 from minigpt_cli.data.chat import (
     CHAT_TEMPLATE,
@@ -26,6 +26,7 @@ from minigpt_cli.data.chat import (
 GENERATION_CONFIG = "generation_config.json"
 _NAMES = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, CHAT_TEMPLATE, GENERATION_CONFIG)
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LARGEST = 1 << 24  # bytes of such a file
 _FORMAT = 1
 
 
@@ -85,17 +86,12 @@ def read_auxiliary_files(directory: Path, config: dict[str, Any]) -> AuxiliaryFi
     Raises:
         UserError: A file can't be read.
     """
-    try:
-        return AuxiliaryFiles(
-            {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None},
-            {
-                name: (directory / name).read_text(encoding="utf-8")
-                for name in _NAMES
-                if (directory / name).is_file()
-            },
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{directory}: the tokenizer's files can't be read: {error}") from None
+    ids = {name: config[name] for name in _SPECIAL_TOKENS if config.get(name) is not None}
+    for name, value in ids.items():
+        if not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{directory}: config.json: {name} must be one token id or a list")
+    files = [directory / name for name in _NAMES if (directory / name).is_file()]
+    return AuxiliaryFiles(ids, {file.name: read_text(file, limit=_LARGEST) for file in files})
 
 
 def files_beside(tokenizer: Path) -> dict[str, str]:

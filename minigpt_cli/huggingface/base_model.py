@@ -5,7 +5,6 @@ Names and shapes are compared before any weight is read, and weights are read on
 
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -19,7 +18,7 @@ from minigpt_cli.checkpoint.shards import whole_reader
 from minigpt_cli.checkpoint.store import choose
 from minigpt_cli.checkpoint.tensors import WEIGHTS_PREFIX
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.reading import read_json
+from minigpt_cli.core.reading import parse_json, read_json
 from minigpt_cli.core.run_dir import RECIPE, TOKENIZER
 from minigpt_cli.data import chat
 from minigpt_cli.data.tokenizer import is_tokenizer, load_tokenizer, vocabulary_size
@@ -30,6 +29,7 @@ from minigpt_cli.huggingface.auxiliary_files import (
     files_beside,
     read_auxiliary_files,
 )
+from minigpt_cli.huggingface.bounds import check_checkpoint_sizes
 from minigpt_cli.huggingface.peft import is_peft_adapter
 from minigpt_cli.huggingface.weights import CONFIG, model_directory, open_weights
 from minigpt_cli.model.config import ModelConfig, config_from_recipe
@@ -113,11 +113,13 @@ def _open_run(path: Path) -> BaseModel:
             f"{path}: holds adapters, not a whole model: merge them first, with minigpt export"
         )
     tokenizer = checkpoint / TOKENIZER
+    config = config_from_recipe(recipe, vocabulary_size(load_tokenizer(tokenizer)))
+    check_checkpoint_sizes(config, manifest, str(checkpoint / RECIPE))
     read = whole_reader(checkpoint, manifest.tensor_files, manifest.tensors)
     return BaseModel(
         name=str(path),
         directory=checkpoint,
-        config=config_from_recipe(recipe, vocabulary_size(load_tokenizer(tokenizer))),
+        config=config,
         tokenizer=tokenizer,
         auxiliary_files=auxiliary_files_of_checkpoint(checkpoint),
         read=lambda name: read(WEIGHTS_PREFIX + name),
@@ -145,9 +147,9 @@ def stop_token_ids(base: BaseModel, tokenizer: "Tokenizer") -> frozenset[int]:
     with base.auxiliary_files.directory(base.tokenizer) as folder:
         if (name := chat.special_tokens(folder).get("eos_token")) is not None:
             found.append(tokenizer.token_to_id(name))
-    with contextlib.suppress(ValueError, AttributeError, KeyError):
-        settings = json.loads(base.auxiliary_files.files[GENERATION_CONFIG])
-        found.append(settings.get("eos_token_id"))
+    text = base.auxiliary_files.files.get(GENERATION_CONFIG, "{}")
+    with contextlib.suppress(UserError):
+        found.append(parse_json(text, GENERATION_CONFIG).get("eos_token_id"))
     ids = [each for ids in found for each in (ids if isinstance(ids, list) else [ids])]
     return frozenset(each for each in ids if isinstance(each, int))
 

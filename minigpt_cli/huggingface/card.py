@@ -1,9 +1,13 @@
 """The model card, README.md: the architecture, the training, and how to load the model."""
 
+import json
+import re
+
 import torch
 
 from minigpt_cli import __version__
 from minigpt_cli.checkpoint.state import RunState, read_state
+from minigpt_cli.core.console import printable
 from minigpt_cli.huggingface.adapter import LoadedAdapter
 from minigpt_cli.huggingface.base_model import BaseModel
 from minigpt_cli.model.cost import parameter_count
@@ -40,16 +44,29 @@ def model_card(
     if recipe is not None:
         rows += _training(recipe, read_state(checkpoint))
     rows.append(("Made with", f"minigpt {__version__}, torch {torch.__version__}"))
-    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
-    card = _CARD.format(name=name, table=table)
-    if adapter is not None:
-        card = card.replace("tags:\n", f"base_model: {base.name}\ntags:\n- lora\n")
-    if adapter is not None and alone:
-        card = card.replace("library_name: transformers", "library_name: peft")
-        card = card.replace(_LOAD, _LOAD_ADAPTER)
+    table = "\n".join(f"| {what} | {_markdown(value)} |" for what, value in rows)
+    is_alone = adapter is not None and alone
+    card = _CARD.format(
+        library="peft" if is_alone else "transformers",
+        base="" if adapter is None else f"base_model: {_yaml(base.name)}\n",
+        more_tags="" if adapter is None else "- lora\n",
+        name=_markdown(name),
+        table=table,
+        load=_LOAD_ADAPTER if is_alone else _LOAD,
+    )
     if recipe is not None:
         card += f"\n## Recipe\n\n```toml\n{dump_recipe(recipe)}```\n"
     return card
+
+
+def _markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|&~])", r"\\\1", printable(text))
+
+
+def _yaml(text: str) -> str:
+    """Return a YAML value that is this text; a JSON string is one."""
+    return json.dumps(printable(text), ensure_ascii=False)
 
 
 def _training(recipe: Recipe, state: RunState) -> list[tuple[str, str]]:
@@ -82,13 +99,12 @@ _LOAD_ADAPTER = """\
 model = AutoModelForCausalLM.from_pretrained("BASE")
 model = PeftModel.from_pretrained(model, "PATH")  # from peft import PeftModel
 """
-_CARD = (
-    """\
+_CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
-tags:
-- minigpt
+{base}tags:
+{more_tags}- minigpt
 ---
 
 # {name}
@@ -103,10 +119,7 @@ tags:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("PATH")
-"""
-    + _LOAD
-    + """inputs = tokenizer("Once upon a time", return_tensors="pt")
+{load}inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """
-)

@@ -6,7 +6,6 @@ transformers reloads it and computes the same, before it gets its name.
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from minigpt_cli.huggingface.base_model import (
     weights_fingerprint,
 )
 from minigpt_cli.huggingface.check_export import ExportCheck, check_export
-from minigpt_cli.huggingface.origin import ORIGIN, origin_text
+from minigpt_cli.huggingface.origin import EXPORTED, write_origin
 from minigpt_cli.huggingface.peft import write_peft
 from minigpt_cli.huggingface.weights import CONFIG, INDEX
 from minigpt_cli.model.cost import parameter_count
@@ -44,11 +43,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _SHARD_BYTES = 5_000_000_000
-_EXPORTED = re.compile(  # names of the files of an export
-    r"README\.md|(model(-\d+-of-\d+)?|adapter_model)\.safetensors|chat_template\.jinja"
-    r"|(config|generation_config|adapter_config|minigpt|model\.safetensors\.index|tokenizer"
-    r"|tokenizer_config|special_tokens_map)\.json"
-)
 _SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -108,8 +102,9 @@ def export_model(
         token_ids = write_tokenizer(base, folder)
         name = str(DTYPES[dtype]).removeprefix("torch.")
         _write_json(folder / CONFIG, huggingface_config(base.config, token_ids, name))
-        _write_texts(folder, files, origin)
+        _write_texts(folder, files)
         check = check_export(base, folder, DTYPES[dtype])
+        write_origin(folder, origin)
         names = sorted(os.listdir(folder))
     return Exported(out, names, parameters, check)
 
@@ -145,13 +140,14 @@ def export_adapter(
     with whole_directory(out, replace) as folder:
         write_peft(adapter.shape, adapter.tensors, base.config, _name_for_peft(base), folder)
         write_tokenizer(base, folder)
-        _write_texts(folder, files, origin)
+        _write_texts(folder, files)
+        write_origin(folder, origin)
 
 
 def _refuse_foreign_files(out: Path) -> None:
     if not out.is_dir():
         return
-    foreign = sorted(path.name for path in out.iterdir() if not _EXPORTED.fullmatch(path.name))
+    foreign = sorted(path.name for path in out.iterdir() if not EXPORTED.fullmatch(path.name))
     if foreign:
         raise UserError(f"{out} holds {foreign[0]}, which no export writes: move it elsewhere")
 
@@ -182,11 +178,9 @@ def _name_for_peft(base: BaseModel) -> str:
     return os.path.abspath(base.directory)
 
 
-def _write_texts(folder: Path, files: dict[str, str], origin: dict[str, str] | None) -> None:
+def _write_texts(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if origin is not None:
-        (folder / ORIGIN).write_text(origin_text(origin), encoding="utf-8")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from minigpt_cli.checkpoint.store import list_steps
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.data.tokenizer import load_tokenizer
+from minigpt_cli.core.threads import device_thread
+from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
 from minigpt_cli.huggingface.adapter import LoadedAdapter, apply, open_model
 from minigpt_cli.huggingface.base_model import BaseModel, load_base
 from minigpt_cli.model.gpt import GPT, copy_values
@@ -58,12 +59,24 @@ def load_model(path: Path, device: torch.device, adapters: list[Path]) -> Traine
         Damaged: A run has no valid checkpoint.
     """
     base, opened = open_model(path, adapters)
-    fp64 = base.recipe is not None and base.recipe.precision.dtype == "fp64"
-    model = GPT(base.config).to(device, torch.float64 if fp64 else torch.float32)
-    load_base(base, model, copy_values)
-    apply(model, opened[0] if opened else None)
-    model.eval()
-    return TrainedModel(model, load_tokenizer(base.tokenizer), base, opened)
+    with device_thread("tokenizer", device) as pool:  # large tokenizers take as long as weights
+        tokenizer = pool.submit(load_tokenizer, base.tokenizer)
+        fp64 = base.recipe is not None and base.recipe.precision.dtype == "fp64"
+        model = GPT(base.config).to(device, torch.float64 if fp64 else torch.float32)
+        load_base(base, model, copy_values)
+        apply(model, opened[0] if opened else None)
+        model.eval()
+        _check_vocabulary(base, tokenizer.result())
+        return TrainedModel(model, tokenizer.result(), base, opened)
+
+
+def _check_vocabulary(base: BaseModel, tokenizer: "Tokenizer") -> None:
+    """Refuse a tokenizer with ids for which the model has no embeddings."""
+    if (size := vocabulary_size(tokenizer)) > base.config.vocab_size:
+        raise UserError(
+            f"{base.tokenizer}: has token ids up to {size - 1:,}, but the model has "
+            f"{base.config.vocab_size:,} embeddings: is this the tokenizer it was trained with?"
+        )
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:

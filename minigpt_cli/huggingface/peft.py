@@ -12,9 +12,10 @@ from minigpt_cli.core.reading import read_json
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import GPT, meta_model
-from minigpt_cli.recipe import AdapterSettings
+from minigpt_cli.recipe import AdapterSettings, out_of_range
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_LARGEST_RANK = 1 << 20
 _PREFIX = "base_model.model."
 _SUFFIXES = {  # of the tensors' names: ours -> PEFT's
     "lora_A": ".lora_A.weight",
@@ -78,7 +79,11 @@ def read_peft(path: Path, model: GPT) -> tuple[AdapterSettings, dict[str, Tensor
         module = name.removeprefix(_PREFIX).removesuffix(_SUFFIXES[kind]) if kind else name
         if kind is None or module not in ours:
             raise UserError(f"{path}: holds {name}, but the base has no such layer")
+        if not tensor.is_floating_point():
+            raise UserError(f"{path}: {name} is of {tensor.dtype}, not of floating-point numbers")
         tensors[f"{ours[module]}.{kind}"] = tensor
+    if not tensors:
+        raise UserError(f"{file}: holds no adapter: is the download complete?")
     return settings, tensors
 
 
@@ -95,16 +100,20 @@ def _read_settings(path: Path) -> AdapterSettings:
     if problems:
         raise UserError(f"{path}: minigpt doesn't support adapters with {'; '.join(problems)}")
     try:
+        rank = settings["r"]
+        if type(rank) is not int or rank > _LARGEST_RANK:
+            raise ValueError(f"r {rank!r}")
         shape = AdapterSettings(
-            rank=int(settings["r"]),
+            rank=rank,
             alpha=float(settings["lora_alpha"]),
             dropout=float(settings.get("lora_dropout") or 0.0),
             use_rslora=bool(settings.get("use_rslora")),
             use_dora=bool(settings.get("use_dora")),
         )
-        if shape.rank < 1:
-            raise ValueError(f"r {shape.rank}")
-    except (KeyError, TypeError, ValueError) as error:
+        problems = [f"{name}: {problem}" for name, problem in out_of_range(AdapterSettings, shape)]
+        if problems:
+            raise ValueError("; ".join(problems))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path / _CONFIG}: invalid adapter configuration: {error!r}") from None
     return shape
 

@@ -4,6 +4,7 @@ Only safetensors are read. Reading a pickle (``.bin``) can run any code.
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.core.reading import read_json
+from minigpt_cli.huggingface.bounds import check_sizes
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import meta_model
 from minigpt_cli.model.hf_names import huggingface_name, is_transposed
@@ -23,6 +25,10 @@ _DOWNLOADED = ("*.json", "model*.safetensors", "*.txt", "*.jinja")  # of a model
 # Constants that older models saved among their weights.
 _BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_MODELS = (
+    "A model is a directory: a run, a checkpoint, or a Hugging Face model, downloaded with: "
+    "hf download ORG/NAME --local-dir DIR"
+)
 _SHOWN = 6  # names of each kind in a message
 
 
@@ -96,7 +102,7 @@ def model_directory(name: str) -> Path:
     """Return the directory of a model; a model on the Hub is downloaded first.
 
     Args:
-        name: A directory, or the name of a model on the Hub.
+        name: A directory, or the name of a model on the Hub: ORG/NAME.
 
     Raises:
         UserError: There is no such directory, and the model can't be downloaded.
@@ -104,16 +110,20 @@ def model_directory(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w-][\w.-]*", name):
-        raise UserError(f"{name}: no such directory, nor the name of a model on the Hub (ORG/NAME)")
+    if path.is_file():
+        raise UserError(f"{name}: is a file; name the directory that holds the model")
+    # If `runs` is a directory, `runs/missing` is a mistyped path and not a model on the Hub.
+    is_path = not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or Path(path.parts[0]).exists()
+    if is_path:
+        raise UserError(f"{name}: no such directory. {_MODELS}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_DOWNLOADED)))
     except Exception as error:  # of many types: no network, no such model, no permission
         raise UserError(
-            f"{name}: no such directory, and it can't be downloaded from the Hub: "
-            f"{first_line(error)}"
+            f"{name}: no such directory, and no such model could be downloaded "
+            f"({first_line(error)[:200]}). {_MODELS}"
         ) from None
 
 
@@ -130,6 +140,8 @@ def open_weights(directory: Path, config: ModelConfig) -> Weights:
             name if name.startswith("lm_head.") else prefix + name: stored
             for name, stored in held.items()
         }
+    shapes = {name: stored.shape for name, stored in held.items()}
+    check_sizes(config, shapes, str(directory / CONFIG))
     fitting: dict[str, _Stored] = {}
     loaded: list[str] = []
     missing: list[str] = []
@@ -199,7 +211,7 @@ def weight_files(directory: Path) -> list[Path]:
         for name in files:
             if Path(name).name != name:
                 raise UserError(f"{directory / INDEX}: names a file outside the directory: {name}")
-            if not (directory / name).is_file():
+            if not os.path.isfile(directory / name):  # False also for a name that is too long
                 raise UserError(f"{directory / name}: is missing; {INDEX} names it")
         return [directory / name for name in files]
     raise UserError(

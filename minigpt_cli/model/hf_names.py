@@ -136,6 +136,7 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
+_TOO_LARGE = 1 << 40  # for any size of a model
 _SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -162,7 +163,8 @@ def config_from_huggingface(settings: dict[str, Any], where: str) -> ModelConfig
         return model_config(family=family, **shape)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix('[model] ')}") from None
-    except (TypeError, ValueError, AttributeError) as error:  # e.g. a string instead of a number
+    # E.g. a string instead of a number
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{where}: not the configuration of a model: {error}") from None
 
 
@@ -177,6 +179,8 @@ def _shape(family: Family, settings: dict[str, Any], problems: list[str]) -> dic
             type(default) is int and isinstance(shape[name], bool)
         ):
             raise TypeError(f"{name} {shape[name]!r}")
+        if isinstance(shape[name], int) and shape[name] >= _TOO_LARGE:
+            raise ValueError(f"{name} is {shape[name]:.3g}")
     shape["initializer_range"] = float(given.get("initializer_range", 0.02))
     if family == "gpt2":
         return shape

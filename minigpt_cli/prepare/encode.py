@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minigpt_cli.core.child import child_environment, ending, failure, limit_resources
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.signals import ignore_signals
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 # A worker holds the encodings of this much text at a time.
 _AT_ONCE = 64 << 10
+_MEMORY_PER_BYTE = 400  # of a batch: a piece may be as long as that
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,6 @@ def encoders(
 
 
 def _start(tokenizer: Path, eos: int, dtype: str) -> tuple["subprocess.Popen[bytes]", Connection]:
-    package = Path(__file__).resolve().parents[2]
-    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TOKENIZERS_PARALLELISM": "false",  # one core each
-    }
     ours, theirs = Pipe()
     with theirs:
         arguments = (theirs.fileno(), tokenizer, eos, dtype)
@@ -110,7 +106,7 @@ def _start(tokenizer: Path, eos: int, dtype: str) -> tuple["subprocess.Popen[byt
             [sys.executable, "-P", "-m", __name__, *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=2,  # prints of libraries
-            env=environment,
+            env=child_environment(),
             pass_fds=[theirs.fileno()],
             start_new_session=True,
         )
@@ -126,26 +122,30 @@ def _exchange(process: "subprocess.Popen[bytes]", connection: Connection, batch:
     except (OSError, EOFError):
         connection.close()  # so that the worker ends, if it still runs
         code = process.wait()
+        if code == -signal.SIGXCPU:
+            raise UserError(f"the tokenizer {ending(code)} for a text: use another one") from None
         reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         raise UserError(
             f"a tokenizer process died ({reason}); if memory ran out, run the same command again "
             "with fewer --workers: it continues where it stopped"
         ) from None
     if isinstance(reply, str):
-        raise RuntimeError(f"encoding failed: {reply}")
+        raise UserError(f"the tokenizer fails on a text: {reply}")
     return reply
 
 
 def _serve(connection: Connection, file: str, eos: int, dtype: str) -> None:
     """Answer each batch with its ids, until the parent has gone; or once with an error."""
     try:
-        from minigpt_cli.data.tokenizer import load_tokenizer
+        from minigpt_cli.data.tokenizer import load_tokenizer_here
 
-        tokenizer = load_tokenizer(file)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust's panics print pages
+        tokenizer = load_tokenizer_here(file)
         while (batch := _receive(connection)) is not None:
+            limit_resources(sum(map(len, batch[0])), _MEMORY_PER_BYTE)
             _answer(connection, _encode(tokenizer, *batch, eos, dtype))
-    except Exception as error:
-        _answer(connection, f"{type(error).__name__}: {error}")
+    except BaseException as error:  # a panic of Rust is no Exception
+        _answer(connection, failure(error))
 
 
 def _receive(connection: Connection) -> tuple[tuple[bytes, ...], bytes] | None:

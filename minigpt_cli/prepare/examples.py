@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from minigpt_cli.core.child import Refusal
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import masked_parts
-from minigpt_cli.data.tokenizer import eos_id
+from minigpt_cli.data.tokenizer import eos_id, recognising_special_tokens
 from minigpt_cli.prepare.instruction_records import PromptCompletion, instruction_records
 from minigpt_cli.prepare.pieces import OnBad
 from minigpt_cli.prepare.sources import Source
@@ -78,11 +79,8 @@ def examples(
     Raises:
         UserError: the source can't be read, or a conversation comes without a template.
     """
-    from tokenizers import Tokenizer
-
     # In a prompt <|im_end|> is text; in what a template wrote it is the token.
-    chat_tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    chat_tokenizer.encode_special_tokens = False
+    chat_tokenizer = recognising_special_tokens(tokenizer)
     end = eos_id(tokenizer)
     for drafts in _batches(_drafts(source, chat_template, variables, bad)):
         texts: dict[bool, list[str]] = {False: [], True: []}
@@ -119,7 +117,7 @@ def _drafts(
         try:
             pieces = masked_parts(chat_template, record.messages, variables, now)
             "".join(text for text, _ in pieces).encode()
-        except UserError as error:
+        except Refusal as error:
             bad(f"{where}: {error}; skipped")
         except UnicodeEncodeError:
             bad(f"{where}: half of a surrogate pair, which is not Unicode text; skipped")

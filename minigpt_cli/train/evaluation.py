@@ -74,7 +74,8 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
         + ("  (best)" if is_best else f"  (best: step {state.best_step})")
     )
     for prompt, completion in run.prompts.complete(run.context.model):
-        log(f"  | {prompt}{completion}".replace("\n", "\n  | "))
+        for line in f"{prompt}{completion}".split("\n"):
+            log(f"  | {line}")
         if run.samples is not None:
             run.samples.write({"step": state.step, "prompt": prompt, "completion": completion})
     return is_best

@@ -39,6 +39,7 @@ from minigpt_cli.distributed.parallel import copy_full_tensor
 from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.huggingface.auxiliary_files import auxiliary_files_of_checkpoint
 from minigpt_cli.huggingface.base_model import complete_recipe
+from minigpt_cli.huggingface.bounds import check_checkpoint_sizes
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.gpt import initialize_weights
 from minigpt_cli.prepare.from_recipe import prepare_data
@@ -165,6 +166,9 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
             recipe = complete_recipe(recipe, base)
             check_base(recipe, state, base_fingerprint)
         data = _open_verified(recipe, world)
+        if base is None:
+            config = config_from_recipe(recipe, data.vocab_size)
+            check_checkpoint_sizes(config, manifest, str(source / RECIPE))
         auxiliary_files = auxiliary_files_of_checkpoint(checkpoint)
         run = build_run(recipe, data, directory, world, resources, auxiliary_files)
         if base is not None:

@@ -1,11 +1,18 @@
 import json
+import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
+from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest, write_checkpoint_manifest
+from minigpt_cli.checkpoint.store import list_steps
+from minigpt_cli.core.files import sha256_of
 from tests.helpers.commands import finished, refused
+from tests.helpers.models import saved_model
 from tests.helpers.processes import command, environment, minigpt
 
 ARGUMENTS = ("sample", "--prompt", "def ", "--max-new-tokens", "12", "--seed", "3")
@@ -55,8 +62,66 @@ def test_any_minigpt_json_marks_our_models(run: Path, tmp_path: Path):
     assert found == expected
 
 
+def test_hostile_model(license_dataset: Path, tmp_path: Path):
+    """Nothing but one line on standard error: no panic of Rust, no traceback."""
+    _, model = saved_model("llama", tmp_path / "model", license_dataset)
+    (model / "chat_template.jinja").write_text("{% set n = 10**10 %}{{ 'a' * n }}")
+    refused(2, "template: takes more than 2 GB of memory", "sample", model, "--chat")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    split |= {"pattern": {"Regex": "(a+)+$"}}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": split}))
+    prompt = "a" * 50 + "!"
+    refused(2, "tokenizer.json: Onig: Regex search error", "sample", model, "--prompt", prompt)
+    (tmp_path / "a.txt").write_text(prompt)
+    refused(2, "tokenizer.json: Onig", "eval", model, "--text", tmp_path / "a.txt")
+    replaced = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 1000}
+    parts = {"type": "Sequence", "decoders": [tokenizer["decoder"], *[replaced] * 4]}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"decoder": parts}))
+    refused(2, "tokenizer.json: takes more than", "sample", model, "--prompt", "a")
+
+
+def test_run_whose_recipe_asks_for_more(run: Path, tmp_path: Path):
+    """A received run may be made so that all its checksums are right."""
+    shutil.copytree(run, tmp_path / "run")
+    _, checkpoint = list_steps(tmp_path / "run")[-1]
+    text = (checkpoint / "recipe.toml").read_text()
+    many = re.sub(r"num_hidden_layers = \d+", "num_hidden_layers = 10000", text)
+    (checkpoint / "recipe.toml").write_text(many)
+    manifest = read_checkpoint_manifest(checkpoint)
+    entry = {"bytes": len(many), "sha256": sha256_of(checkpoint / "recipe.toml")}
+    forged = replace(manifest, files=manifest.files | {"recipe.toml": entry})
+    write_checkpoint_manifest(checkpoint, forged)
+    for command_ in ("sample", "export", "eval", "resume"):
+        out = [tmp_path / "out"] if command_ == "export" else []
+        message = "num_hidden_layers is 10,000, but the weights have"
+        refused(4, message, command_, checkpoint, *out)
+
+
 def test_no_run(tmp_path: Path):
     refused(2, "runs/ holds no trained run", "sample", cwd=tmp_path)
+
+
+def test_a_completion_on_a_terminal_and_in_a_pipe(run: Path):
+    prompt = "a\tb\nc\x1b[2J\x1b]0;title\x07"
+    arguments = ("sample", run, "--prompt", prompt, "--max-new-tokens", "1", "--num-samples", "2")
+    assert minigpt(*arguments).stdout.count(prompt) == 2
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command(*arguments), stdout=theirs, stderr=subprocess.DEVNULL, env=environment()
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while part := os.read(ours, 10_000):
+                shown += part
+        except OSError:  # the terminal's other side is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    text = shown.decode().replace("\r\n", "\n")
+    assert text.count("a\tb\nc" + r"\x1b[2J\x1b]0;title\x07") == 2
+    assert "\x1b" not in text
 
 
 def test_prompts_from_a_file_and_from_standard_input(run: Path, tmp_path: Path):

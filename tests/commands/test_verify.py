@@ -33,5 +33,41 @@ def test_damage_of_a_dataset(dataset: Path, tmp_path: Path):
     assert found["damaged"] == ["train-00000.npy", "val-00000.npy"]
 
 
-def test_nothing_to_verify(tmp_path: Path):
+def test_export(run: Path, tmp_path: Path):
+    """Only the card may be edited. An export by an earlier version has no checksums."""
+    copy = tmp_path / "final"
+    shutil.copytree(run / "final", copy)
+    (copy / "README.md").write_text("edited")
+    (copy / "notes.txt").write_text("mine")
+    assert finished("verify", copy) == f"{copy}: valid (1 checked)\n"
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(b"12345678")
+    (copy / "generation_config.json").unlink()
+    (copy / "config.json").write_text("{}")
+    (copy / "chat_template.jinja").write_text("x")
+    refused(4, "model.safetensors: its content doesn't match its sha256", "verify", copy)
+    found = json.loads(minigpt("verify", copy, "--json").stdout)
+    assert not found["valid"]
+    assert sorted(found["damaged"]) == [
+        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+    origin = json.loads((copy / "minigpt.json").read_text())
+    for files in (5, {"config.json": 5}, {"config.json": {"bytes": -1, "sha256": "x"}}):
+        (copy / "minigpt.json").write_text(json.dumps(origin | {"files": files}))
+        refused(4, "minigpt.json: files", "verify", copy)
+    entry = {"bytes": 1, "sha256": "x"}
+    (copy / "minigpt.json").write_text(json.dumps(origin | {"files": {"../a": entry}}))
+    refused(4, "../a: is outside the directory", "verify", copy)
+    del origin["files"]
+    (copy / "minigpt.json").write_text(json.dumps(origin))
+    refused(2, "is a Hugging Face directory without checksums", "verify", copy)
+    (copy / "minigpt.json").unlink()
+    refused(2, "is a Hugging Face directory without checksums", "verify", copy)
+
+
+def test_nothing_to_verify(tmp_path: Path, dataset: Path):
+    (tmp_path / "file").write_text("")
+    refused(2, "file: is a file", "verify", tmp_path / "file")
+    refused(2, "it holds no recipe.toml; nor a Hugging Face", "verify", tmp_path)
     refused(2, "no such run or checkpoint", "verify", tmp_path / "nowhere")

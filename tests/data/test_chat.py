@@ -330,10 +330,10 @@ def test_a_folder_without_a_tokenizer_brings_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", r"tokenizer_config\.json can't be read"),
-        ("[1]", "not a JSON object but list"),
+        ("{", r"tokenizer_config\.json: can't be read"),
+        ("[1]", "is not a JSON object"),
         ('{"chat_template": 5}', "chat_template is not text but int"),
-        (b"\xff", r"tokenizer_config\.json can't be read"),
+        (b"\xff", r"tokenizer_config\.json: can't be read"),
     ],
 )
 def test_invalid_tokenizer_config(tmp_path: Path, config: str | bytes, message: str) -> None:
@@ -342,5 +342,5 @@ def test_invalid_tokenizer_config(tmp_path: Path, config: str | bytes, message: 
     with pytest.raises(UserError, match=message):
         tokenizer_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"chat_template\.jinja can't be read"):
+    with pytest.raises(UserError, match=r"chat_template\.jinja: can't be read"):
         tokenizer_template(tmp_path)

@@ -20,7 +20,7 @@ from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, auxiliary_fi
 from minigpt_cli.huggingface.base_model import BaseModel, load_base, open_base
 from minigpt_cli.huggingface.check_export import Mismatch, check_export
 from minigpt_cli.huggingface.export import export_model
-from minigpt_cli.huggingface.origin import origin_text, read_origin
+from minigpt_cli.huggingface.origin import is_trained_here, origin_text, read_origin, verify_export
 from minigpt_cli.model.gpt import GPT, copy_values
 from tests.helpers.models import saved_model
 from tests.helpers.processes import minigpt
@@ -35,6 +35,8 @@ def test_round_trip_is_bit_exact(theirs: tuple[Any, Path], tmp_path: Path):
     done = export_model(base, tmp_path / "out", files={"README.md": "a card"})
     assert done.check.difference is not None
     assert done.check.difference < 1e-4
+    assert verify_export(done.path) == {}
+    assert not is_trained_here(done.path)  # so its texts begin with its tokenizer's special tokens
     mine, other = (load_file(place / "model.safetensors") for place in (directory, done.path))
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[name], other[name]) for name in mine)

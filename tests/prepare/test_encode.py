@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.prepare.encode import LAST, TextBatch, encoders
 from tests.helpers.processes import ROOT
 from tests.helpers.waiting import wait_until
@@ -18,6 +19,7 @@ PIECE = b"the quick brown fox " * 200_000
 ENCODE = f"""
 import sys
 from pathlib import Path
+from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.prepare.encode import LAST, TextBatch, encoders
 with encoders(1, Path(sys.argv[1]), 0, "uint32") as submit:
@@ -73,5 +75,5 @@ def test_worker_killed_while_it_answers(dataset: Path):
 def test_worker_that_fails_before_it_reads(tmp_path: Path, size: int):
     with encoders(1, tmp_path / "missing.json", 0, "uint32") as submit:
         future = submit(TextBatch((b"x" * size,), bytes([LAST])))
-        with pytest.raises(RuntimeError, match=r"encoding failed: UserError: .*missing\.json"):
+        with pytest.raises(UserError, match=r"fails on a text: no tokenizer at .*missing\.json"):
             future.result(timeout=240)

@@ -465,6 +465,7 @@ def test_special_tokens_before_a_prompt(tmp_path: Path, base: Path, license_data
     for model in ((run,), (run / "final",), (base, "--adapter", run), (tmp_path / "merged",)):
         assert written(*model) == expected[1], model
     told = json.loads((tmp_path / "merged/minigpt.json").read_text())
+    assert told.pop("files").keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert told == {"format": 1, "checkpoint": "step-00000012"}
     (run / "checkpoints/step-00000012/recipe.toml").unlink()  # which says what the base is
     assert written(run) == expected[1]
