@@ -309,3 +309,12 @@ def test_names_that_are_no_text(dataset: Path, tmp_path: Path):
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, b"")
         assert done.stdout.startswith(rb"na\udcffme: valid")
+
+
+def test_several_problems_are_a_list(recipe_file: Path):
+    done = minigpt("pretrain", recipe_file, "--set", "train.stepz=1", "--set", "optimizer.lr=-1")
+    assert done.stderr.splitlines() == [
+        f"minigpt: {recipe_file}: 2 problems",
+        "  --set train.stepz: unknown; did you mean steps?",
+        "  --set optimizer.lr: expected a number above 0, got -1.0",
+    ]

@@ -85,9 +85,14 @@ def counted(count: int, noun: str) -> str:
 
 
 def error_line(message: str) -> None:
-    """Print why a command failed, in one write: several ranks may print at once."""
+    """Print why a command failed, in one write: several ranks may print at once.
+
+    Args:
+        message: One line; or a list, each further item after a line break and two spaces.
+    """
+    items = [printable(item) for item in _shortened(message).split("\n  ")]
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"minigpt: {printable(_shortened(message))}\n")
+        sys.stderr.write("minigpt: " + "\n  ".join(items) + "\n")
         sys.stderr.flush()
 
 
