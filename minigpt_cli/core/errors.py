@@ -12,6 +12,7 @@ from minigpt_cli.core.memory import describe_out_of_memory, is_out_of_memory
 EXIT_STOPPED = 75  # a signal stopped the run with everything saved: EX_TEMPFAIL, "run me again"
 EXIT_INTERRUPTED = 130  # the same after Ctrl-C
 STOP_CODES = (EXIT_STOPPED, EXIT_INTERRUPTED)
+_LONGEST = 300  # characters of another program's message
 EXPLAINED_CODES = (1, 2, 3, 4, *STOP_CODES)  # a process that exits with these printed its own line
 
 
@@ -99,6 +100,10 @@ def describe(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; the error's type if it has no message."""
+    """Return the first line of an error's message; the error's type if it has no message.
+
+    A long line, as of a library that quotes a file, is cut.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    line = lines[0] if lines else type(error).__name__
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

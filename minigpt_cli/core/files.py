@@ -181,8 +181,9 @@ def remove_stale_directories(out: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Delete a directory with its content, as far as possible; of a link, only the link."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
+    if path.is_symlink() or not path.is_dir():  # rmtree would open a pipe, and wait
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
 

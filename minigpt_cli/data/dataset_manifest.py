@@ -247,7 +247,7 @@ def shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | N
         return "is missing"
     except OSError as error:
         return f"can't be read ({error.strerror})"
-    except ValueError:
+    except Exception:  # NumPy parses the header as Python, so all of its errors may come
         return "its header is not that of a shard"
     return None
 

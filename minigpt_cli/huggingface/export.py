@@ -145,8 +145,10 @@ def export_adapter(
 
 
 def _refuse_foreign_files(out: Path) -> None:
-    if not out.is_dir():
+    if not os.path.lexists(out):
         return
+    if not out.is_dir():
+        raise UserError(f"{out}: is not a directory that an export made: move it elsewhere")
     foreign = sorted(path.name for path in out.iterdir() if not EXPORTED.fullmatch(path.name))
     if foreign:
         raise UserError(f"{out} holds {foreign[0]}, which no export writes: move it elsewhere")

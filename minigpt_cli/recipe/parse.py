@@ -75,6 +75,9 @@ def parse_recipe(
     overridden: set[str] = set()
     for override in overrides:
         key, equals, raw = (part.strip() for part in override.partition("="))
+        if _is_no_text(override):
+            problems.append(f"--set {key}: is not UTF-8 text")
+            continue
         if not equals or "." not in key:
             problems.append(f"--set {override:.80}: write it as --set section.key=value")
             continue
@@ -228,6 +231,15 @@ def _convert(hint: Any, value: Any) -> Any:
         raise TypeError("an integer that fits into 64 bits")
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     raise TypeError(names[hint])
+
+
+def _is_no_text(argument: str) -> bool:
+    """Whether the shell passed bytes that are no UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _toml_value(raw: str) -> Any:

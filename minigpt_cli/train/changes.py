@@ -78,7 +78,7 @@ def check_dataset(
         UserError: it is another one.
     """
     for part, before in state.dataset.items():
-        if fingerprints[part] != before and "data" not in allow_changes:
+        if fingerprints.get(part) != before and "data" not in allow_changes:
             raise UserError(
                 f"{recipe.data_path}: its {part} is not that of the dataset this run was trained "
                 "on; give that one with --set data.path=..., or add --allow-change data"
