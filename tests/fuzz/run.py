@@ -1,0 +1,216 @@
+"""Run one command in a forked child with limits, and say how it ended."""
+
+import contextlib
+import faulthandler
+import os
+import re
+import resource
+import select
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NoReturn
+
+CPU_SECONDS, WALL_SECONDS, IDLE_SECONDS = 20, 60, 10
+MEMORY_BYTES = 1 << 30  # beyond what the parent has imported
+FILE_BYTES = 256 << 20
+CODES = {0, 2, 3, 4, 75, 130}
+LONGEST_LINE = 1000  # characters
+
+OUTCOMES = ("handled", "traceback", "hang", "memory", "deceived", "unclear", "outside")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended.
+
+    Attributes:
+        code: the exit code; minus the signal's number if one ended it.
+        limit: "hang" or "memory" if a limit ended it.
+        seconds: of wall time.
+    """
+
+    code: int
+    limit: str | None
+    seconds: float
+    output: str
+    errors: str
+
+
+def run_command(arguments: list[str], environment: dict[str, str], log: Path) -> Ended:
+    """Run a command in this process's working directory.
+
+    Args:
+        environment: all of it.
+        log: a directory for what the command prints.
+    """
+    streams = [log / name for name in ("output", "errors")]
+    began = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _become_command(arguments, environment, streams)
+    limit = _watch(pid)
+    if limit is not None:
+        os.kill(pid, signal.SIGUSR2)  # prints where it is
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)  # what it started
+    code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGXCPU:
+        limit = "hang"
+    texts = [stream.read_bytes().decode(errors="backslashreplace") for stream in streams]
+    return Ended(code, limit, time.monotonic() - began, *texts)
+
+
+def _watch(pid: int) -> str | None:
+    """Wait for the process's end; return the limit that it passes before."""
+    descriptor = os.pidfd_open(pid)
+    began = busy = time.monotonic()
+    cpu, memory = -1, _resident(os.getpid()) + MEMORY_BYTES
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    try:
+        while not poll.poll(20):
+            now = time.monotonic()
+            if _resident(pid) > memory:
+                return "memory"
+            used = _ticks(pid)
+            if used != cpu:
+                cpu, busy = used, now
+            if now > began + WALL_SECONDS or now > busy + IDLE_SECONDS:
+                return "hang"
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _resident(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    return 0
+
+
+def _ticks(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+        return sum(map(int, fields[11:15]))  # also of the processes that it started
+    return 0
+
+
+def _become_command(arguments: list[str], environment: dict[str, str], streams: list[Path]) -> NoReturn:
+    """Be ``minigpt ARGUMENTS`` from here on."""
+    code = 1
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND) for file in streams]
+        for descriptor, standard in zip([null, *files], range(3), strict=True):
+            os.dup2(descriptor, standard)
+        os.closerange(3, 64)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR2)
+        faulthandler.register(signal.SIGXCPU, chain=True)
+        address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (address_space + 8 * MEMORY_BYTES,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.environ.clear()
+        for name, value in environment.items():
+            os.environ[name] = value
+        sys.argv = ["minigpt", *arguments]
+        code = _main()
+        if modules := environment.get("FUZZ_MODULES"):
+            Path(modules).write_text("\n".join(sys.modules))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+
+def _main() -> int:
+    from minigpt_cli import __main__
+    from minigpt_cli.distributed import join
+    from minigpt_cli.prepare import encode
+
+    join._CONNECT_SECONDS = join._ARRIVE_SECONDS = 1.0  # else a lost rank is an error after 40 and 600 s
+    encode._start = _start_encoder  # a fork instead of a fresh interpreter: 0.01 s instead of 0.5
+    try:
+        __main__.main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+class _Forked:
+    """What ``encode`` needs of the process of an encoder."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        with contextlib.suppress(ChildProcessError):
+            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return -signal.SIGKILL
+
+
+def _start_encoder(tokenizer: Path, eos: int, dtype: str) -> tuple[Any, Connection]:
+    from minigpt_cli.prepare import encode
+
+    ours, theirs = Pipe()
+    with theirs:
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            encode._serve(theirs, str(tokenizer), eos, dtype)
+            os._exit(0)
+    return _Forked(pid), ours
+
+
+def outcome(ended: Ended) -> tuple[str, str]:
+    """Return one of ``OUTCOMES``, and what is wrong where it isn't "handled"."""
+    if ended.limit is not None:
+        return ended.limit, f"{ended.seconds:.0f} s; {signature(ended.errors)}"
+    if ended.code not in CODES or "Traceback (most" in ended.errors or "internal error" in ended.errors:
+        return "traceback", f"exit code {ended.code}; {signature(ended.errors)}"
+    lines = ended.errors.splitlines() if ended.errors.isprintable() else ended.errors.split("\n")
+    if any(not line.isprintable() for line in lines):
+        return "unclear", "control characters in a message"
+    if ended.code == 0:
+        return "handled", ""
+    told = [number for number, line in enumerate(lines) if line.startswith("minigpt: ")]
+    if len(told) != 1:
+        return "unclear", f"{len(told)} lines of errors"
+    more = lines[told[0] + 1 :]
+    if any(line and not line.startswith("  ") for line in more):  # a recipe's problems are a list
+        return "unclear", "further lines after the error"
+    if (longest := max(map(len, lines))) > LONGEST_LINE:
+        return "unclear", f"a line of {longest // 1000} thousand characters"
+    return "handled", ""
+
+
+def signature(errors: str) -> str:
+    """Return where an error is: the innermost frame of minigpt's, and the error's first words."""
+    frames = re.findall(r'File ".*/(minigpt_cli/[^"]*)", line (\d+)', errors)
+    frames = [frame for frame in frames if "cli.py" not in frame[0]]
+    if "most recent call first" in errors:  # faulthandler's
+        return ":".join(frames[0]) if frames else "?"
+    last = [line for line in errors.splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    words = (last or [line for line in errors.splitlines() if line.strip()] or [""])[-1]
+    return f"{':'.join(frames[-1]) if frames else '?'}: {words[:160]}"
