@@ -14,17 +14,62 @@ import numpy as np
 import tomli_w
 
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 7, 255, 65_536, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, -0.0,
-    1e-320, 1e308, float("nan"), float("inf"), float("-inf"), "", " ", "x", "0", "nan", "1e999",
-    "../../canary", "../canary", "/etc/hostname", "/dev/zero", ".", "..", "a/b", "a\0b", "\x1b[2J\x07red",
-    "line\nline", "\u202eright to left", "\ud800", "é\u0301😀", "x" * 100_000, "%s%n{0}{}", "[bold]b[/]",
-    [], {}, [[]], [1, 2, 3], ["x", None], {"x": 1}, {"__class__": "os.system"}, [0] * 10_000,
+    None, True, False, 0, -1, 1, 2, 3, 7, 255, 65_536, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5,
+    -0.0, 1e-320, 1e308, float("nan"), float("inf"), float("-inf"), "", " ", "x", "0", "nan",
+    "1e999", "../../canary", "../canary", "/etc/hostname", "/dev/zero", ".", "..", "a/b", "a\0b",
+    "\x1b[2J\x07red", "line\nline", "\u202eright to left", "\ud800", "é\u0301😀", "x" * 100_000,
+    "%s%n{0}{}", "[bold]b[/]", [], {}, [[]], [1, 2, 3], ["x", None], {"x": 1}, [0] * 10_000,
+    {"__class__": "os.system"},
 ]  # fmt: skip
-_CONTROL = [b"\0", b"\x1b[31m", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\x07", b"\x80", b"\xed\xa0\x80", b"\n"]
+VALUES = [
+    "", "0", "1", "2", "-1", "3", "1e3", "x", "9" * 50, "\x1b[2J", "é", "\udcff\udcfe", "127.0.0.1",
+    "[::1", "localhost", "::1", "65536", "29471", " 1 ", "0x10", "1_0", "True", "2(x1)", "(", "nan",
+    "1(x999999)", "/dev/null", "canary", "a\nb", "x" * 70_000, "256.1.1.1", "no.such.host.invalid",
+    "dumb", "C", "xx_YY.UTF-8", "auto", "cuda", "cuda:99", "meta", "mps", "-h", "--version", "[1,2]",
+    "{a=1}", "'x'", '"', "[[",
+]  # fmt: skip
+PATHS = [
+    "nothing", "fifo", "loop", "hole", "/dev/zero", "/dev/null", "/dev/full", "/proc/self/mem", "/",
+    "/proc/self/fd/0", "corpus", "corpus/*.txt", "**", "[", "{a,b}", "~", "", ".", "-", "--", "run",
+    "run/checkpoints", "run/checkpoints/step-00000002", "run/final", "run/metrics.jsonl", "data",
+    "data/train-00000.npy", "base", "adapter", "tuned", "tiny.toml", "chat.jsonl", "table.parquet",
+    "text.txt.xz", "org/name", "http://x/y", "python-stdlib/x", "\udcff\udcfe", "a" * 300,
+    "/".join(["a" * 9] * 500),
+]  # fmt: skip
+TEMPLATES = [
+    "{{ 9**9**9 }}", "{{ 10**10**7 }}", "{{ 1/0 }}", "{{", "{% if %}", "", "x", "\0\x07", "{{ x.y.z }}",
+    "{% for i in range(10**9) %}x{% endfor %}", "{{ messages[0].content * 10**9 }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ ''.__class__.__mro__[1] }}",
+    "{% include '/etc/hostname' %}", "{{ raise_exception('a\nb\x1b[2J') }}", "{{ '\ud800' }}",
+    "{{ messages|tojson(indent=10**8) }}", "{{ 'x'|center(10**10) }}", "{{ '%1000000000d' % 1 }}",
+    "{{ '{:>9999999999}'.format(1) }}", "{{ cycler.__init__.__globals__ }}", "{{ lipsum(n=10**7) }}",
+    "{% set n = namespace(a=1) %}{% for i in range(10**8) %}{% set n.a = n.a * 2 %}{% endfor %}",
+    "{{ messages[99].content }}", "{{ messages[0]['role'] + 1 }}", "{{ [1]*10**10 }}",
+    "{{ strftime_now('%Y' * 99) }}", "{{ ('a'*10**6)|wordwrap(1) }}", "{{ messages|sort|join }}",
+    "{% generation %}x{% endgeneration %}", "{{ range(10**8)|list|length }}",
+    "{{ 'a'|batch(10**10)|list }}", "{{ messages.append(messages) }}{{ messages }}",
+    "{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "{% if 1 %}" * 3000,
+]  # fmt: skip
+_CONTROL = [
+    b"\0",
+    b"\x1b[31m",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r",
+    b"\x80",
+    b"\xed\xa0\x80",
+    b"\n",
+]
 _WHOLE = [
-    b"", b"null", b"[]", b"{}", b"0", b'""', b"true", b"\xef\xbb\xbf{}", b"\0" * 5000, b"\xff" * 300, b"NaN",
-    b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000, b"9" * 5_000, b"\x80\x04cos\nsystem\n",
-    "{}".encode("utf-16"), b"a" * 3_000_000, b"\n" * 10_000, b"version https://git-lfs.github.com/spec/v1\n",
+    b"", b"null", b"[]", b"{}", b"0", b'""', b"true", b"NaN", b"\xef\xbb\xbf{}", b"\0" * 5000,
+    b"\xff" * 300, b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000, b"9" * 5_000,
+    b"\x80\x04cos\nsystem\n", "{}".encode("utf-16"), b"a" * 3_000_000, b"\n" * 10_000,
+]  # fmt: skip
+_NPY = [
+    ("'<u2'", "'<u4'"), ("'<u2'", "'|O'"), ("'<u2'", "'>u2'"), ("'<u2'", "'<f8'"), ("False", "True"),
+    ("'<u2'", "[('a','<u2')]"), ("(", "(-"), ("(", "(9"), ("(", "(2, "), ("shape", "shap"), ("{", "("),
+    ("{", "{'x': 1, "), ("{", "[" * 3000), (",)", "**9**9,)"), ("(", "(" + "9" * 5000),
+    ("}", "} + __import__('os')"), ("'<i8'", "'|O'"), ("'|b1'", "'<u1'"),
 ]  # fmt: skip
 
 
@@ -42,7 +87,7 @@ def mutate(chance: random.Random, file: Path) -> str:
     else:
         try:
             new, what = by_format(chance, content)
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError, struct.error, OverflowError):
+        except (ValueError, LookupError, TypeError, RecursionError, struct.error, OverflowError):
             new, what = _bytes(chance, content)  # mutated before: it has no structure any more
     file.write_bytes(new)
     return f"{file}: {what}"
@@ -76,7 +121,9 @@ def _bytes(chance: random.Random, content: bytes) -> tuple[bytes, str]:
     size = len(content)
     place = chance.randrange(1 + (size if chance.random() < 0.5 else min(size, 200)))
     far = min(size, place + chance.choice([1, 2, 8, 100, 5000]))
-    kind = chance.choice(["flip", "flip", "flips", "cut", "insert", "remove", "repeat", "zeros", "whole"])
+    kind = chance.choice(
+        ["flip", "flip", "flips", "cut", "insert", "remove", "repeat", "zeros", "whole"]
+    )
     if kind == "whole":
         new = chance.choice(_WHOLE)
         return new, f"is {new[:20]!r}, {len(new)} bytes"
@@ -106,14 +153,17 @@ def _tree(chance: random.Random, tree: Any) -> tuple[Any, str]:
     if not places:
         return chance.choice(ODD), "all of it"
     container, key, name = chance.choice(places)
-    kind = chance.choice(["odd", "odd", "odd", "near", "near", "remove", "add", "rename", "copy", "nest"])
+    kind = chance.choice(
+        ["odd", "odd", "odd", "near", "near", "remove", "add", "rename", "copy", "nest"]
+    )
     old = container[key]
     if kind == "near":
         container[key] = _near(chance, old)
     elif kind == "remove":
         del container[key]
     elif kind == "add" and isinstance(container, dict):
-        container[chance.choice(["unknown", "", "__proto__", "format", "type", "é\x1b[2J"])] = chance.choice(ODD)
+        unknown = chance.choice(["unknown", "", "__proto__", "format", "type", "é\x1b[2J"])
+        container[unknown] = chance.choice(ODD)
     elif kind == "rename" and isinstance(container, dict):
         container[key + chance.choice(["_", "s", "\0", "/../x"])] = container.pop(key)
     elif kind == "copy":
@@ -145,13 +195,15 @@ def _near(chance: random.Random, value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return not value
     if isinstance(value, int):
-        return chance.choice([value + 1, value - 1, -value, value * 2, value // 2, value * 1000, float(value), str(value)])
+        near = [value + 1, value - 1, -value, value * 2, value // 2, value * 1000]
+        return chance.choice([*near, float(value), str(value)])
     if isinstance(value, float):
         return chance.choice([-value, value * 1e6, value / 1e6, 1 - value, str(value)])
     if isinstance(value, str):
-        return chance.choice([value[:-1], value * 2, value.upper(), f" {value}", f"../{value}", value + "\n", [value]])
+        near = [value[:-1], value * 2, value.upper(), f" {value}", f"../{value}", value + "\n"]
+        return chance.choice([*near, [value]])
     if isinstance(value, list):
-        return chance.choice([value[:-1], value * 2, value[::-1], {str(i): each for i, each in enumerate(value)}])
+        return chance.choice([value[:-1], value * 2, value[::-1], dict(enumerate(value))])
     return list(value.items())
 
 
@@ -187,16 +239,10 @@ def _npy(chance: random.Random, content: bytes) -> tuple[bytes, str]:
         numbers = np.frombuffer(rest, "<u2").copy()
         numbers[chance.randrange(len(numbers))] = chance.choice([0, 299, 300, 320, 1000, 65_535])
         return content[: 10 + size] + numbers.tobytes(), "a number changed"
-    old, new = chance.choice([
-        (b"'<u2'", b"'<u4'"), (b"'<u2'", b"'|O'"), (b"'<u2'", b"'>u2'"), (b"'<u2'", b"'<f8'"), (b"False", b"True"),
-        (b"'<u2'", b"[('a','<u2')]"), (b"(", b"(-"), (b"(", b"(9" * 1), (b"(", b"(2, "), (b"shape", b"shap"),
-        (b"{", b"("), (b"{", b"{'x': 1, "), (b"{", b"[" * 3000), (b",)", b"**9**9,)"), (b"(", b"(" + b"9" * 5000),
-        (b"}", b"} + __import__('os')"), (b"'<i8'", b"'|O'"), (b"'|b1'", b"'<u1'"),
-    ])  # fmt: skip
-    header = header.replace(old, new, 1)
-    if chance.random() < 0.7:  # the right length again
-        return content[:8] + struct.pack("<H", len(header) & 0xFFFF) + header + rest, f"header {old!r} -> {new[:20]!r}"
-    return content[:10] + header + rest, f"header {old!r} -> {new[:20]!r}, its length unchanged"
+    old, new = chance.choice(_NPY)
+    header = header.replace(old.encode(), new.encode(), 1)
+    length = struct.pack("<H", len(header) & 0xFFFF) if chance.random() < 0.7 else content[8:10]
+    return content[:8] + length + header + rest, f"header {old} -> {new[:20]}"
 
 
 def _safetensors(chance: random.Random, content: bytes) -> tuple[bytes, str]:
@@ -208,9 +254,11 @@ def _safetensors(chance: random.Random, content: bytes) -> tuple[bytes, str]:
         length = chance.choice([0, 1, size - 1, size + 1, 2**32, 2**63, 2**64 - 1, 100_000_001])
         return struct.pack("<Q", length) + content[8:], f"header length {length}"
     if draw < 0.3:
-        word = chance.choice([b"\xff\xff\xff\xff", b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f"])
+        word = chance.choice([b"\xff\xff\xff\xff", b"\0\0\xc0\x7f", b"\0\0\x80\x7f"])
         place = 4 * chance.randrange(max(1, len(rest) // 4))
-        return content[: 8 + size] + rest[:place] + word + rest[place + 4 :], f"number at {place} is {word!r}"
+        return content[: 8 + size] + rest[:place] + word + rest[
+            place + 4 :
+        ], f"number at {place} is {word!r}"
     new, what = _json(chance, header)
     return struct.pack("<Q", len(new)) + new + rest, f"header {what}"
 

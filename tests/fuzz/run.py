@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -21,6 +22,7 @@ MEMORY_BYTES = 1 << 30  # beyond what the parent has imported
 FILE_BYTES = 256 << 20
 CODES = {0, 2, 3, 4, 75, 130}
 LONGEST_LINE = 1000  # characters
+_BUGS = ("Traceback (most recent", "internal error", "panicked at")
 
 OUTCOMES = ("handled", "traceback", "hang", "memory", "deceived", "unclear", "outside")
 
@@ -54,7 +56,7 @@ def run_command(arguments: list[str], environment: dict[str, str], log: Path) ->
     pid = os.fork()
     if pid == 0:
         _become_command(arguments, environment, streams)
-    limit = _watch(pid)
+    limit = _watch(pid, lambda: _is_at_work(*(_text(stream) for stream in streams)))
     if limit is not None:
         os.kill(pid, signal.SIGUSR2)  # prints where it is
         time.sleep(0.3)
@@ -65,14 +67,26 @@ def run_command(arguments: list[str], environment: dict[str, str], log: Path) ->
     code = os.waitstatus_to_exitcode(status)
     if code == -signal.SIGXCPU:
         limit = "hang"
-    texts = [stream.read_bytes().decode(errors="backslashreplace") for stream in streams]
-    return Ended(code, limit, time.monotonic() - began, *texts)
+    return Ended(code, limit, time.monotonic() - began, *(_text(stream) for stream in streams))
 
 
-def _watch(pid: int) -> str | None:
-    """Wait for the process's end; return the limit that it passes before."""
+def _text(stream: Path) -> str:
+    return stream.read_bytes().decode(errors="backslashreplace")
+
+
+def _is_at_work(output: str, errors: str) -> bool:
+    """Whether a command trains or samples, which may rightly take for ever."""
+    return bool(output) or re.search(r"^step \d+/", errors, re.MULTILINE) is not None
+
+
+def _watch(pid: int, is_at_work: Callable[[], bool]) -> str | None:
+    """Wait for the process's end; return the limit that it passes before.
+
+    A long training or sampling is told to stop after some time; that it must do.
+    """
     descriptor = os.pidfd_open(pid)
     began = busy = time.monotonic()
+    told = False
     cpu, memory = -1, _resident(os.getpid()) + MEMORY_BYTES
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
@@ -84,6 +98,10 @@ def _watch(pid: int) -> str | None:
             used = _ticks(pid)
             if used != cpu:
                 cpu, busy = used, now
+            if not told and cpu > CPU_SECONDS / 8 * os.sysconf("SC_CLK_TCK"):
+                told = True
+                if is_at_work():
+                    os.kill(pid, signal.SIGTERM)
             if now > began + WALL_SECONDS or now > busy + IDLE_SECONDS:
                 return "hang"
     finally:
@@ -104,22 +122,30 @@ def _ticks(pid: int) -> int:
     return 0
 
 
-def _become_command(arguments: list[str], environment: dict[str, str], streams: list[Path]) -> NoReturn:
+def _become_command(
+    arguments: list[str], environment: dict[str, str], streams: list[Path]
+) -> NoReturn:
     """Be ``minigpt ARGUMENTS`` from here on."""
     code = 1
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDONLY)
-        files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND) for file in streams]
+        files = [
+            os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND) for file in streams
+        ]
         for descriptor, standard in zip([null, *files], range(3), strict=True):
             os.dup2(descriptor, standard)
         os.closerange(3, 64)
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(
+                signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+            )
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR2)
         faulthandler.register(signal.SIGXCPU, chain=True)
-        address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        address_space = (
+            int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        )
         resource.setrlimit(resource.RLIMIT_AS, (address_space + 8 * MEMORY_BYTES,) * 2)
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 5))
         resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, FILE_BYTES))
@@ -145,7 +171,9 @@ def _main() -> int:
     from minigpt_cli.distributed import join
     from minigpt_cli.prepare import encode
 
-    join._CONNECT_SECONDS = join._ARRIVE_SECONDS = 1.0  # else a lost rank is an error after 40 and 600 s
+    join._CONNECT_SECONDS = join._ARRIVE_SECONDS = (
+        1.0  # else a lost rank is an error after 40 and 600 s
+    )
     encode._start = _start_encoder  # a fork instead of a fresh interpreter: 0.01 s instead of 0.5
     try:
         __main__.main()
@@ -186,31 +214,29 @@ def _start_encoder(tokenizer: Path, eos: int, dtype: str) -> tuple[Any, Connecti
 def outcome(ended: Ended) -> tuple[str, str]:
     """Return one of ``OUTCOMES``, and what is wrong where it isn't "handled"."""
     if ended.limit is not None:
-        return ended.limit, f"{ended.seconds:.0f} s; {signature(ended.errors)}"
-    if ended.code not in CODES or "Traceback (most" in ended.errors or "internal error" in ended.errors:
-        return "traceback", f"exit code {ended.code}; {signature(ended.errors)}"
-    lines = ended.errors.splitlines() if ended.errors.isprintable() else ended.errors.split("\n")
-    if any(not line.isprintable() for line in lines):
+        return ended.limit, signature(ended.errors)
+    if ended.code not in CODES or any(sign in ended.errors for sign in _BUGS):
+        return "traceback", signature(ended.errors)
+    lines = ended.errors.removesuffix("\n").split("\n")
+    if not all(line.isprintable() for line in lines):
         return "unclear", "control characters in a message"
     if ended.code == 0:
         return "handled", ""
     told = [number for number, line in enumerate(lines) if line.startswith("minigpt: ")]
     if len(told) != 1:
         return "unclear", f"{len(told)} lines of errors"
-    more = lines[told[0] + 1 :]
-    if any(line and not line.startswith("  ") for line in more):  # a recipe's problems are a list
+    if not all(line.startswith("  ") for line in lines[told[0] + 1 :]):  # a recipe's problems
         return "unclear", "further lines after the error"
-    if (longest := max(map(len, lines))) > LONGEST_LINE:
-        return "unclear", f"a line of {longest // 1000} thousand characters"
+    if max(map(len, lines)) > LONGEST_LINE:
+        return "unclear", f"a line of more than {LONGEST_LINE:,} characters"
     return "handled", ""
 
 
 def signature(errors: str) -> str:
-    """Return where an error is: the innermost frame of minigpt's, and the error's first words."""
+    """Return where an error is: the innermost frame of minigpt's, and the error's type."""
     frames = re.findall(r'File ".*/(minigpt_cli/[^"]*)", line (\d+)', errors)
-    frames = [frame for frame in frames if "cli.py" not in frame[0]]
+    frames = [":".join(frame) for frame in frames if "cli.py" not in frame[0]] or ["?"]
     if "most recent call first" in errors:  # faulthandler's
-        return ":".join(frames[0]) if frames else "?"
-    last = [line for line in errors.splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
-    words = (last or [line for line in errors.splitlines() if line.strip()] or [""])[-1]
-    return f"{':'.join(frames[-1]) if frames else '?'}: {words[:160]}"
+        return frames[0]
+    types = re.findall(r"^([\w.]+(?:Error|Exception|Interrupt)\b)", errors, re.MULTILINE)
+    return f"{frames[-1]}: {types[-1] if types else 'no error'}"
