@@ -1,1 +1,1 @@
-"""Received and damaged files, odd environments and command lines, by the thousand: ``make fuzz``."""
+"""Mutated files, odd environments and command lines, by the thousand: ``make fuzz``."""

@@ -20,13 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ |= {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-}  # compiling takes longer than a case may
-
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +27,16 @@ from tests.fuzz.cases import KINDS, Case, make_case
 from tests.fuzz.run import OUTCOMES, Ended, outcome, run_command
 from tests.fuzz.scene import make_scene
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # compiling takes longer than a case may
+    "PATH": os.environ["PATH"],
+    "HOME": "home",
+    "COLUMNS": "200",
+    "LANG": "C.UTF-8",
+}
 CANARY = "nobody may change this\n"
 
 
@@ -47,15 +50,9 @@ class Tried:
     said: str = ""  # where asked for, or where it wasn't handled
 
 
-def environment() -> dict[str, str]:
-    return {
-        "PATH": os.environ["PATH"], "HOME": "home", "TMPDIR": "/tmp", "COLUMNS": "200", "LANG": "C.UTF-8",
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-
-
 def import_all() -> None:
     """Import what commands import, but for transformers: without it an export isn't checked."""
+    os.environ |= ENVIRONMENT
     for name in ("transformers", "peft", "wandb", "tensorboard"):
         sys.modules[name] = None  # type: ignore[assignment]
     from typer import main
@@ -73,7 +70,7 @@ def build_scene(top: Path) -> None:
     modules = top / "modules"
 
     def minigpt(arguments: list[str]) -> int:
-        ended = run_command(arguments, environment() | {"FUZZ_MODULES": str(modules)}, top)
+        ended = run_command(arguments, ENVIRONMENT | {"FUZZ_MODULES": str(modules)}, top)
         if ended.code not in (0, 2):
             print(ended.errors, file=sys.stderr)
         for name in modules.read_text().split():
@@ -119,7 +116,11 @@ def _attempt(job: Job, debug: bool) -> Tried:
             shutil.copy2(source, place / "here" / part)
     os.chdir(place / "here")
     case = make_case(kind, random.Random(f"{seed} {name} {number}"))
-    ended = run_command(case.arguments + ["--debug"] * debug, environment() | case.environment, log)
+    ended = run_command(
+        case.arguments + ["--debug"] * debug,
+        ENVIRONMENT | {"TMPDIR": str(log)} | case.environment,
+        log,
+    )
     result, detail = outcome(ended)
     watched = [(own, {"canary", "case", "log"})] + [(place, {"canary", "here"})] * (
         not kind.is_users
@@ -175,13 +176,18 @@ def jobs(top: Path, seed: int, count: int, only: str) -> Iterator[Job]:
         numbers[name] += 1
 
 
+def _silence() -> None:
+    """Print nothing: Rust does where a mutation makes it panic."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def try_all(
     top: Path, seed: int, count: int, only: str, workers: int, minutes: float
 ) -> list[Tried]:
     """Try cases until they or the time are used up."""
     deadline = time.monotonic() + 60 * minutes
     tried: list[Tried] = []
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
+    with multiprocessing.get_context("fork").Pool(workers, _silence) as pool:
         waiting = []
         for job in jobs(top, seed, count, only):
             if time.monotonic() > deadline:

@@ -67,7 +67,7 @@ def _files(*patterns: str, seal: bool = False) -> Callable[[Chance, list[list[st
 
     def make(chance: Chance, commands: list[list[str]]) -> Case:
         paths = sorted(path for pattern in patterns for path in Path().glob(pattern))
-        files = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+        files = [path for path in paths if not path.name.startswith(".")]
         arguments = chance.choice(commands)
         before = _recorded(arguments)
         done = [mutate(chance, chance.choice(files)) for _ in range(chance.choice([1, 1, 2, 3]))]
@@ -163,9 +163,8 @@ def _template(chance: Chance, commands: list[list[str]]) -> Case:
     text = chance.choice([*TEMPLATES, TEMPLATE, TEMPLATE, TEMPLATE])
     for _ in range(chance.choice([0, 1, 2])):
         place = chance.randrange(len(text) + 1)
-        piece = chance.choice(
-            [*"{{ }} {% %} | - é loop".split(), "{{ messages }}", "\n", chance.choice(TEMPLATES)]
-        )
+        pieces = ["{{", "}}", "{%", "%}", "|", "-", "é", "loop", "{{ messages }}", "\n"]
+        piece = chance.choice([*pieces, chance.choice(TEMPLATES)])
         text = text[:place] + piece + text[place + chance.choice([0, 0, 1, 5]) :]
     arguments = chance.choice(commands)
     file = Path("chat.jinja" if "chat.jinja" in arguments else "base/chat_template.jinja")
@@ -309,6 +308,7 @@ KINDS = {
         tokenize chat.jsonl -o new {CHAT}
         tokenize chat.jsonl -o new {CHAT} --strict
         eval run --text corpus/0.txt
+        sample run --prompt-file corpus/0.txt --max-new-tokens 3
     """, _files("corpus/0.txt", *_SOURCES.split())),
     "template": Kind("lora.toml chat.jsonl chat.jinja base", 3, f"""
         tokenize chat.jsonl -o new {CHAT} --chat-template chat.jinja
@@ -340,5 +340,6 @@ KINDS = {
         sample run {SAMPLE} --temperature 0.5 --top-k 5 --top-p 0.9 --min-p 0.1 --stop x
         sample base {SAMPLE} --repetition-penalty 1.1 --seed 3 --num-samples 2 --dtype bf16 --json
         sample base --adapter adapter --chat {SAMPLE} --greedy --device cpu
+        sample run --prompt-file corpus/0.txt --max-new-tokens 3 --json
     """, _options, is_users=True),
 }  # fmt: skip

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tomli_w
 
 ODD: list[Any] = [
@@ -25,8 +24,8 @@ VALUES = [
     "", "0", "1", "2", "-1", "3", "1e3", "x", "9" * 50, "\x1b[2J", "é", "\udcff\udcfe", "127.0.0.1",
     "[::1", "localhost", "::1", "65536", "29471", " 1 ", "0x10", "1_0", "True", "2(x1)", "(", "nan",
     "1(x999999)", "/dev/null", "canary", "a\nb", "x" * 70_000, "256.1.1.1", "no.such.host.invalid",
-    "dumb", "C", "xx_YY.UTF-8", "auto", "cuda", "cuda:99", "meta", "mps", "-h", "--version", "[1,2]",
-    "{a=1}", "'x'", '"', "[[",
+    "dumb", "C", "xx_YY.UTF-8", "auto", "cuda", "cuda:99", "meta", "mps", "-h", "--version",
+    "[1,2]", "{a=1}", "'x'", '"', "[[",
 ]  # fmt: skip
 PATHS = [
     "nothing", "fifo", "loop", "hole", "/dev/zero", "/dev/null", "/dev/full", "/proc/self/mem", "/",
@@ -37,12 +36,14 @@ PATHS = [
     "/".join(["a" * 9] * 500),
 ]  # fmt: skip
 TEMPLATES = [
-    "{{ 9**9**9 }}", "{{ 10**10**7 }}", "{{ 1/0 }}", "{{", "{% if %}", "", "x", "\0\x07", "{{ x.y.z }}",
+    "{{ 9**9**9 }}", "{{ 10**10**7 }}", "{{ 1/0 }}", "{{", "{% if %}", "", "x", "\0\x07",
+    "{{ x.y.z }}",
     "{% for i in range(10**9) %}x{% endfor %}", "{{ messages[0].content * 10**9 }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ ''.__class__.__mro__[1] }}",
     "{% include '/etc/hostname' %}", "{{ raise_exception('a\nb\x1b[2J') }}", "{{ '\ud800' }}",
     "{{ messages|tojson(indent=10**8) }}", "{{ 'x'|center(10**10) }}", "{{ '%1000000000d' % 1 }}",
-    "{{ '{:>9999999999}'.format(1) }}", "{{ cycler.__init__.__globals__ }}", "{{ lipsum(n=10**7) }}",
+    "{{ '{:>9999999999}'.format(1) }}", "{{ cycler.__init__.__globals__ }}",
+    "{{ lipsum(n=10**7) }}",
     "{% set n = namespace(a=1) %}{% for i in range(10**8) %}{% set n.a = n.a * 2 %}{% endfor %}",
     "{{ messages[99].content }}", "{{ messages[0]['role'] + 1 }}", "{{ [1]*10**10 }}",
     "{{ strftime_now('%Y' * 99) }}", "{{ ('a'*10**6)|wordwrap(1) }}", "{{ messages|sort|join }}",
@@ -66,9 +67,10 @@ _WHOLE = [
     b"\x80\x04cos\nsystem\n", "{}".encode("utf-16"), b"a" * 3_000_000, b"\n" * 10_000,
 ]  # fmt: skip
 _NPY = [
-    ("'<u2'", "'<u4'"), ("'<u2'", "'|O'"), ("'<u2'", "'>u2'"), ("'<u2'", "'<f8'"), ("False", "True"),
-    ("'<u2'", "[('a','<u2')]"), ("(", "(-"), ("(", "(9"), ("(", "(2, "), ("shape", "shap"), ("{", "("),
-    ("{", "{'x': 1, "), ("{", "[" * 3000), (",)", "**9**9,)"), ("(", "(" + "9" * 5000),
+    ("'<u2'", "'<u4'"), ("'<u2'", "'|O'"), ("'<u2'", "'>u2'"), ("'<u2'", "'<f8'"),
+    ("False", "True"),
+    ("'<u2'", "[('a','<u2')]"), ("(", "(-"), ("(", "(9"), ("(", "(2, "), ("shape", "shap"),
+    ("{", "("), ("{", "{'x': 1, "), ("{", "[" * 3000), (",)", "**9**9,)"), ("(", "(" + "9" * 5000),
     ("}", "} + __import__('os')"), ("'<i8'", "'|O'"), ("'|b1'", "'<u1'"),
 ]  # fmt: skip
 
@@ -233,6 +235,8 @@ def _toml(chance: random.Random, content: bytes) -> tuple[bytes, str]:
 
 def _npy(chance: random.Random, content: bytes) -> tuple[bytes, str]:
     """Mutate the header, or the numbers."""
+    import numpy as np  # here: it reads OMP_NUM_THREADS when it is imported
+
     size = struct.unpack("<H", content[8:10])[0]
     header, rest = content[10 : 10 + size], content[10 + size :]
     if chance.random() < 0.4:
