@@ -115,7 +115,10 @@ def _attempt(job: Job, debug: bool) -> Tried:
         else:
             shutil.copy2(source, place / "here" / part)
     os.chdir(place / "here")
-    case = make_case(kind, random.Random(f"{seed} {name} {number}"))
+    try:
+        case = make_case(kind, random.Random(f"{seed} {name} {number}"))
+    except Exception as error:
+        raise RuntimeError(f"{name} {number} can't be made") from error
     ended = run_command(
         case.arguments + ["--debug"] * debug,
         ENVIRONMENT | {"TMPDIR": str(log)} | case.environment,

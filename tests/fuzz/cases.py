@@ -70,7 +70,9 @@ def _files(*patterns: str, seal: bool = False) -> Callable[[Chance, list[list[st
         files = [path for path in paths if not path.name.startswith(".")]
         arguments = chance.choice(commands)
         before = _recorded(arguments)
-        done = [mutate(chance, chance.choice(files)) for _ in range(chance.choice([1, 1, 2, 3]))]
+        chosen = [chance.choice(files) for _ in range(chance.choice([1, 1, 2, 3]))]
+        chosen.sort(key=lambda path: -len(path.parts))  # directories after what is in them
+        done = [mutate(chance, file) for file in chosen]
         changed = before != _recorded(arguments)
         if seal and chance.random() < 0.6:
             done += [f"{file} vouches for it" for file in sorted(set(files)) if _seal(file)]

@@ -89,8 +89,8 @@ def mutate(chance: random.Random, file: Path) -> str:
     else:
         try:
             new, what = by_format(chance, content)
-        except (ValueError, LookupError, TypeError, RecursionError, struct.error, OverflowError):
-            new, what = _bytes(chance, content)  # mutated before: it has no structure any more
+        except Exception:  # mutated before: it has no structure any more
+            new, what = _bytes(chance, content)
     file.write_bytes(new)
     return f"{file}: {what}"
 
@@ -106,12 +106,12 @@ def _replace(chance: random.Random, file: Path) -> str:
         "a link to the canary": lambda: file.symlink_to(os.path.abspath("../canary")),
         "a link to /dev/zero": lambda: file.symlink_to("/dev/zero"),
         "a link to /dev/full": lambda: file.symlink_to("/dev/full"),
-        "a link to a directory": lambda: file.symlink_to("/"),
+        "a link to a directory": lambda: file.symlink_to(".."),
         "a hole of 64 GiB": lambda: (file.touch(), os.truncate(file, 1 << 36)),
     }
     what = chance.choice(list(ways))
     if file.is_dir() and not file.is_symlink():
-        file.rename(file.with_name("moved-away"))
+        file.rename(file.with_name(f"moved-{file.name}"))
     else:
         file.unlink(missing_ok=True)
     ways[what]()
