@@ -7,7 +7,6 @@ tries one again and shows what it prints.
 import argparse
 import gc
 import importlib
-import json
 import multiprocessing
 import os
 import random
@@ -125,32 +124,18 @@ def _attempt(job: Job, debug: bool) -> Tried:
         log,
     )
     result, detail = outcome(ended)
-    watched = [(own, {"canary", "case", "log"})] + [(place, {"canary", "here"})] * (
-        not kind.is_users
-    )
-    for folder, names in watched:
+    watched = {own: {"canary", "case", "log"}}
+    if not kind.is_users:
+        watched[place] = {"canary", "here"}
+    for folder, names in watched.items():
         if set(os.listdir(folder)) != names or (folder / "canary").read_text() != CANARY:
             result, detail = "outside", str(set(os.listdir(folder)) ^ names)
-    if (
-        result == "handled"
-        and ended.code == 0
-        and "--json" in case.arguments
-        and not _is_json(ended.output)
-    ):
-        result, detail = "unclear", "no JSON"
     if result == "handled" and ended.code == 0 and case.must_be_refused:
         result, detail = "deceived", " ".join(case.arguments)
     said = _transcript(case, ended) if show or result != "handled" else ""
     os.chdir(top)
     _clear(own)
     return Tried(name, number, result, detail, ended.seconds, said)
-
-
-def _is_json(output: str) -> bool:
-    try:
-        return not output.startswith("Usage") and isinstance(json.loads(output), dict)
-    except ValueError:
-        return False
 
 
 def _clear(folder: Path) -> None:

@@ -76,7 +76,9 @@ def _text(stream: Path) -> str:
 
 def _is_at_work(output: str, errors: str) -> bool:
     """Whether a command trains or samples, which may rightly take for ever."""
-    return bool(output) or re.search(r"^step \d+/", errors, re.MULTILINE) is not None
+    return (
+        bool(output) or re.search(r"^(step \d+/|[\d,]+ steps of)", errors, re.MULTILINE) is not None
+    )
 
 
 def _watch(pid: int, is_at_work: Callable[[], bool]) -> str | None:
