@@ -5,6 +5,7 @@ tries one again and shows what it prints.
 """
 
 import argparse
+import functools
 import gc
 import importlib
 import multiprocessing
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -169,22 +170,16 @@ def _silence() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def try_all(
-    top: Path, seed: int, count: int, only: str, workers: int, minutes: float
-) -> list[Tried]:
+def try_all(jobs: Iterable[Job], workers: int, minutes: float) -> list[Tried]:
     """Try cases until they or the time are used up."""
-    deadline = time.monotonic() + 60 * minutes
-    tried: list[Tried] = []
+    in_time = functools.partial(_try_before, time.monotonic() + 60 * minutes)
     with multiprocessing.get_context("fork").Pool(workers, _silence) as pool:
-        waiting = []
-        for job in jobs(top, seed, count, only):
-            if time.monotonic() > deadline:
-                break
-            waiting.append(pool.apply_async(try_case, (job,)))
-            while len(waiting) >= 100 * workers:  # one that hangs must not keep the others waiting
-                tried.append(waiting.pop(0).get())
-        tried += [each.get() for each in waiting]
-    return tried
+        tried = [each for each in pool.imap_unordered(in_time, jobs) if each is not None]
+    return sorted(tried, key=lambda each: (each.kind, each.number))
+
+
+def _try_before(deadline: float, job: Job) -> Tried | None:
+    return try_case(job) if time.monotonic() < deadline else None
 
 
 def report(console: Console, tried: list[Tried]) -> None:
@@ -237,7 +232,9 @@ def main(arguments: list[str]) -> int:
             tried = [try_case((top, given.seed, given.only, given.case, True))]
             print(tried[0].said)
         else:
-            tried = try_all(top, given.seed, given.cases, given.only, given.workers, given.minutes)
+            tried = try_all(
+                jobs(top, given.seed, given.cases, given.only), given.workers, given.minutes
+            )
     finally:
         os.chdir(before)
         shutil.rmtree(top, ignore_errors=True)
