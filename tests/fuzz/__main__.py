@@ -182,7 +182,7 @@ def _try_before(deadline: float, job: Job) -> Tried | None:
     return try_case(job) if time.monotonic() < deadline else None
 
 
-def report(console: Console, tried: list[Tried]) -> None:
+def report(console: Console, tried: list[Tried], seed: int) -> None:
     """Print a table, and what wasn't handled, the most frequent first."""
     table = Table(title="Fuzzing")
     for heading in ("kind", "cases", *OUTCOMES, "seconds"):
@@ -203,7 +203,8 @@ def report(console: Console, tried: list[Tried]) -> None:
         first = found[0]
         console.print(f"\n{result}, {len(found)} times: {detail}", style="red", markup=False)
         console.print(
-            f"python -m tests.fuzz --only {first.kind} --case {first.number}", markup=False
+            f"python -m tests.fuzz --only {first.kind} --case {first.number} --seed {seed}",
+            markup=False,
         )
         lines = [line[:300] for line in first.said.splitlines() if line.strip()]
         console.print("\n".join(f"    {line}" for line in lines[:4] + lines[4:][-8:]), markup=False)
@@ -238,7 +239,7 @@ def main(arguments: list[str]) -> int:
     finally:
         os.chdir(before)
         shutil.rmtree(top, ignore_errors=True)
-    report(console, tried)
+    report(console, tried, given.seed)
     if given.case is None and len(tried) < given.cases:
         console.print(
             f"stopped after {given.minutes} minutes: {len(tried):,} of {given.cases:,} cases"
