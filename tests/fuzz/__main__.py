@@ -69,10 +69,9 @@ def build_scene(top: Path) -> None:
     os.chdir(top / "scene")
     modules = top / "modules"
 
-    def minigpt(arguments: list[str]) -> int:
-        ended = run_command(arguments, ENVIRONMENT | {"FUZZ_MODULES": str(modules)}, top)
-        if ended.code not in (0, 2):
-            print(ended.errors, file=sys.stderr)
+    def minigpt(arguments: list[str], **variables: str) -> int:
+        asked = {"FUZZ_MODULES": str(modules)}
+        ended = run_command(arguments, ENVIRONMENT | asked | variables, top)
         for name in modules.read_text().split():
             if name not in sys.modules:
                 try:

@@ -177,11 +177,29 @@ def _main() -> int:
         1.0  # else a lost rank is an error after 40 and 600 s
     )
     encode._start = _start_encoder  # a fork instead of a fresh interpreter: 0.01 s instead of 0.5
+    if number := os.environ.get("FUZZ_KILL_AT_JOURNAL"):
+        _kill_at_journal(int(number))
     try:
         __main__.main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def _kill_at_journal(number: int) -> None:
+    """Have the tokenization killed after it has written its journal so often."""
+    from minigpt_cli.prepare import pipeline
+
+    write = pipeline.write_journal
+    written = []
+
+    def write_and_die(*arguments: Any) -> None:
+        write(*arguments)
+        written.append(1)
+        if len(written) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pipeline.write_journal = write_and_die
 
 
 class _Forked:
