@@ -295,6 +295,8 @@ KINDS = {
     """, _files("base/tokenizer*.json")),
     "journal": Kind("torn.jsonl torn data", 3, f"""
         {JOURNALED}
+        {JOURNALED}
+        {JOURNALED}
         verify torn
     """, _files("torn/*", "torn/journal.json", "torn/journal.json", "torn/journal.json")),
     "source": Kind(f"corpus {_SOURCES} base run", 4, f"""
