@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-CPU_SECONDS, WALL_SECONDS, IDLE_SECONDS = 20, 60, 10
+CPU_SECONDS, WALL_SECONDS, IDLE_SECONDS = 20, 120, 10  # idle: nobody in its family computes
 MEMORY_BYTES = 1 << 30  # beyond what the parent has imported
 FILE_BYTES = 256 << 20
 CODES = {0, 2, 3, 4, 75, 130}
@@ -60,7 +60,9 @@ def run_command(arguments: list[str], environment: dict[str, str], log: Path) ->
     if limit is not None:
         os.kill(pid, signal.SIGUSR2)  # prints where it is
         time.sleep(0.3)
-        os.kill(pid, signal.SIGKILL)
+        for each in _family(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)  # what it started
@@ -97,7 +99,7 @@ def _watch(pid: int, is_at_work: Callable[[], bool]) -> str | None:
             now = time.monotonic()
             if _resident(pid) > memory:
                 return "memory"
-            used = _ticks(pid)
+            used = sum(map(_ticks, _family(pid)))
             if used != cpu:
                 cpu, busy = used, now
             if not told and cpu > CPU_SECONDS / 8 * os.sysconf("SC_CLK_TCK"):
@@ -117,10 +119,21 @@ def _resident(pid: int) -> int:
     return 0
 
 
+def _family(pid: int) -> list[int]:
+    """The process and all that it started, as long as their parents live."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, task.read_text().split())
+    return found
+
+
 def _ticks(pid: int) -> int:
+    """CPU time of a process and of those that it has waited for."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-        return sum(map(int, fields[11:15]))  # also of the processes that it started
+        return sum(map(int, fields[11:15]))
     return 0
 
 
