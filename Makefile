@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/tiny
+FAULTS := --kills 200
+FUZZ := --cases 20000 --minutes 10
 
-.PHONY: setup train test faults old-runs nullgpu check bench clean
+.PHONY: setup train test faults fuzz old-runs nullgpu check bench clean
 
 setup: .venv/installed
 
@@ -24,7 +26,11 @@ test: setup
 
 # Hundreds of kills, signals, full disks and false files; prints a table of the survived ones.
 faults: setup
-	$(BIN)/python -m tests.faults --kills 200
+	$(BIN)/python -m tests.faults $(FAULTS)
+
+# Thousands of mutated files, environments and command lines; prints a table of the handled ones.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 # Continue runs of commit 93d8a84 with its code and with today's; compare the results bit by bit.
 old-runs: setup

@@ -5,6 +5,8 @@ the machine keeps time.
 """
 
 import argparse
+import math
+import random
 import sys
 import time
 import traceback
@@ -30,10 +32,16 @@ class Row:
     left_out: list[str] = field(default_factory=list)
 
 
-def try_all(trials: Iterable[Trial], where: Scene, console: Console) -> dict[str, Row]:
-    """Do them all, also after one that wasn't survived."""
+def try_all(
+    trials: Iterable[Trial], where: Scene, console: Console, minutes: float = math.inf
+) -> dict[str, Row]:
+    """Do them all, also after one that wasn't survived; begin none after so many minutes."""
     rows: dict[str, Row] = {}
+    deadline = time.monotonic() + 60 * minutes
     for trial in trials:
+        if time.monotonic() > deadline:
+            console.print(f"stopped after {minutes} minutes")
+            break
         row = rows.setdefault(trial.kind, Row())
         began = time.monotonic()
         try:
@@ -80,13 +88,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="trials whose kind or name holds this text")
     parser.add_argument("--short", action="store_true", help="the few that pytest does")
+    parser.add_argument(
+        "--minutes", type=float, help="try them in random order, and begin none after so long"
+    )
     given = parser.parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"seed {given.seed}, {given.kills} kills")
     trials = short(given.seed) if given.short else long(given.seed, given.kills)
-    chosen = (trial for trial in trials if given.only in f"{trial.kind}: {trial.name}")
+    chosen = [trial for trial in trials if given.only in f"{trial.kind}: {trial.name}"]
+    if given.minutes is not None:
+        random.Random(given.seed).shuffle(chosen)
     with scene() as where:
-        rows = try_all(chosen, where, console)
+        rows = try_all(chosen, where, console, given.minutes or math.inf)
     console.print(table(rows))
     return int(any(row.survived < row.tried for row in rows.values()))
 

@@ -1,0 +1,1 @@
+"""Mutated files, odd environments and command lines, by the thousand: ``make fuzz``."""
