@@ -167,7 +167,7 @@ def test_options_out_of_range():
         SamplingOptions(temperature=-1, top_k=0, top_p=0.0, min_p=1.0, repetition_penalty=0.0)
     message = str(error.value)
     assert "\n" not in message
-    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+    for name in ("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty"):
         assert name in message
 
 
@@ -184,7 +184,7 @@ def test_options_out_of_range():
     ],
 )
 def test_each_bad_option_is_refused(values):
-    with pytest.raises(UserError, match=next(iter(values))):
+    with pytest.raises(UserError, match=next(iter(values)).replace("_", "-")):
         SamplingOptions(**values)
 
 
