@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _LONGEST = 4000  # characters of a message; it may quote a received file
+_LONG_WORD = re.compile(r"(\S{400})\S+")  # longer than paths are
 # Control characters but tabs, separators of lines, marks that reorder text, half surrogate pairs
 _CONTROL = re.compile(
     "[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -52,6 +53,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def _shortened(message: str) -> str:
+    message = _LONG_WORD.sub(r"\1...", message)
     return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
 
 

@@ -1,6 +1,7 @@
 """Environment variables that hold numbers; anybody may have set them to anything."""
 
 import os
+import re
 
 from minigpt_cli.core.errors import UserError
 
@@ -23,10 +24,9 @@ def env_int(name: str, default: int | None = None, *, least: int = 0, hint: str 
     hint = hint or "correct it, or unset it"
     if not text:
         raise UserError(f"{name} is not set: {hint}")
-    try:
-        value = int(text)
-    except ValueError:
-        raise UserError(f"{name} is {text[:40]!r}, not an integer: {hint}") from None
+    if re.fullmatch(r"-?[0-9]{1,18}", text) is None:  # int() takes 1_0, too
+        raise UserError(f"{name} is {text[:40]!r}, not an integer: {hint}")
+    value = int(text)
     if value < least:
         raise UserError(f"{name} is {value}, expected at least {least}: {hint}")
     return value

@@ -19,7 +19,7 @@ import numpy as np
 
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import json_checksum, sha256_of, write_atomically
-from minigpt_cli.core.reading import build, parse_json, read_bytes
+from minigpt_cli.core.reading import MAX_BYTES, build, parse_json, read_bytes
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -313,6 +313,8 @@ def _tokenizer_problem(file: Path, manifest: DatasetManifest) -> str | None:
     try:
         if file.exists() and not file.is_file():
             return "is not a regular file"
+        if file.stat().st_size > MAX_BYTES:  # a hole would be hashed for hours
+            return f"is larger than {MAX_BYTES:,} bytes"
         if sha256_of(file) == manifest.tokenizer_sha256:
             return None
         if tokenizer_fingerprint(load_tokenizer(file)) == manifest.tokenizer_fingerprint:

@@ -44,7 +44,7 @@ def check_sizes(
 
 
 def check_checkpoint_sizes(config: ModelConfig, manifest: CheckpointManifest, recipe: str) -> None:
-    """Refuse the sizes in a checkpoint's recipe for which its weights don't suffice.
+    """Refuse a checkpoint whose recipe or tokenizer has other sizes than its weights.
 
     Args:
         config: What the recipe says.
@@ -52,7 +52,7 @@ def check_checkpoint_sizes(config: ModelConfig, manifest: CheckpointManifest, re
         recipe: The recipe's file, for the message.
 
     Raises:
-        Damaged: See ``check_sizes``.
+        Damaged: See ``check_sizes``; or the embeddings have another shape.
     """
     shapes = {
         name: entry["shape"]
@@ -60,3 +60,9 @@ def check_checkpoint_sizes(config: ModelConfig, manifest: CheckpointManifest, re
         if name.startswith(WEIGHTS_PREFIX)
     }
     check_sizes(config, shapes, recipe, Damaged)
+    embeddings = shapes.get(f"{WEIGHTS_PREFIX}embed_tokens.weight")
+    if embeddings != [config.vocab_size, config.hidden_size]:
+        raise Damaged(
+            f"{recipe}: with the tokenizer beside it, embeddings are {config.vocab_size} x "
+            f"{config.hidden_size}, but the weights' are {embeddings}"
+        )

@@ -70,7 +70,7 @@ def read_origin(directory: Path) -> dict[str, Any] | None:
     found = origin.pop("format", _FORMAT)  # the first versions wrote no format
     if found != _FORMAT:
         raise UserError(
-            f"{file}: format {found!r}, but this version of minigpt reads {_FORMAT}: upgrade "
+            f"{file}: format {found!r:.80}, but this version of minigpt reads {_FORMAT}: upgrade "
             "minigpt, or remove this file"
         )
     return origin

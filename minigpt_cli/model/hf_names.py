@@ -152,7 +152,7 @@ def config_from_huggingface(settings: dict[str, Any], where: str) -> ModelConfig
             f"{where}: model_type {family} is not supported; supported are {', '.join(_DEFAULTS)}"
         )
     problems = [
-        f"{name} {settings[name]!r}"
+        f"{name} {settings[name]!r:.80}"
         for name, computed in _COMPUTED.items()
         if name in settings and settings[name] not in computed
     ]
@@ -178,7 +178,7 @@ def _shape(family: Family, settings: dict[str, Any], problems: list[str]) -> dic
         if type(shape[name]) not in (type(default), int, type(None)) or (
             type(default) is int and isinstance(shape[name], bool)
         ):
-            raise TypeError(f"{name} {shape[name]!r}")
+            raise TypeError(f"{name} {shape[name]!r:.80}")
         if isinstance(shape[name], int) and shape[name] >= _TOO_LARGE:
             raise ValueError(f"{name} is {shape[name]:.3g}")
     shape["initializer_range"] = float(given.get("initializer_range", 0.02))

@@ -121,7 +121,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         elif name == "tokenizer":
             found.append(f"tokenizer: {str(before)[:12]} -> {str(after)[:12]}")
         else:
-            found.append(f"{name}: {before} -> {after}")
+            found.append(f"{name}: {before!s:.80} -> {after!s:.80}")
     return found
 
 

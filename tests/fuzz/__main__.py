@@ -215,7 +215,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=10, help="stop after so long")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=1 + (os.cpu_count() or 1))  # some wait
     parser.add_argument("--only", default="", choices=["", *KINDS], metavar="KIND")
     parser.add_argument("--case", type=int, help="of --only KIND: try this one and show it")
     given = parser.parse_args(arguments)

@@ -181,8 +181,8 @@ _SLURM = (
 )
 _OTHERS = (
     "LOCAL_RANK LOCAL_WORLD_SIZE SLURM_NTASKS TORCHELASTIC_RUN_ID TORCHELASTIC_USE_AGENT_STORE "
-    "MINIGPT_STORE_FD MINIGPT_LAUNCHER_PID COLUMNS LINES TERM NO_COLOR FORCE_COLOR LANG LC_ALL TZ "
-    "OMP_NUM_THREADS HOME TMPDIR HF_HOME CUDA_VISIBLE_DEVICES PATH TTY_COMPATIBLE PYTHONPATH"
+    "MINIGPT_STORE_FD MINIGPT_LAUNCHER_PID COLUMNS LINES TERM NO_COLOR LANG LC_ALL TZ "
+    "OMP_NUM_THREADS HOME TMPDIR HF_HOME CUDA_VISIBLE_DEVICES PATH PYTHONPATH"
 )
 
 
@@ -320,7 +320,7 @@ KINDS = {
         sample base --chat {SAMPLE}
         finetune-lora lora.toml -o new --set data.path=other
     """, _template),
-    "environment": Kind(f"{_RECIPES} run", 3, f"""
+    "environment": Kind(f"{_RECIPES} run", 1, f"""
         pretrain tiny.toml -o new
         pretrain tiny.toml -o new --nproc 1
         resume run --set train.steps=3

@@ -123,8 +123,8 @@ def _family(pid: int) -> list[int]:
     """The process and all that it started, as long as their parents live."""
     found = [pid]
     for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{parent}/task").glob("*/children"):
                 found += map(int, task.read_text().split())
     return found
 
