@@ -200,7 +200,7 @@ class Saver:
         for rank, (of_rank, _, _) in enumerate(answers):
             may_write = small_files if rank == 0 else []
             if any(name not in may_write and not is_file_of(name, rank) for name in of_rank):
-                problems.append(f"rank {rank} tells of a file that it doesn't write")
+                problems.append(f"rank {rank} reports a file that is not its own")
         if not problems and (done := sum(each for _, each, _ in answers)) != size:
             problems = [f"the ranks wrote {done} of {size} bytes"]  # each planned its own part
         if not problems and world.rank == 0:

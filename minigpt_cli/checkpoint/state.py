@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from minigpt_cli.core.errors import Damaged, first_line
-from minigpt_cli.core.reading import build, read_json, read_text
+from minigpt_cli.core.reading import (
+    MAX_BYTES,
+    MAX_TOKENIZER_BYTES,
+    build,
+    read_json,
+    read_text,
+)
 from minigpt_cli.core.run_dir import AUXILIARY_FILES, RECIPE, STATE, TOKENIZER
 
 
@@ -91,8 +97,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 _READERS: dict[str, Callable[[Path], Any]] = {
     RECIPE: _read_toml,
-    TOKENIZER: partial(read_json, error=Damaged),
-    AUXILIARY_FILES: partial(read_json, error=Damaged),
+    TOKENIZER: partial(read_json, error=Damaged, limit=MAX_TOKENIZER_BYTES),
+    AUXILIARY_FILES: partial(read_json, error=Damaged, limit=MAX_BYTES),
     STATE: lambda file: read_state(file.parent),
 }
 

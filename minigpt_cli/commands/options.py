@@ -15,7 +15,7 @@ EXIT_CODES = (
     "(tokenize: run it again); 130 the same after Ctrl-C."
 )
 
-_MAX_INTEGER = 2**31 - 1
+_LONG_INTEGERS = ("seed", "shard_tokens")
 
 # Panels of --help.
 RUN, PROCESSES, OUTPUT = "Run", "Processes", "Output"
@@ -40,8 +40,9 @@ class Command(_PlainParams, TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         for param in self.params:
             value = ctx.params.get(param.name)
-            if isinstance(value, int) and abs(value) > _MAX_INTEGER:
-                raise UserError(f"{param.opts[0]}: must be at most {_MAX_INTEGER}, not {value:.3g}")
+            most = 2**63 - 1 if param.name in _LONG_INTEGERS else 2**31 - 1
+            if isinstance(value, int) and abs(value) > most:
+                raise UserError(f"{param.opts[0]}: must be from {-most} to {most}")
         return super().invoke(ctx)
 
 

@@ -50,8 +50,18 @@ def _check(path: Path) -> tuple[int, dict[str, str]]:
     if is_peft_adapter(path) or any((path / name).is_file() for name in (CONFIG, ORIGIN)):
         return 1, {name: f"{name}: {why}" for name, why in verify_export(path).items()}
     run, checkpoint = store.locate(path)
-    checkpoints = [checkpoint] if checkpoint else [each for _, each in store.list_steps(run)]
+    if checkpoint:
+        return 1, {problem: problem for problem in store.verify(checkpoint)}
+    checkpoints = [each for _, each in store.list_steps(run)]
     if not checkpoints:
         raise UserError(f"{path}: holds no checkpoint; name a run, a checkpoint or a token dataset")
-    problems = [problem for each in checkpoints for problem in store.verify(each)]
-    return len(checkpoints), {problem: problem for problem in problems}
+    checked, damaged = 0, dict[str, str]()
+    for each in checkpoints:
+        try:
+            problems = store.verify(each)
+        except OSError:
+            problems = [f"{each}: can't be read"]
+        if each.exists():  # else the run, which trains, has just pruned it
+            checked += 1
+            damaged |= {problem: problem for problem in problems}
+    return checked, damaged

@@ -98,7 +98,17 @@ def locked(file: Path, busy: str) -> Iterator[IO[str]]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
+        if not is_same_file(stream, file):  # another process has just removed or renamed it
+            raise UserError(busy)
         yield stream
+
+
+def is_same_file(stream: IO[Any], path: Path) -> bool:
+    """Return whether ``path`` names the open file ``stream``."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -11,12 +11,15 @@ import re
 import stat
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
 from minigpt_cli.core.errors import UserError, first_line
 
-MAX_BYTES = 1 << 28  # the largest tokenizer.json on the Hub has about 35 MB
+MAX_BYTES = 64 << 20
+MAX_TOKENIZER_BYTES = 256 << 20  # the largest tokenizer.json on the Hub has about 35 MB
+_MAX_JSON_BYTES = 16 << 20  # parsed JSON may take 30 times as much memory
 _MAX_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD]")  # its escape; json.loads joins pairs
 
@@ -62,13 +65,15 @@ def read_text(file: Path, error: type[UserError] = UserError, limit: int = MAX_B
         raise error(f"{file}: can't be read: byte {problem.start:,} is not UTF-8") from None
 
 
-def read_json(file: Path, error: type[UserError] = UserError) -> dict[str, Any]:
+def read_json(
+    file: Path, error: type[UserError] = UserError, limit: int = _MAX_JSON_BYTES
+) -> dict[str, Any]:
     """Return the JSON object in a regular file; see ``read_bytes``.
 
     Raises:
         UserError: Also if it holds no JSON object.
     """
-    return parse_json(read_bytes(file, error), str(file), error)
+    return parse_json(read_bytes(file, error, limit), str(file), error)
 
 
 def parse_json(
@@ -86,6 +91,11 @@ def parse_json(
     """
     try:
         value = _loads(content)
+        text = content.decode() if isinstance(content, bytes) else content
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise error(f"{where}: can't be read: a string holds half a surrogate pair") from None
     except ValueError as problem:
         raise error(f"{where}: can't be read: {first_line(problem)}") from None
     if not isinstance(value, dict):
@@ -97,7 +107,7 @@ def parse_form(content: bytes, form: Any) -> Any:
     """Return the value of JSON that another process sent; it may be broken, or a stranger.
 
     Args:
-        content: UTF-8 text.
+        content: UTF-8 text. A name of a file in it may hold half a surrogate pair.
         form: See ``build``.
 
     Raises:
@@ -112,10 +122,6 @@ def _loads(content: bytes | str) -> Any:
         value = json.loads(text)
         if _is_deep(value):
             raise RecursionError("nested too deeply")
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("a string holds half a surrogate pair") from None
     except RecursionError as problem:
         raise ValueError(first_line(problem)) from None
     return value
@@ -199,12 +205,18 @@ def _wrong(value: Any, name: str) -> ValueError:
 
 def _is_deep(value: Any) -> bool:
     """Whether lists and objects are nested more than ``_MAX_DEPTH`` times."""
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(_MAX_DEPTH):
-        level = [
-            inner
-            for each in level
-            for inner in (each.values() if isinstance(each, dict) else each)
-            if isinstance(inner, dict | list)
-        ]
-    return bool(level)
+
+    def inside(each: Any) -> Iterator[Any]:
+        return iter(each.values() if isinstance(each, dict) else each)
+
+    path = [inside(value)] if isinstance(value, dict | list) else []
+    while path:
+        for inner in path[-1]:
+            if isinstance(inner, dict | list):
+                path.append(inside(inner))
+                break
+        else:
+            path.pop()
+        if len(path) > _MAX_DEPTH:
+            return True
+    return False

@@ -86,6 +86,8 @@ def _repeat(signum: int) -> None:
         time.sleep(0.1)
         if _Seen.is_repeated:
             os.kill(os.getpid(), signum)
+        if signal.getsignal(signum) is not _stop:  # the training loop handles it now
+            _Seen.is_repeated = False
 
 
 def _would_be_lost(frame: FrameType | None) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import json_checksum, sha256_of, write_atomically
-from minigpt_cli.core.reading import MAX_BYTES, build, parse_json, read_bytes
+from minigpt_cli.core.reading import MAX_TOKENIZER_BYTES, build, parse_json, read_bytes
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -30,6 +30,7 @@ OLD_INSTRUCTIONS = "instructions.json"
 TOKENIZER = "tokenizer.json"
 JOURNAL = "journal.json"  # only while `tokenize` is unfinished
 LOCK = ".lock"
+TEMPORARY = tuple(f".{name}.tmp" for name in (MANIFEST, TOKENIZER, JOURNAL))  # before a rename
 
 
 @dataclass(frozen=True)
@@ -313,8 +314,8 @@ def _tokenizer_problem(file: Path, manifest: DatasetManifest) -> str | None:
     try:
         if file.exists() and not file.is_file():
             return "is not a regular file"
-        if file.stat().st_size > MAX_BYTES:  # a hole would be hashed for hours
-            return f"is larger than {MAX_BYTES:,} bytes"
+        if file.stat().st_size > MAX_TOKENIZER_BYTES:  # a hole would be hashed for hours
+            return f"is larger than {MAX_TOKENIZER_BYTES:,} bytes"
         if sha256_of(file) == manifest.tokenizer_sha256:
             return None
         if tokenizer_fingerprint(load_tokenizer(file)) == manifest.tokenizer_fingerprint:

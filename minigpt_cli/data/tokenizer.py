@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 
 from minigpt_cli.core.errors import UserError, first_line
-from minigpt_cli.core.reading import parse_json, read_text
+from minigpt_cli.core.reading import MAX_TOKENIZER_BYTES, parse_json, read_text
 from minigpt_cli.data.untrusted import ConfinedTokenizer, confined
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _file_of(path: Path) -> Path:
 def _checked_text(file: Path) -> str:
     """Return the text of a tokenizer.json."""
     try:
-        return read_text(file)
+        return read_text(file, limit=MAX_TOKENIZER_BYTES)
     except UserError as error:
         raise UserError(f"{file} is not a valid tokenizer: {error}") from None
 

@@ -32,7 +32,7 @@ from minigpt_cli.distributed.rank_info import RankInfo, find_rank_info
 
 T = TypeVar("T")
 _LONGEST = 2**26  # bytes of a rank's value; far more than any has
-_FOREIGN = "it sent what no rank of this run sends"
+_FOREIGN = "it sent an invalid message"
 _calls = itertools.count()  # of run_on_rank0: all ranks make the same ones
 _world: "World | None" = None
 

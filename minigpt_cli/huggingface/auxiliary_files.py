@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.reading import read_json, read_text
+from minigpt_cli.core.reading import MAX_BYTES, read_json, read_text
 from minigpt_cli.core.run_dir import AUXILIARY_FILES
 from minigpt_cli.data.chat import (
     CHAT_TEMPLATE,
@@ -117,7 +117,7 @@ def auxiliary_files_of_checkpoint(checkpoint: Path) -> AuxiliaryFiles:
     file = checkpoint / AUXILIARY_FILES
     if not file.exists():
         return AuxiliaryFiles()
-    content = read_json(file)
+    content = read_json(file, limit=MAX_BYTES)
     tokens, files = content.get("special_tokens"), content.get("files")
     if not (
         content.get("format", _FORMAT) == _FORMAT  # the first versions wrote no format

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minigpt_cli.core.errors import UserError, first_line
-from minigpt_cli.core.reading import read_json
+from minigpt_cli.core.reading import MAX_BYTES, read_json
 from minigpt_cli.huggingface.bounds import check_sizes
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import meta_model
@@ -204,7 +204,7 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / WEIGHTS).is_file():  # it counts more than an index, as in transformers
         return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
-        names = read_json(directory / INDEX).get("weight_map")
+        names = read_json(directory / INDEX, limit=MAX_BYTES).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
             raise UserError(f"{directory / INDEX}: has no weight_map")
         files = sorted(set(names.values()))

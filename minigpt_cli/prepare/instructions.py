@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from minigpt_cli import __version__
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import (
+    is_same_file,
     locked,
     removed_if_empty,
     sha256_of,
@@ -47,7 +48,6 @@ from minigpt_cli.data.tokenizer import (
 from minigpt_cli.prepare.examples import Example, examples
 from minigpt_cli.prepare.output import (
     finished_dataset,
-    is_same_file,
     remove_stale_lock,
     write_error,
 )
@@ -270,8 +270,6 @@ def _work_directory(out: Path) -> Iterator[Path]:
     with removed_if_empty(out.parent):
         work.mkdir(parents=True, exist_ok=True)
         with locked(work / LOCK, busy) as stream:
-            if not is_same_file(stream, work / LOCK):  # another process renamed or removed it
-                raise UserError(busy)
             try:
                 for leftover in work.iterdir():
                     if leftover.name != LOCK:

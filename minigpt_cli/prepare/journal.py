@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minigpt_cli.core.errors import Damaged
+from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import write_atomically
 from minigpt_cli.core.reading import build, parse_json, read_bytes
 from minigpt_cli.data.dataset_manifest import JOURNAL, Shard, check_bare_name
@@ -82,6 +82,8 @@ def read_journal(out: Path) -> Journal | None:
     content = read_bytes(file)
     try:
         record = parse_json(content, str(file), Damaged)
+        if "format" not in record:
+            raise UserError(f"{file}: is not a journal of minigpt: choose a new directory")
         if record.pop("format") not in (1, _FORMAT):
             raise ValueError("of another version of minigpt")
         place, state = _place(record["state"].pop("place")), record.pop("state")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from minigpt_cli.core.console import counted, log, warn
 from minigpt_cli.core.constants import SHARD_TOKENS
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.reading import read_text
 from minigpt_cli.data.chat import CHATML, ModelTemplate, template_and_tokens
 from minigpt_cli.data.dataset_manifest import SPLITS, DatasetManifest
 from minigpt_cli.prepare.instructions import make_instructions
@@ -159,9 +160,6 @@ def _read_template(name: str) -> str:
     if name == "chatml":
         return CHATML
     try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not valid UTF-8"
-        raise UserError(
-            f"chat_template {name} can't be read: {reason}; give a Jinja file, or chatml"
-        ) from None
+        return read_text(Path(name))
+    except UserError as error:
+        raise UserError(f"chat_template {error}; give a Jinja file, or chatml") from None

@@ -2,11 +2,10 @@
 
 import contextlib
 import errno
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import locked, removed_if_empty
@@ -15,17 +14,19 @@ from minigpt_cli.data.dataset_manifest import (
     JOURNAL,
     LOCK,
     SPLITS,
+    TEMPORARY,
     TOKENIZER,
     DatasetManifest,
     is_dataset,
 )
 
-_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d+\.npy(\.partial)?|\..*\.tmp")
+_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d+\.npy(\.partial)?")
+_NAMES = (LOCK, TOKENIZER, JOURNAL, *TEMPORARY)
 
 
 @contextlib.contextmanager
 def locked_directory(out: Path, busy: str) -> Iterator[None]:
-    """Make the directory ``out`` and lock it. If the work fails before it begins, remove both.
+    """Make the directory ``out`` and lock it; remove both if the work fails before its journal.
 
     Args:
         out: a new directory, an empty one, or one that holds a dataset, finished or not.
@@ -38,13 +39,12 @@ def locked_directory(out: Path, busy: str) -> Iterator[None]:
     _refuse_foreign_files(out)
     with removed_if_empty(out):
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out / LOCK, busy) as lock:
-            if not is_same_file(lock, out / LOCK):  # another process has just removed it
-                raise UserError(busy)
+        had_lock = (out / LOCK).exists()
+        with locked(out / LOCK, busy):
             try:
                 yield
             except BaseException:
-                if not (out / JOURNAL).exists() and not is_dataset(out):
+                if not had_lock or (not (out / JOURNAL).exists() and not is_dataset(out)):
                     (out / LOCK).unlink()
                 raise
 
@@ -60,21 +60,14 @@ def remove_stale_lock(out: Path) -> None:
             (out / LOCK).unlink()
 
 
-def is_same_file(stream: IO[Any], path: Path) -> bool:
-    """Return True if ``path`` names the open file ``stream``."""
-    try:
-        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _refuse_foreign_files(out: Path) -> None:
-    if not out.is_dir() or (out / JOURNAL).exists():
+    if not out.is_dir():
         return
     for file in sorted(out.iterdir()):
-        if file.name not in (LOCK, TOKENIZER) and not _OURS.fullmatch(file.name):
+        if file.name not in _NAMES and not _OURS.fullmatch(file.name) and not is_dataset(out):
             raise UserError(
-                f"{out} holds {file.name}, which is no dataset's: choose a new directory"
+                f"{out}: holds {file.name}, which is not a file of a dataset: choose a new or an "
+                "empty directory"
             )
 
 

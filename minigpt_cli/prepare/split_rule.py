@@ -62,6 +62,11 @@ class SplitRule:
     total_bytes: int = 0
 
     @property
+    def is_of_earlier_version(self) -> bool:
+        """Whether an earlier version of minigpt chose it for local files, without measuring all."""
+        return self.name in ("smallest", "tail") or (self.name == "hash" and not self.total_bytes)
+
+    @property
     def shortest_tail(self) -> int:
         """The fewest bytes that are cut off a document, except off a shorter one."""
         return max(1, min(_SHORTEST_TAIL, self.tolerance))

@@ -18,6 +18,7 @@ from minigpt_cli.data.dataset_manifest import (
     JOURNAL,
     MANIFEST,
     SPLITS,
+    TEMPORARY,
     TOKENIZER,
     DatasetManifest,
     Split,
@@ -198,6 +199,8 @@ def _resumed(
             f"use the same settings to continue, choose another directory, or {start_over}"
         )
     tokenizer = load_tokenizer(out / TOKENIZER)
+    if journal.rule.is_of_earlier_version and source.kind == "files":
+        strict = True  # it kept invalid bytes, and their documents' hashes would now be others
     work = _work(source, out, strict, settings, journal.rule, modified, tokenizer)
     if work.tokenizer_fingerprint != journal.tokenizer_fingerprint:
         raise Damaged(f"{out / TOKENIZER} was changed since the work began: {start_over}")
@@ -259,8 +262,8 @@ def _completed(work: Work, state: State) -> DatasetManifest:
         minigpt_version=__version__,
     )
     write_dataset_manifest(work.out, manifest)
-    for leftover in (work.out / JOURNAL, *work.out.glob(".*.tmp")):
-        leftover.unlink()
+    for leftover in (JOURNAL, *TEMPORARY):
+        (work.out / leftover).unlink(missing_ok=True)
     return manifest
 
 

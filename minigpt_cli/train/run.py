@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from minigpt_cli.checkpoint.saver import Saver
 from minigpt_cli.core.console import log
 from minigpt_cli.core.environment import training_environment
+from minigpt_cli.core.reading import MAX_TOKENIZER_BYTES, read_bytes
 from minigpt_cli.data.loader import BatchLoader, Sequences
 from minigpt_cli.data.sequences import TrainingData
 from minigpt_cli.data.tokenizer import eos_id, load_tokenizer, token_byte_lengths
@@ -134,7 +135,7 @@ def build_run(
         samples=None,
         seconds_before=0.0,
         saver=resources.enter_context(Saver(directory, world, recipe.checkpoint)),
-        tokenizer_json=data.tokenizer_file.read_bytes(),
+        tokenizer_json=read_bytes(data.tokenizer_file, limit=MAX_TOKENIZER_BYTES),
         auxiliary_files=auxiliary_files.with_template(data.chat_template),
         flops_per_token=flops_per_token(
             context.model.config, recipe.train.sequence_length, trained if recipe.lora else None

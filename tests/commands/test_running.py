@@ -27,6 +27,7 @@ def test_models_of_a_run_that_saves_all_the_time(tmp_path: Path, dataset: Path):
             assert "skipped" not in out.stderr
             steps.add(json.loads(out.stdout)["checkpoint"])
             finished("export", run, tmp_path / f"export-{number}")
+            finished("verify", run)
         assert len(steps) == 6
         assert training.code is None
     finally:

@@ -66,7 +66,7 @@ def test_chat_template(trained: Path, tmp_path: Path):
         out = tmp_path / Path(name).name.replace(".", "-")
         told = json.loads(finished(*arguments, "-o", out, "--chat-template", name))
         assert told["splits"]["train"]["tokens"] == len(tokenizer.encode(text).ids)
-    refused(2, "chat_template nowhere can't be read", *arguments, "-o", tmp_path / "x",
+    refused(2, "chat_template nowhere: no such file", *arguments, "-o", tmp_path / "x",
             "--chat-template", "nowhere")  # fmt: skip
 
 

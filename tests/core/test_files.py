@@ -1,9 +1,11 @@
 """Files and directories that appear whole or not at all; locks."""
 
+import fcntl
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -109,3 +111,16 @@ def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path: Path):
     other.communicate()
     with locked(file, "taken"):
         assert file.exists()
+
+
+def test_the_lock_of_a_removed_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its holder removes it after we have opened it, and before we lock it."""
+    file, lock = tmp_path / ".lock", fcntl.flock
+
+    def removed_before(stream: IO[str], how: int) -> None:
+        file.unlink()
+        lock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with pytest.raises(UserError, match="busy"), locked(file, "busy"):
+        pass

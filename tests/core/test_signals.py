@@ -130,3 +130,25 @@ def test_a_hail_of_signals_while_something_is_imported(tmp_path: Path):
         process.send_signal(signal.SIGUSR1)
     said, _ = process.communicate(timeout=30)
     assert said == "stopped by SIGUSR1; run the same command again to go on 75\n"
+
+
+def test_a_signal_is_not_repeated_for_another_handler():
+    """The training loop's handler takes over while the signal of an import is repeated."""
+    program = """
+import os, signal, time
+from minigpt_cli.core import signals
+signals.stop_at_signals()
+class Large:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000): pass
+Large()
+seen = []
+signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+time.sleep(1)
+print(len(seen))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment()
+    )
+    assert done.stdout == "1\n", done.stderr

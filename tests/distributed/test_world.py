@@ -152,9 +152,7 @@ def test_a_rank_that_lies():
     """It is taken for lost, with one line."""
     with started(Path(__file__).parent / "rank_that_lies.py", stdout=subprocess.PIPE) as ranks:
         said = [json.loads(process.communicate(timeout=240)[0]) for process in ranks]
-    lost = (
-        "the connection to rank {} is lost (it sent what no rank of this run sends); run the same"
-    )
+    lost = "the connection to rank {} is lost (it sent an invalid message); run the same"
     honest, *others = said[0]
     assert honest == "honest"
     assert len(others) == 12

@@ -86,7 +86,7 @@ def test_a_directory_with_other_files_is_refused(
     out.mkdir()
     for name in ("thesis.txt", ".git", "train.npy", "config.json"):
         (out / name).write_text("x")
-        with pytest.raises(UserError, match=rf"mine holds {name}, which is no dataset's: choose"):
+        with pytest.raises(UserError, match=rf"mine: holds {name}, which is not a file of a"):
             tokenize(good, out, tokenizer_path=tokenizer)
         assert os.listdir(out) == [name]
         (out / name).unlink()
@@ -94,3 +94,26 @@ def test_a_directory_with_other_files_is_refused(
     tokenize(good, out, tokenizer_path=tokenizer)
     (out / "notes.txt").write_text("x")  # beside a dataset, which is there already
     tokenize(good, out, tokenizer_path=tokenizer)
+
+
+def test_hidden_files_of_a_user_stay(tmp_path: Path, good: Source, tokenizer: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / ".notes.tmp").write_text("notes")
+    with pytest.raises(UserError, match=r"holds \.notes\.tmp, which is not a file of a dataset"):
+        tokenize(good, mine, tokenizer_path=tokenizer)
+    assert sorted(os.listdir(mine)) == [".notes.tmp"]
+
+
+@pytest.mark.parametrize("others", [(), ("thesis.txt",)])
+def test_a_journal_of_somebody_else(
+    tmp_path: Path, good: Source, tokenizer: Path, others: tuple[str, ...]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("journal.json", *others):
+        (mine / name).write_text('{"monday": "rain"}')
+    with pytest.raises(UserError, match="choose a new") as error:
+        tokenize(good, mine, tokenizer_path=tokenizer)
+    assert "delete" not in str(error.value)
+    assert sorted(os.listdir(mine)) == sorted(("journal.json", *others))
