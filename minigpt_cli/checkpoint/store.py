@@ -4,6 +4,8 @@ A checkpoint is a directory ``step-00000500`` whose ``manifest.json`` lists ever
 its size and sha256. A directory without a valid manifest is no checkpoint. See also commit.py.
 """
 
+import contextlib
+import fcntl
 import os
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.distributed.world import World
 
 # Prefixes of the names of directories that are no checkpoints: unfinished, replaced, or obsolete.
+_MOST_SPARED = 2  # a reader that never ends must not fill the disk
 WRITING, REPLACED, _DELETING = ".writing-", ".replaced-", ".deleting-"
 
 
@@ -195,12 +198,35 @@ def choose(
     """
     run, checkpoint = locate(path)
     if checkpoint is not None:
+        hold(checkpoint)
         return run, checkpoint, require_valid(checkpoint, world), []
+    if world is None:
+        for _, newest in list_steps(run)[-1:]:
+            hold(newest)
     return run, *newest_valid(run, world)
 
 
+def hold(checkpoint: Path) -> None:
+    """Keep a checkpoint from being pruned while this process lives, where the disk has locks."""
+    with contextlib.suppress(OSError):
+        file = os.open(checkpoint / CHECKPOINT_MANIFEST, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def _is_held(checkpoint: Path) -> bool:
+    """Whether another process reads a checkpoint; see ``hold``."""
+    try:
+        with (checkpoint / CHECKPOINT_MANIFEST).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a disk without locks
+        return False
+    return False
+
+
 def prune(run: Path, *, keep_last: int, keep_best: bool, keep_every: int | None) -> None:
-    """Delete the checkpoints that no rule keeps.
+    """Delete the checkpoints that no rule keeps, except a few that other processes read.
 
     Args:
         run: The run directory.
@@ -223,8 +249,12 @@ def prune(run: Path, *, keep_last: int, keep_best: bool, keep_every: int | None)
                 losses.append((val_loss, step))
         if losses:
             keep.add(min(losses)[1])
+    spared = 0
     for step, path in steps:
         if step not in keep:
+            if spared < _MOST_SPARED and _is_held(path):
+                spared += 1  # until the next save
+                continue
             # Renamed first: an interrupted deletion must not leave half a checkpoint.
             doomed = path.with_name(_DELETING + path.name)
             remove_tree(doomed)
