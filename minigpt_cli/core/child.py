@@ -25,9 +25,10 @@ from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.core.signals import ignore_signals
 
 SECONDS = 10  # of CPU time for one request, and more for a long text
-MEMORY = 2 << 30  # bytes of address space; Python and its libraries take half a GB
+MEMORY = 2 << 30  # bytes of address space for one request, and more for a long text
 _SECONDS_PER_BYTE = 1e-5
 _SHOWN = 300  # characters of an error's message
+_ADVICE = "use another tokenizer or chat template"
 
 _children: dict[int, "subprocess.Popen[bytes]"] = {}  # by the parent's id: a fork has none yet
 _lock = threading.Lock()
@@ -35,6 +36,18 @@ _lock = threading.Lock()
 
 class Refusal(UserError):
     """The file's program works, and refuses this input."""
+
+
+class NotLoaded(Exception):
+    """The child doesn't have what a request names."""
+
+
+class _Died(Exception):
+    """The child ended before it answered, with this exit code."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
 
 
 def start_child(module: str) -> "subprocess.Popen[bytes]":
@@ -64,16 +77,23 @@ def child_environment() -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TOKENIZERS_PARALLELISM": "false",
+        # Libraries map some 40 MB for each thread, and with many cores they would reach the limit.
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
     }
 
 
-def ask(module: str, request: dict[str, Any], what: str) -> Any:
+def ask(module: str, request: dict[str, Any], what: str, load: dict[str, Any] | None = None) -> Any:
     """Let the child answer a request.
+
+    A child that died, but not at its limits, is started again, and the request is repeated once.
 
     Args:
         module: See ``start_child``.
         request: "do": the name of one of the child's functions; its arguments.
         what: The file that is tried, for messages.
+        load: The request that must come first in a child that answers with ``NotLoaded``.
 
     Returns:
         The function's result.
@@ -83,22 +103,15 @@ def ask(module: str, request: dict[str, Any], what: str) -> Any:
         Refusal: The function raised it.
     """
     with _lock:
-        child = start_child(module)
-        assert child.stdin is not None
-        assert child.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer
-                text = json.dumps(request | {"seconds": SECONDS}, default=str)
-                child.stdin.write(text.encode() + b"\n")
-                child.stdin.flush()
-            line = child.stdout.readline()
-        except BaseException:  # a signal: its answer must not be taken for the next one
-            child.kill()
-            _end(child)
-            raise
-        if not line.endswith(b"\n"):
-            raise UserError(f"{what}: {ending(_end(child))}; correct it, or use another")
-    answer = json.loads(line)
+            answer = _answer_to(module, request, load)
+        except _Died as death:
+            if death.code in (-signal.SIGXCPU, -signal.SIGABRT):
+                raise _unanswered(what, death.code) from None
+            try:
+                answer = _answer_to(module, request, load)
+            except _Died as again:
+                raise _unanswered(what, again.code) from None
     if "value" in answer:
         return answer["value"]
     if "failure" in answer:
@@ -110,9 +123,49 @@ def ending(code: int) -> str:
     """Return in a few words why a child with limits died."""
     if code == -signal.SIGXCPU:
         return f"takes more than {SECONDS} seconds of CPU time"
-    if code in (-signal.SIGABRT, -signal.SIGKILL):  # Rust aborts where memory runs out
+    if code == -signal.SIGABRT:  # Rust aborts where memory runs out
         return f"takes more than {MEMORY >> 30} GB of memory"
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL)"
     return f"crashes ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+
+
+def _unanswered(what: str, code: int) -> UserError:
+    if code == -signal.SIGKILL:  # by the system or an administrator, whatever the file
+        return UserError(
+            f"{what}: the process that runs it {ending(code)}, also at the second try; if memory "
+            "ran out, free some and run the command again"
+        )
+    return UserError(f"{what}: {ending(code)}; {_ADVICE}")
+
+
+def _answer_to(module: str, request: dict[str, Any], load: dict[str, Any] | None) -> dict[str, Any]:
+    answer = _exchange(module, request)
+    if load is not None and "not loaded" in answer:
+        answer = _exchange(module, load)
+        if "value" in answer:
+            answer = _exchange(module, request)
+    return answer
+
+
+def _exchange(module: str, request: dict[str, Any]) -> dict[str, Any]:
+    child = start_child(module)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer
+            text = json.dumps(request | {"seconds": SECONDS}, default=str)
+            child.stdin.write(text.encode() + b"\n")
+            child.stdin.flush()
+        line = child.stdout.readline()
+    except BaseException:  # a signal: its answer must not be taken for the next one
+        child.kill()
+        _end(child)
+        raise
+    if not line.endswith(b"\n"):
+        raise _Died(_end(child))
+    answer: dict[str, Any] = json.loads(line)
+    return answer
 
 
 def _end(child: "subprocess.Popen[bytes]") -> int:
@@ -123,7 +176,7 @@ def _end(child: "subprocess.Popen[bytes]") -> int:
             if stream is not None:
                 stream.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return child.wait(1)
+        return child.wait(10)  # it may have memory to give back
     child.kill()
     return child.wait()
 
@@ -151,7 +204,7 @@ def serve(functions: dict[str, Callable[..., Any]], memory_per_byte: dict[str, i
 
 
 def limit_resources(size: int, memory_per_byte: int, seconds: float = SECONDS) -> None:
-    """Limit this process's CPU time from now on, and its memory.
+    """Limit the CPU time and the memory that this process takes from now on.
 
     Args:
         size: Bytes of the input that it is about to work on.
@@ -161,8 +214,17 @@ def limit_resources(size: int, memory_per_byte: int, seconds: float = SECONDS) -
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     until = time.process_time() + seconds + size * _SECONDS_PER_BYTE
     _limit(resource.RLIMIT_CPU, math.ceil(until))
-    _limit(resource.RLIMIT_AS, MEMORY + size * memory_per_byte)
+    _limit(resource.RLIMIT_AS, _mapped() + MEMORY + size * memory_per_byte)
     _limit(resource.RLIMIT_CORE, 0)
+
+
+def _mapped() -> int:
+    """Return the bytes of address space that libraries, and what was loaded, take already."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:  # not Linux
+        return 0
+    return pages * resource.getpagesize()
 
 
 def _limit(kind: int, value: int) -> None:
@@ -174,6 +236,8 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> bytes:
     answer: dict[str, Any]
     try:
         answer = {"value": function(**arguments)}
+    except NotLoaded:
+        answer = {"not loaded": True}
     except UserError as error:
         answer = {"error": str(error), "refused": isinstance(error, Refusal)}
     except BaseException as error:  # Rust's panics are no Exception
@@ -184,7 +248,7 @@ def _answer(function: Callable[..., Any], arguments: dict[str, Any]) -> bytes:
 def failure(error: BaseException) -> str:
     """Return what went wrong in a function with limits, in one line."""
     if isinstance(error, MemoryError):
-        return f"takes more than {MEMORY >> 30} GB of memory; correct it, or use another"
+        return f"takes more than {MEMORY >> 30} GB of memory; {_ADVICE}"
     if isinstance(error, RecursionError):
-        return "calls itself too deeply; correct it, or use another"
+        return f"calls itself too deeply; {_ADVICE}"
     return first_line(error)[:_SHOWN]

@@ -3,7 +3,7 @@
 This module is both: what asks the child, and what the child runs. See ``core/child.py``.
 """
 
-import itertools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _MODULE = "minigpt_cli.data.untrusted"
 _MEMORY_PER_BYTE = {"load": 30, "encode": 400}  # an encoding takes up to 200 times its text
-_numbers = itertools.count()
+_KEPT = 4  # tokenizers in the child; a large one takes 100 MB
 
 
 def start_early() -> None:
@@ -53,18 +53,20 @@ class ConfinedTokenizer:
     Attributes:
         inner: The tokenizer itself. Its normalizer, patterns and decoder are never run.
         text: Its tokenizer.json.
-        number: Its number in the child.
+        sha256: The sha256 (hex) of that text, its name in the child.
         what: Its file, for messages.
         encode_special_tokens: Whether special tokens in a text are encoded as text.
     """
 
     inner: "Tokenizer"
     text: str
-    number: int
+    sha256: str
     what: str
     encode_special_tokens: bool = True
 
     def __getattr__(self, name: str) -> Any:
+        if name == "inner" or name.startswith("__"):  # copy and pickle ask before it is there
+            raise AttributeError(name)
         return getattr(self.inner, name)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
@@ -86,7 +88,8 @@ class ConfinedTokenizer:
         return text
 
     def _ask(self, function: str, **arguments: Any) -> Any:
-        return ask_child(self.what, function, number=self.number, **arguments)
+        request = {"do": function, "sha256": self.sha256, **arguments}
+        return child.ask(_MODULE, request, self.what, _load_request(self.sha256, self.text))
 
 
 def confined(text: str, what: str) -> ConfinedTokenizer:
@@ -99,16 +102,27 @@ def confined(text: str, what: str) -> ConfinedTokenizer:
     Raises:
         UserError: It is no tokenizer, or takes too much time or memory.
     """
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    child.ask(_MODULE, _load_request(sha256, text), what)
+    return ConfinedTokenizer(_from_json(text), text, sha256, what)
+
+
+def _load_request(sha256: str, text: str) -> dict[str, Any]:
+    return {"do": "load", "sha256": sha256, "text": text}
+
+
+def _from_json(text: str) -> "Tokenizer":
     from tokenizers import Tokenizer
 
-    number = next(_numbers)
-    ask_child(what, "load", number=number, text=text)
-    return ConfinedTokenizer(Tokenizer.from_str(text), text, number, what)
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 # --- in the child ---------------------------------------------------------------------------------
 
-_tokenizers: dict[int, "Tokenizer"] = {}
+_tokenizers: dict[str, "Tokenizer"] = {}  # by sha256, the one used last at the end
 
 
 def _check_template(template: str) -> None:
@@ -123,26 +137,32 @@ def _parts(now: str, **arguments: Any) -> list[tuple[str, bool]]:
     return templates.template_parts(now=datetime.fromisoformat(now), **arguments)
 
 
-def _load(number: int, text: str) -> None:
-    from tokenizers import Tokenizer
+def _load(sha256: str, text: str) -> None:
+    is_known = sha256 in _tokenizers
+    _tokenizers[sha256] = _tokenizers.pop(sha256) if is_known else _from_json(text)
+    while len(_tokenizers) > _KEPT:
+        del _tokenizers[next(iter(_tokenizers))]
 
-    tokenizer = Tokenizer.from_str(text)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    _tokenizers[number] = tokenizer
+
+def _loaded(sha256: str) -> "Tokenizer":
+    """Return a tokenizer, which becomes the last one to be dropped."""
+    if sha256 not in _tokenizers:
+        raise child.NotLoaded
+    _tokenizers[sha256] = _tokenizers.pop(sha256)
+    return _tokenizers[sha256]
 
 
 def _encode(
-    number: int, texts: list[str], add_special_tokens: bool, encode_special_tokens: bool
+    sha256: str, texts: list[str], add_special_tokens: bool, encode_special_tokens: bool
 ) -> list[list[int]]:
-    tokenizer = _tokenizers[number]
+    tokenizer = _loaded(sha256)
     tokenizer.encode_special_tokens = encode_special_tokens
     found = tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
     return [encoding.ids for encoding in found]
 
 
-def _decode(number: int, ids: list[int], skip_special_tokens: bool) -> str:
-    return _tokenizers[number].decode(ids, skip_special_tokens=skip_special_tokens)
+def _decode(sha256: str, ids: list[int], skip_special_tokens: bool) -> str:
+    return _loaded(sha256).decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 if __name__ == "__main__":

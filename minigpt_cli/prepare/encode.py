@@ -122,30 +122,31 @@ def _exchange(process: "subprocess.Popen[bytes]", connection: Connection, batch:
     except (OSError, EOFError):
         connection.close()  # so that the worker ends, if it still runs
         code = process.wait()
-        if code == -signal.SIGXCPU:
-            raise UserError(f"the tokenizer {ending(code)} for a text: use another one") from None
-        reason = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        raise UserError(
-            f"a tokenizer process died ({reason}); if memory ran out, run the same command again "
-            "with fewer --workers: it continues where it stopped"
-        ) from None
+        if code == -signal.SIGKILL:
+            raise UserError(
+                "a tokenizer process died (SIGKILL); if memory ran out, run the same command again "
+                "with fewer --workers: it continues where it stopped"
+            ) from None
+        raise UserError(f"the tokenizer {ending(code)} for a text: use another one") from None
     if isinstance(reply, str):
-        raise UserError(f"the tokenizer fails on a text: {reply}")
+        raise UserError(f"the tokenizer {reply}")
     return reply
 
 
 def _serve(connection: Connection, file: str, eos: int, dtype: str) -> None:
     """Answer each batch with its ids, until the parent has gone; or once with an error."""
+    problem = "can't be loaded"
     try:
         from minigpt_cli.data.tokenizer import load_tokenizer_here
 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust's panics print pages
         tokenizer = load_tokenizer_here(file)
+        problem = "fails on a text"
         while (batch := _receive(connection)) is not None:
             limit_resources(sum(map(len, batch[0])), _MEMORY_PER_BYTE)
             _answer(connection, _encode(tokenizer, *batch, eos, dtype))
     except BaseException as error:  # a panic of Rust is no Exception
-        _answer(connection, failure(error))
+        _answer(connection, f"{problem}: {failure(error)}")
 
 
 def _receive(connection: Connection) -> tuple[tuple[bytes, ...], bytes] | None:
