@@ -1,7 +1,9 @@
 """The Typer app, its errors and its exit codes; each command is a file in ``commands/``."""
 
 import contextlib
+import itertools
 import os
+import re
 import select
 import sys
 import traceback
@@ -21,7 +23,7 @@ from minigpt_cli.commands import (
 )
 from minigpt_cli.commands.options import Command, Debug, Group, Version, epilog
 from minigpt_cli.core.console import discard_output, discarded_if_closed, error_line
-from minigpt_cli.core.errors import Stopped
+from minigpt_cli.core.errors import Stopped, UserError
 from minigpt_cli.core.signals import ignore_signals, stop_at_signals
 from minigpt_cli.distributed.failure import announce_failure
 from minigpt_cli.distributed.join import leave_world, session
@@ -81,6 +83,7 @@ def _run(arguments: list[str]) -> int:
     """Run a command; return its exit code. Signals stop it, and are ignored once it has ended."""
     try:
         stop_at_signals()
+        _refuse_empty(arguments)
         code = app(arguments, prog_name="minigpt", standalone_mode=False)
         with discarded_if_closed():
             print(end="", flush=True)  # also where there is no standard output
@@ -93,6 +96,16 @@ def _run(arguments: list[str]) -> int:
     finally:
         ignore_signals()
     return code if isinstance(code, int) else 0
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse an empty value, such as a variable that the shell doesn't know: -o "$OUT"."""
+    for name, value in itertools.pairwise(["an argument", *arguments]):
+        joined = re.fullmatch(r"(--[\w-]+)=", value)
+        if (not value and name != "--prompt") or (joined and joined[1] != "--prompt"):
+            raise UserError(
+                f"{joined[1] if joined else name} is empty: is a variable of the shell not set?"
+            )
 
 
 def _leave(code: int) -> NoReturn:

@@ -318,3 +318,17 @@ def test_several_problems_are_a_list(recipe_file: Path):
         "  --set train.stepz: unknown; did you mean steps?",
         "  --set optimizer.lr: expected a number above 0, got -1.0",
     ]
+
+
+def test_an_empty_value_is_refused(recipe_file: Path):
+    """``-o "$OUT"`` without the variable would mean the working directory."""
+    for arguments in (("-o", ""), ("--out=",), ("--set", "")):
+        refused(2, f"{arguments[0].rstrip('=')} is empty: is a variable of the shell not set?",
+                "pretrain", recipe_file, *arguments, cwd=recipe_file.parent)  # fmt: skip
+    assert not (recipe_file.parent / "recipe.toml").exists()
+
+
+def test_lines_of_a_log_stay_lines(run: Path):
+    done = minigpt("resume", run)
+    assert "\\x0a" not in done.stderr
+    assert any(line.startswith("12 steps of 8 x 32 tokens") for line in done.stderr.splitlines())

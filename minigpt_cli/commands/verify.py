@@ -8,6 +8,7 @@ import typer
 from minigpt_cli.commands.options import Debug, Json, Version
 from minigpt_cli.core.console import print_json, print_result
 from minigpt_cli.core.errors import Damaged, UserError
+from minigpt_cli.core.run_dir import FINAL
 from minigpt_cli.core.signals import nothing_is_saved
 
 EXAMPLE = "minigpt verify runs/tiny"
@@ -41,7 +42,7 @@ def _check(path: Path) -> tuple[int, dict[str, str]]:
     from minigpt_cli.checkpoint import store
     from minigpt_cli.data.dataset import verify_dataset
     from minigpt_cli.data.dataset_manifest import is_dataset
-    from minigpt_cli.huggingface.origin import ORIGIN, verify_export
+    from minigpt_cli.huggingface.origin import ORIGIN, read_origin, verify_export
     from minigpt_cli.huggingface.peft import is_peft_adapter
     from minigpt_cli.huggingface.weights import CONFIG
 
@@ -64,4 +65,13 @@ def _check(path: Path) -> tuple[int, dict[str, str]]:
         if each.exists():  # else the run, which trains, has just pruned it
             checked += 1
             damaged |= {problem: problem for problem in problems}
+    final = run / FINAL
+    try:
+        if "files" in (read_origin(final) or {}):  # earlier versions recorded none
+            checked += 1
+            damaged |= {
+                name: f"{final / name}: {why}" for name, why in verify_export(final).items()
+            }
+    except UserError as error:
+        damaged[FINAL] = str(error)
     return checked, damaged

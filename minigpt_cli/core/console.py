@@ -71,14 +71,14 @@ def console() -> "Console":
 
 
 def log(message: str, style: str | None = None) -> None:
-    """Print a line. If the terminal has gone, the work goes on."""
+    """Print one or more lines. If the terminal has gone, the work goes on."""
     with contextlib.suppress(OSError):
-        console().print(printable(message), style=style, markup=False)
+        console().print(printable(message, keep="\n"), style=style, markup=False)
 
 
 def warn(message: str) -> None:
     """Print a warning."""
-    log(f"warning: {_shortened(message)}", style="yellow")
+    log(f"warning: {printable(_shortened(message))}", style="yellow")
 
 
 def counted(count: int, noun: str) -> str:

@@ -9,6 +9,7 @@ from minigpt_cli.core.errors import UserError
 _MOST_INVALID = 1000  # refuse a file if more than one byte in so many is invalid
 
 # First bytes -> (what the file is, the command that prints its content).
+_DECOMPRESS = {".gz": "gzip -dc", ".xz": "xz -dc", ".zst": "zstd -dc"}
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip -c", ".gz"),
     b"\xfd7zXZ": ("xz", "xz -dc", ".xz"),
@@ -81,13 +82,18 @@ class TextCheck:
             if self.head.startswith(magic):
                 return f"it is {kind}; leave it out, or extract its text first"
         if self.head.startswith((b"\xff\xfe", b"\xfe\xff")) or self._alternates():
-            return f"it looks like UTF-16; convert it: `iconv -f UTF-16 -t UTF-8 {name} > NEW`"
+            return f"it looks like UTF-16; convert it: `{self._iconv('UTF-16')}`"
         if is_binary:
             return "it looks like a binary file; leave it out"
-        return (
-            f"leave it out, or convert it, for example from Latin-1: "
-            f"`iconv -f LATIN1 -t UTF-8 {name} > NEW`"
-        )
+        return f"leave it out, or convert it, for example from Latin-1: `{self._iconv('LATIN1')}`"
+
+    def _iconv(self, encoding: str) -> str:
+        """Return the command that converts the file; a compressed one is decompressed first."""
+        name = shlex.quote(str(self.file))
+        reader = _DECOMPRESS.get(self.file.suffix)
+        if reader is not None:
+            return f"{reader} < {name} | iconv -f {encoding} -t UTF-8 > NEW"
+        return f"iconv -f {encoding} -t UTF-8 {name} > NEW"
 
     def _alternates(self) -> bool:
         """Return whether nearly every second byte is NUL, as in UTF-16 without a mark."""

@@ -7,7 +7,7 @@ from tests.helpers.processes import minigpt
 
 
 def test_damage_is_named(run: Path, tmp_path: Path, dataset: Path):
-    assert finished("verify", run) == f"{run}: valid (3 checked)\n"
+    assert finished("verify", run) == f"{run}: valid (4 checked)\n"  # and final/
     assert finished("verify", dataset) == f"{dataset}: valid (1 checked)\n"
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -16,8 +16,13 @@ def test_damage_is_named(run: Path, tmp_path: Path, dataset: Path):
     refused(4, "state.json: its content is not what was written", "verify", copy)
     found = json.loads(minigpt("verify", copy, "--json").stdout)
     assert not found["valid"]
-    assert found["checked"] == 3
+    assert found["checked"] == 4
     assert len(found["damaged"]) == 1
+    state.write_text(state.read_text().replace("9", "8", 1))
+    with (copy / "final/model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    refused(4, "final/model.safetensors: ", "verify", copy)
 
 
 def test_damage_of_a_dataset(dataset: Path, tmp_path: Path):
