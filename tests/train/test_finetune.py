@@ -525,7 +525,7 @@ def test_special_tokens_of_chat(tmp_path: Path, base: Path, chats: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("data.source.chat_template=nowhere.jinja",), "chat_template nowhere.jinja can't be read"),
+        (("data.source.chat_template=nowhere.jinja",), "chat_template nowhere.jinja: no such file"),
         (("train.sequence_length=4",), "all its 25 examples are longer"),
         (("train.sequence_length=97",), "sequence_length 97 is longer than the 96 positions"),
         (("data.source.kind=files",), "format instructions needs kind jsonl, parquet"),
