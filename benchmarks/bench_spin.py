@@ -1,6 +1,6 @@
 """How fast threads train that spin while they wait, on a quiet machine and beside busy loops.
 
-    python benchmarks/bench_spin.py DATASET
+    python benchmarks/bench_spin.py DATASET [ROUNDS]
 
 DATASET is the dataset of recipes/tiny.toml, such as data/tiny.
 """
@@ -19,7 +19,7 @@ SETTINGS = {
     "GOMP_SPINCOUNT=20000": {"GOMP_SPINCOUNT": "20000"},
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
-STEPS, ROUNDS = 60, 3
+STEPS = 60
 
 
 def tokens_per_second(dataset: str, variables: dict[str, str]) -> float:
@@ -38,12 +38,12 @@ def tokens_per_second(dataset: str, variables: dict[str, str]) -> float:
     return statistics.median(rates[10:])
 
 
-def main(dataset: str) -> None:
+def main(dataset: str, rounds: int = 3) -> None:
     for loops in (0, os.cpu_count() or 1):
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
         try:
             found: dict[str, list[float]] = {name: [] for name in SETTINGS}
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for name, variables in SETTINGS.items():
                     found[name].append(tokens_per_second(dataset, variables))
         finally:
@@ -55,4 +55,4 @@ def main(dataset: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:3]))

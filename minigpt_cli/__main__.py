@@ -29,7 +29,7 @@ def _set_environment() -> None:
     """Set what libraries read when they are imported."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # Threads that wait for each other spin. Less of it loses nothing on a quiet machine, and
-        # is 1.7 times as fast on a busy one (benchmarks/LOG.md).
+        # leaves the cores to others on a busy one (benchmarks/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     columns = os.environ.get("COLUMNS", "80")
     if not (columns.isdecimal() and 1 <= int(columns[:6]) <= 10_000):
