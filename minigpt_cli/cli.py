@@ -28,6 +28,8 @@ from minigpt_cli.core.signals import ignore_signals, stop_at_signals
 from minigpt_cli.distributed.failure import announce_failure
 from minigpt_cli.distributed.join import leave_world, session
 
+_LONGEST_USAGE = 400  # characters
+
 app = typer.Typer(
     name="minigpt",
     cls=Group,
@@ -124,6 +126,8 @@ def _report_usage(error: Any) -> int:
     context = getattr(error, "ctx", None)
     command = "minigpt" if context is None else context.command_path
     message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's words
+    if len(message) > _LONGEST_USAGE:  # it quotes the argument
+        message = f"{message[:_LONGEST_USAGE]}..."
     error_line(f"{message} (see {command} --help)")
     return int(error.exit_code)
 
