@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-_LONGEST = 4000  # characters of a message; it may quote a received file
+_LONGEST = 960  # characters of a message; it may quote a received file
 _LONG_WORD = re.compile(r"(\S{400})\S+")  # longer than paths are
 # Control characters but tabs, separators of lines, marks that reorder text, half surrogate pairs
 _CONTROL = re.compile(
@@ -92,7 +92,7 @@ def error_line(message: str) -> None:
     Args:
         message: One line; or a list, each further item after a line break and two spaces.
     """
-    items = [printable(item) for item in _shortened(message).split("\n  ")]
+    items = [printable(_shortened(item)) for item in message.split("\n  ")]
     with contextlib.suppress(OSError):
         sys.stderr.write("minigpt: " + "\n  ".join(items) + "\n")
         sys.stderr.flush()
