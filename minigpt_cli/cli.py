@@ -102,12 +102,11 @@ def _run(arguments: list[str]) -> int:
 
 def _refuse_empty(arguments: list[str]) -> None:
     """Refuse an empty value, such as a variable that the shell doesn't know: -o "$OUT"."""
-    for name, value in itertools.pairwise(["an argument", *arguments]):
+    for before, value in itertools.pairwise(["", *arguments]):
         joined = re.fullmatch(r"(--[\w-]+)=", value)
-        if (not value and name != "--prompt") or (joined and joined[1] != "--prompt"):
-            raise UserError(
-                f"{joined[1] if joined else name} is empty: is a variable of the shell not set?"
-            )
+        name = joined[1] if joined else before if before.startswith("-") else "an argument"
+        if (joined or not value) and name != "--prompt":
+            raise UserError(f"{name} is empty: is a variable of the shell not set?")
 
 
 def _leave(code: int) -> NoReturn:

@@ -325,6 +325,7 @@ def test_an_empty_value_is_refused(recipe_file: Path):
     for arguments in (("-o", ""), ("--out=",), ("--set", "")):
         refused(2, f"{arguments[0].rstrip('=')} is empty: is a variable of the shell not set?",
                 "pretrain", recipe_file, *arguments, cwd=recipe_file.parent)  # fmt: skip
+    refused(2, "minigpt: an argument is empty", "verify", "runs", "", cwd=recipe_file.parent)
     assert not (recipe_file.parent / "recipe.toml").exists()
 
 

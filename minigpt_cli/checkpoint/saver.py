@@ -40,7 +40,7 @@ from minigpt_cli.distributed.failure import is_lost_rank
 from minigpt_cli.distributed.world import World
 from minigpt_cli.recipe import CheckpointSettings
 
-# What a rank tells of its part: its files, their tensors' bytes, and why it failed.
+# A rank's report on its part: its files, the bytes of their tensors, the reason of a failure.
 _PART = tuple[dict[str, FileEntry], int, str | None]
 
 

@@ -26,8 +26,8 @@ from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.distributed.world import World
 
 # Prefixes of the names of directories that are no checkpoints: unfinished, replaced, or obsolete.
-_MOST_SPARED = 2  # a reader that never ends must not fill the disk
 WRITING, REPLACED, _DELETING = ".writing-", ".replaced-", ".deleting-"
+_MOST_SPARED = 2  # checkpoints that are being read; a reader that never ends must not fill the disk
 
 
 def list_steps(run: Path) -> list[tuple[int, Path]]:
@@ -197,32 +197,36 @@ def choose(
         Damaged: This checkpoint, or each one of the run, is damaged.
     """
     run, checkpoint = locate(path)
+    if world is None:  # else this process trains in the run, and prunes it
+        for each in [checkpoint] if checkpoint else [path for _, path in list_steps(run)[-1:]]:
+            hold(each)
     if checkpoint is not None:
-        hold(checkpoint)
         return run, checkpoint, require_valid(checkpoint, world), []
-    if world is None:
-        for _, newest in list_steps(run)[-1:]:
-            hold(newest)
     return run, *newest_valid(run, world)
 
 
 def hold(checkpoint: Path) -> None:
     """Keep a checkpoint from being pruned while this process lives, where the disk has locks."""
     with contextlib.suppress(OSError):
-        file = os.open(checkpoint / CHECKPOINT_MANIFEST, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(_open_manifest(checkpoint), fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 def _is_held(checkpoint: Path) -> bool:
     """Whether another process reads a checkpoint; see ``hold``."""
     try:
-        with (checkpoint / CHECKPOINT_MANIFEST).open("rb") as file:
+        with open(_open_manifest(checkpoint), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # a disk without locks
         return False
     return False
+
+
+def _open_manifest(checkpoint: Path) -> int:
+    """Open a checkpoint's manifest to lock it; a pipe in its place would block otherwise."""
+    file = checkpoint / CHECKPOINT_MANIFEST
+    return os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def prune(run: Path, *, keep_last: int, keep_best: bool, keep_every: int | None) -> None:

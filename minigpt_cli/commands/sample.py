@@ -169,7 +169,10 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
         return read_text(file)
     try:
         if prompt == "-":
-            return sys.stdin.buffer.read(MAX_BYTES).decode() if sys.stdin else ""
+            content = sys.stdin.buffer.read(MAX_BYTES + 1) if sys.stdin else b""
+            if len(content) > MAX_BYTES:
+                raise UserError(f"--prompt -: standard input has more than {MAX_BYTES:,} bytes")
+            return content.decode()
         (prompt or "").encode()
     except (UnicodeEncodeError, UnicodeDecodeError):  # the shell passed bytes that are no UTF-8
         raise UserError("--prompt: is not UTF-8 text") from None

@@ -56,6 +56,7 @@ def _check(path: Path) -> tuple[int, dict[str, str]]:
     checkpoints = [each for _, each in store.list_steps(run)]
     if not checkpoints:
         raise UserError(f"{path}: holds no checkpoint; name a run, a checkpoint or a token dataset")
+    store.hold(checkpoints[-1])  # one at least must stay, where the run trains meanwhile
     checked, damaged = 0, dict[str, str]()
     for each in checkpoints:
         try:
@@ -65,13 +66,14 @@ def _check(path: Path) -> tuple[int, dict[str, str]]:
         if each.exists():  # else the run, which trains, has just pruned it
             checked += 1
             damaged |= {problem: problem for problem in problems}
+    if not checked:
+        raise UserError(f"{path}: the run deleted its checkpoints meanwhile; run verify again")
     final = run / FINAL
     try:
         if "files" in (read_origin(final) or {}):  # earlier versions recorded none
             checked += 1
-            damaged |= {
-                name: f"{final / name}: {why}" for name, why in verify_export(final).items()
-            }
+            for name, why in verify_export(final).items():
+                damaged[f"{FINAL}/{name}"] = f"{final / name}: {why}"
     except UserError as error:
         damaged[FINAL] = str(error)
     return checked, damaged

@@ -150,7 +150,7 @@ def build(form: Any, value: Any, name: str = "") -> Any:
     if kind in (Union, types.UnionType):
         return _build_one_of(inner, value, name)
     if dataclasses.is_dataclass(form):
-        return form(**_build_fields(form, value, name))  # type: ignore[operator]
+        return kind(**_build_fields(form, value, name))
     if typing.is_typeddict(form):
         return _build_fields(form, value, name)
     if kind is tuple and isinstance(value, list):

@@ -21,6 +21,7 @@ from minigpt_cli.checkpoint.state import RunState, read_state, state_bytes
 from minigpt_cli.checkpoint.tensors import read_tensors, save_tensors, tensor_entry
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import sha256_of
+from minigpt_cli.distributed.world import start_world
 
 TENSORS = {
     "weights.a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -322,3 +323,37 @@ def test_failed_second_save_keeps_the_first(tmp_path: Path, monkeypatch: pytest.
     abandon(tmp_path, 5)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_checkpoint_that_is_read_is_pruned_later(tmp_path: Path):
+    """Two at most are spared: a reader that never ends must not fill the disk."""
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    for step in (1, 2, 3):
+        store.hold(tmp_path / f"checkpoints/step-{step:08d}")
+    store.prune(tmp_path, keep_last=1, keep_best=False, keep_every=None)
+    assert kept(tmp_path) == [1, 2, 5]
+
+
+def test_a_run_does_not_hold_its_own_checkpoint(tmp_path: Path):
+    """``resume`` of a named checkpoint is a reader that prunes."""
+    world = start_world()
+    named = save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "recipe.toml").write_text("")
+    store.choose(named, world)
+    store.prune(tmp_path, keep_last=1, keep_best=False, keep_every=None)
+    assert kept(tmp_path) == [2]
+    save(tmp_path, 3)
+    store.choose(tmp_path / "checkpoints/step-00000002")  # as sample does
+    store.prune(tmp_path, keep_last=1, keep_best=False, keep_every=None)
+    assert kept(tmp_path) == [2, 3]
+
+
+def test_a_pipe_in_place_of_a_manifest_does_not_stop_pruning(tmp_path: Path):
+    manifest = save(tmp_path, 1) / "manifest.json"
+    save(tmp_path, 2)
+    manifest.unlink()
+    os.mkfifo(manifest)
+    store.prune(tmp_path, keep_last=1, keep_best=False, keep_every=None)
+    assert kept(tmp_path) == [2]

@@ -281,17 +281,18 @@ def test_killed_ranks_are_in_status_json(tmp_path: Path, recipe_file: Path):
     assert (status["host"], status["step"]) == (os.uname().nodename, before["step"])
 
 
-def test_a_recipe_is_checked_before_anything_starts(tmp_path: Path, recipe_file: Path):
-    launcher = pretrain(tmp_path, recipe_file, "--set", "train.stepz=1")
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.stepz=1", "stepz"),
+        ("train.global_batch_size=4", "global_batch_size 4 can't be divided among 2 ranks"),
+    ],
+)
+def test_a_recipe_is_checked_before_anything_starts(
+    tmp_path: Path, recipe_file: Path, setting: str, message: str
+):
+    launcher = pretrain(tmp_path, recipe_file, "--set", setting)
     assert launcher.wait() == 2
     assert launcher.said.count("\n") == 1
-    assert "stepz" in launcher.said
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_ranks_must_fit_the_batch(tmp_path: Path, recipe_file: Path):
-    launcher = pretrain(tmp_path, recipe_file, "--set", "train.global_batch_size=4")
-    assert launcher.wait() == 2
-    assert launcher.said.count("\n") == 1
-    assert "global_batch_size 4 can't be divided among 2 ranks" in launcher.said
+    assert message in launcher.said
     assert not (tmp_path / "run").exists()
