@@ -33,8 +33,9 @@ action, _, value = sys.argv[2 + rank].partition(":")
 
 
 def leave(name: str, text: str) -> None:
-    (folder / f".{rank}.{name}").write_text(text)
-    (folder / f".{rank}.{name}").rename(folder / f"{rank}.{name}")
+    temporary = folder / f".{os.getpid()}.{name}"  # several launchers may share the folder
+    temporary.write_text(text)
+    temporary.rename(folder / f"{rank}.{name}")
 
 
 leave("started", str(os.getpid()))
