@@ -1,6 +1,7 @@
 """Mutate one file: change what its format means, or its bytes, or what lies in its place."""
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -115,7 +116,8 @@ def _replace(chance: random.Random, file: Path) -> str:
     }
     what = chance.choice(list(ways))
     if file.is_dir() and not file.is_symlink():
-        file.rename(file.with_name(f"moved-{file.name}"))
+        free = (file.with_name(f"moved{index}-{file.name}") for index in itertools.count())
+        file.rename(next(name for name in free if not name.exists()))
     else:
         file.unlink(missing_ok=True)
     ways[what]()
