@@ -29,8 +29,9 @@ faults: setup
 	$(BIN)/python -m tests.faults $(FAULTS)
 
 # Thousands of mutated files, environments and command lines; prints a table of the handled ones.
+# With large pages a fork of the process that has imported torch takes half as long.
 fuzz: setup
-	$(BIN)/python -m tests.fuzz $(FUZZ)
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PYTHONMALLOC=malloc $(BIN)/python -m tests.fuzz $(FUZZ)
 
 # Continue runs of commit 93d8a84 with its code and with today's; compare the results bit by bit.
 old-runs: setup
