@@ -1,7 +1,7 @@
 """The recipes that come with minigpt, and the facts in their first lines.
 
-A shipped recipe's first comment has lines of the form ``# Time: 1.5 hours, by arithmetic ...``. They
-say what no setting says. tests/recipe/test_shipped.py compares them with the arithmetic.
+A shipped recipe's first comment has lines like ``# Time: 1.5 hours, by arithmetic ...``. They say
+what no setting says. tests/recipe/test_shipped.py compares them with the arithmetic.
 """
 
 import difflib

@@ -147,7 +147,7 @@ def test_missing_sections_and_files():
 
 def test_a_name_of_a_shipped_recipe():
     for given in ("tiny", "nowhere/tiny.toml"):
-        with pytest.raises(UserError, match="minigpt recipes tiny > tiny.toml"):
+        with pytest.raises(UserError, match=r"minigpt recipes tiny > tiny\.toml"):
             load_recipe(given)
 
 
