@@ -24,6 +24,11 @@ PURPOSES = {
     "eval": "minigpt eval --tasks",
 }
 DEVELOPMENT = ("dev", "docs")
+# What every installation has, but training can do without.
+_USEFUL = {
+    "datasets": "Hugging Face datasets, Parquet and .zst files as sources",
+    "plotext": "curves in the terminal",
+}
 _TRANSFORMERS = "minigpt export, and the end of a run: reload the model as a check"
 
 
@@ -77,7 +82,9 @@ def _package_findings() -> list[Finding]:
             if _fits(each, version):
                 fine.append(f"{each.name} {version}")
             else:
-                findings.append(_package(each, version, purpose, "broken"))
+                useful = _USEFUL.get(each.name)
+                state: State = "broken" if useful is None else "lacks"
+                findings.append(_package(each, version, useful or purpose, state))
             continue
         for extra in _extras_of(each):
             if extra not in DEVELOPMENT:

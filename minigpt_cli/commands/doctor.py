@@ -70,7 +70,8 @@ def _advice(findings: list["Finding"]) -> str:
     """Return the commands that mend what is missing, each on a line of its own for copying."""
     mendable = [each for each in findings if each.state != "ok" and each.mend]
     if not mendable:
-        return "\nNothing is missing."
+        is_whole = all(each.state == "ok" for each in findings)
+        return f"\nNothing {'is missing' if is_whole else 'here can be mended by a command'}."
     lines = ["", "To mend, or to use what is missing:"]
     for each in mendable:
         lines += [printable(f"  {each.what} ({each.purpose})"), printable(f"    {each.mend}")]

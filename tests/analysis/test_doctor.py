@@ -111,12 +111,13 @@ def test_what_is_missing_and_too_old(metadata: Callable[..., dict[str, Finding]]
     found = metadata(
         "numpy>=1.26", "torch>=99", "nosuchcore", 'nosuchplot[x]>=3.8; extra == "plot"',
         'rich>=1; extra == "eval"', 'transformers>=4; extra == "dev"', 'nosuchtest; extra == "dev"',
-        'nosuchplot>=3.8; extra == "eval"',
+        'nosuchplot>=3.8; extra == "eval"', "plotext>=99",
     )  # fmt: skip
     assert found["torch"].state == "broken"
     assert found["torch"].found == f"{torch.__version__}, needed: >=99"
     assert found["torch"].mend.endswith("pip install --upgrade 'torch>=99'")
     assert (found["nosuchcore"].state, found["nosuchcore"].found) == ("broken", "not installed")
+    assert (found["plotext"].state, found["plotext"].purpose) == ("lacks", "curves in the terminal")
     assert found["packages"].found.startswith("numpy ")
     assert found["nosuchplot"].state == "lacks"
     assert found["nosuchplot"].purpose == "minigpt report --png; minigpt eval --tasks"
