@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+_SYSTEM = "/usr/bin:/bin:/usr/sbin:/sbin"
+
 # ok; a feature is missing or slow; training is not possible.
 State = Literal["ok", "lacks", "broken"]
 
@@ -51,6 +53,6 @@ def system_install(apt: str, dnf: str) -> str:
         dnf: its name in Fedora and Red Hat.
     """
     sudo = "" if os.geteuid() == 0 else "sudo "
-    if shutil.which("dnf") is not None:
-        return f"{sudo}dnf install {dnf}"
-    return f"{sudo}apt-get install {apt}"
+    managers = ("apt-get", "dnf", "yum", "zypper")
+    found = next((each for each in managers if shutil.which(each, path=_SYSTEM)), managers[0])
+    return f"{sudo}{found} install {apt if found == managers[0] else dnf}"
