@@ -42,7 +42,11 @@ def trial_compilation() -> Iterator[Trial | OSError]:
     """
     with contextlib.ExitStack() as resources:
         try:
-            folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="minigpt-doctor-"))
+            # A compiler that is being killed may still write.
+            place = tempfile.TemporaryDirectory(
+                prefix="minigpt-doctor-", ignore_cleanup_errors=True
+            )
+            folder = resources.enter_context(place)
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _CODE],
                 stdout=subprocess.DEVNULL,

@@ -17,9 +17,9 @@ def diagnose(directory: Path) -> list[Finding]:
     """
     with trial_compilation() as trial:  # meanwhile the rest is looked at
         findings = software_findings()
-        torch = torch_finding()
-        findings.insert(2, torch)
-        if torch.state == "ok":
-            findings[3:3] = [*hardware_findings(), compiler_finding(trial)]
+        if all(each.what != "torch" for each in findings):  # else it is too old
+            findings.insert(2, torch := torch_finding())
+            if torch.state == "ok":
+                findings[3:3] = [*hardware_findings(), compiler_finding(trial)]
     findings.append(disk_finding(directory))  # last: nothing else uses the disk then
     return findings

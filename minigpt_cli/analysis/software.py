@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "minigpt-cli"
 
-# The features of the extras in pyproject.toml; of some, a package that another extra brings, too.
+# What each extra of pyproject.toml is for.
 PURPOSES = {
     "tensorboard": '[log] trackers = ["tensorboard"]',
     "wandb": '[log] trackers = ["wandb"]',
@@ -34,9 +34,8 @@ _TRANSFORMERS = "minigpt export, and the end of a run: reload the model as a che
 
 def software_findings() -> list[Finding]:
     """Look at minigpt, Python, the packages that every command needs, and those of the extras."""
-    system = f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".strip(
-        ", "
-    )
+    libc = " ".join(platform.libc_ver()).strip()
+    system = f"{platform.system()} {platform.machine()}" + (f", {libc}" if libc else "")
     return [
         Finding("minigpt", minigpt_cli.__version__, "this program"),
         Finding("Python", f"{platform.python_version()}, {system}", "runs it"),

@@ -53,13 +53,13 @@ def _table(findings: list["Finding"]) -> str:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"ok": "green", "lacks": "yellow", "broken": "red"}
+    colors = {"ok": "green", "lacks": "yellow", "broken": "red"}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("", "what", "found", "for"):
         table.add_column(name, overflow="fold")
     for each in findings:
         cells = [Text(printable(cell)) for cell in (each.what, each.found, each.purpose)]
-        table.add_row(Text(each.state, style=colours[each.state]), *cells)
+        table.add_row(Text(each.state, style=colors[each.state]), *cells)
     writer = Console(highlight=False)
     with writer.capture() as captured:
         writer.print(table)

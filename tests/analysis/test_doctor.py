@@ -13,6 +13,7 @@ import torch
 
 from minigpt_cli.analysis.compiler import compiler_finding, trial_compilation
 from minigpt_cli.analysis.disk_speed import disk_finding, measure_disk
+from minigpt_cli.analysis.doctor import diagnose
 from minigpt_cli.analysis.finding import Finding
 from minigpt_cli.analysis.hardware import hardware_findings, threads_finding
 from minigpt_cli.analysis.software import DEVELOPMENT, PURPOSES, software_findings
@@ -125,6 +126,15 @@ def test_what_is_missing_and_too_old(metadata: Callable[..., dict[str, Finding]]
     assert (found["rich"].state, found["rich"].purpose) == ("ok", "minigpt eval --tasks")
     assert found["transformers"].state == "ok"
     assert "nosuchtest" not in found
+
+
+def test_torch_that_is_too_old_is_not_asked(
+    metadata: Callable[..., dict[str, Finding]], tmp_path: Path
+):
+    metadata("torch>=99")
+    findings = diagnose(tmp_path)
+    assert [each.state for each in findings if each.what == "torch"] == ["broken"]
+    assert not {"bf16", "compiler"} & by_name(findings).keys()
 
 
 def test_each_extra_has_a_purpose():
