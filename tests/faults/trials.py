@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from signal import SIGINT, SIGTERM, SIGUSR1
 
 from tests.faults import damage, deceit, disks, kills, neighbours, planted, signals, sockets
-from tests.faults.scene import TWO_RANKS, Scene, chance_of, newest
+from tests.faults.scene import Scene, chance_of, newest
 
 Done = int | Counter[str] | None
 """How many faults a trial was, or what they hit; None: one."""
