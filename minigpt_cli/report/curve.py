@@ -62,7 +62,7 @@ def curve_lines(
     labels = _loss_labels(low, high, height - 2)
     margin = max(map(len, labels.values()))
     canvas = _Canvas(width - margin - 1, height - 2, (first, last), (low, high))
-    canvas.draw_line(thin(losses, 4 * canvas.width), ascii_only)
+    canvas.draw_line(thin(losses, 2 * canvas.width), ascii_only)
     canvas.draw_dots(
         thin(validation, canvas.width), ASCII_VALIDATION_MARK if ascii_only else VALIDATION_MARK
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from minigpt_cli.report.curve import Point, thin
 
-_MOST_POINTS = 4096
+_MOST_POINTS = 1024  # the widest curve has fewer columns
 
 
 @dataclass
