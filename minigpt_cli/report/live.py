@@ -1,6 +1,7 @@
 """The progress of training: a live view on a terminal, plain lines elsewhere."""
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli.core.console import console, log
@@ -53,7 +54,7 @@ class TrainingDisplay:
 
     def __enter__(self) -> "TrainingDisplay":
         """Show the display."""
-        screen = console()
+        screen, self._state.began = console(), time.monotonic()
         if screen.is_interactive and not screen.quiet and screen.file.isatty():
             from minigpt_cli.report.panel import Panel  # here: only a terminal needs it
 

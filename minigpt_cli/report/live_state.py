@@ -55,7 +55,7 @@ class LiveState:
             step: the last one that is done; its checkpoint exists unless it is 0.
             metrics, samples: the lines of metrics.jsonl and samples.jsonl.
         """
-        self.step = step
+        self.step, self.values, self.seconds_left = step, None, math.inf
         self.losses, self.validation, self.best, self.norms, self.clipped = [], [], None, 0, 0
         self.checkpoint, self.saved_at = step or None, None
         for line in metrics:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console, ConsoleRenderable, RenderHook
 from rich.file_proxy import FileProxy
@@ -59,7 +60,8 @@ class Panel(RenderHook):
             if stream is not None and stream.isatty():
                 setattr(sys, name, FileProxy(self._console, stream))
         self._thread.start()
-        self._print_nothing()
+        with contextlib.suppress(OSError):
+            self._print_nothing()
 
     def stop(self) -> None:
         """Remove the panel."""
@@ -126,5 +128,15 @@ def _is_in_foreground() -> bool:
     """Return whether the terminal is ours, and not the shell's or another job's."""
     try:
         return os.tcgetpgrp(2) == os.getpgrp()
-    except OSError:  # no terminal that controls this process: nobody else uses it
+    except OSError:  # it controls another session: the launcher's, who started this rank
+        return _is_parent_in_foreground()
+
+
+def _is_parent_in_foreground() -> bool:
+    """Return whether the parent's terminal is the parent's; also if nobody knows."""
+    try:
+        text = Path(f"/proc/{os.getppid()}/stat").read_text()
+        group, _, _, foreground = text.rpartition(") ")[2].split()[2:6]
+    except (OSError, ValueError):
         return True
+    return foreground in (group, "-1")
