@@ -5,9 +5,11 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from minigpt_cli.core.console import printable
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.report.curves import Columns, thinned
+from minigpt_cli.report.curves import Columns, Curve, thinned
 from minigpt_cli.report.run_contents import RunContents
 from minigpt_cli.report.summary import summarize
 
@@ -79,13 +81,27 @@ def _draw(axes: "Axes", key: str, number: int, run: RunContents) -> None:
 
 
 def _draw_curve(
-    axes: "Axes", columns: Columns, key: str, color: str, dash: str, marker: str = "", label: str = ""
+    axes: "Axes",
+    columns: Columns,
+    key: str,
+    color: str,
+    dash: str,
+    marker: str = "",
+    label: str | None = None,
 ) -> None:
     places, curves = thinned(columns)
-    curve = curves.get(key)
-    steps, values = ([], []) if curve is None else (places["step"], curve.mean)
-    if curve is not None and curve.low is not None and curve.high is not None:
+    curve = curves.get(key, Curve(np.empty(0)))
+    steps = places["step"] if key in curves else np.empty(0)
+    if curve.low is not None and curve.high is not None:
         axes.fill_between(steps, curve.low, curve.high, color=color, alpha=0.2, linewidth=0)
     marker = marker or ("." if len(steps) < 3 else "")
-    axes.plot(steps, values, dash, color=color, linewidth=1.2, marker=marker, markersize=4,
-              label=label or None)  # fmt: skip
+    axes.plot(
+        steps,
+        curve.mean,
+        dash,
+        color=color,
+        linewidth=1.2,
+        marker=marker,
+        markersize=4,
+        label=label,
+    )

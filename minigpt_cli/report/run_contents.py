@@ -131,11 +131,15 @@ def read_run(path: Path, name: str) -> RunContents:
     def environment() -> dict[str, Any]:
         return read_json(path / ENVIRONMENT, Damaged)
 
-    recipe = part(lambda: load_recipe(path / RECIPE, name=path.name), None)
+    recipe = None
+    if os.path.lexists(path / RECIPE):
+        recipe = part(lambda: load_recipe(path / RECIPE, name=path.name), None)
+    else:
+        problems.append(f"{path}: holds no {RECIPE}")
     incidents, unread = list_incidents(path)
     problems += unread
     status = read_status(path)
-    checkpoints = part(lambda: _checkpoints(path), [])
+    checkpoints: list[SavedStep] = part(lambda: _checkpoints(path), [])
     return RunContents(
         path=path,
         name=name,

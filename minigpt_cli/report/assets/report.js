@@ -62,6 +62,11 @@
     return controls.axis.value === "step" ? Math.round(value).toLocaleString("en") : short(value);
   }
 
+  function tick(value) {
+    return controls.axis.value === "step" && value < 1e5 ? value.toLocaleString("en")
+      : controls.axis.value === "step" ? short(value) : place(value);
+  }
+
   function smoothed(values, weight) {
     let sum = 0, total = 0;
     return values.map((value) => {
@@ -222,8 +227,12 @@
         low = Math.min(low, limit);
         high = Math.max(high, limit);
       }
-      if (isLog) return low === high ? [low / 2, high * 2] : [low / 1.05, high * 1.05];
-      const margin = (high - low || Math.abs(high) || 1) * 0.05;
+      if (isLog) { // ticks begin at the lower end, so it is a round number
+        const decade = 10 ** Math.floor(Math.log10(low));
+        return [Math.floor(low / decade) * decade, high * 1.05];
+      }
+      const isFlat = high - low <= 1e-6 * Math.abs(high); // no picture of rounding
+      const margin = isFlat ? Math.abs(high) * 0.05 || 1 : (high - low) * 0.05;
       return [low >= 0 ? Math.max(0, low - margin) : low - margin, high + margin];
     };
   }
@@ -288,12 +297,13 @@
       width: box.clientWidth,
       height: box.clientWidth > 700 ? 340 : 240,
       series, bands,
+      padding: [null, 24, null, null],
       scales: {
         x: { time: false, auto: false, range: (_, from, to) => [from ?? min, to ?? max] },
         y: { distr: isLog ? 3 : 1, range: yRange(chart, isLog) },
       },
       axes: [
-        { ...axis, values: (_, splits) => splits.map(place), space: 80 },
+        { ...axis, values: (_, splits) => splits.map(tick), space: 80 },
         { ...axis, values: (_, splits) => splits.map((value) => (value === null ? "" : format(value))), size: 64 },
       ],
       legend: { show: false },
