@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SOFTWARE = "minigpt report"
 PNG_MARKER = b"tEXtSoftware\0minigpt report"  # only such a file is replaced
 PNG_MARKER_WITHIN = 4096  # bytes from the file's beginning
-_COLORS = ("#0072b2", "#c04a00", "#00795a", "#a8397f", "#7a6000", "#4b4f57")  # as in report.css
+_COLORS = ("#0072b2", "#cb6476", "#9b8e26", "#8e13fb", "#411102", "#190c40")  # as in report.css
 _DASHES = ("-", "--", ":", "-.")
 _PANELS = (
     ("loss", "loss (points: validation)"),

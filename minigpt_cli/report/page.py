@@ -79,6 +79,4 @@ def _csp_hash(content: str) -> str:
 
 def _printable(value: Any) -> Any:
     """Show control characters and half surrogate pairs, which UTF-8 can't hold, as \\xNN."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return printable(value, keep="\n")
-    return value
+    return value if isinstance(value, Markup) else printable(str(value), keep="\n")

@@ -165,6 +165,8 @@ def _check_is_run(run: Path, path: Path) -> None:
     if not run.is_dir():
         raise UserError(f"{path}: is a file; name a run directory")
     inner = sorted(each.parent for each in path.glob(f"*/{RECIPE}"))
+    if len(inner) == 1:
+        raise UserError(f"{path}: is no run, but 1 is in it: name it: {inner[0]}")
     if inner:
         raise UserError(
             f"{path}: is no run, but {len(inner)} are in it: name them, such as {inner[0]}"

@@ -1,7 +1,7 @@
 """samples.jsonl -> for each prompt, some completions from the whole run."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,7 @@ def list_samples(run: Path) -> list[PromptSamples]:
         Damaged: it can't be read.
     """
     file = run / SAMPLES
-    found: dict[str, list[tuple[int, str]]] = {}
-    counts: dict[str, int] = {}
+    found: dict[str, _Kept] = {}
     if not (file.is_symlink() or file.exists()):
         return []
     with open_regular(file, Damaged, _MAX_BYTES) as stream:
@@ -47,12 +46,30 @@ def list_samples(run: Path) -> list[PromptSamples]:
             if row is None or (row[1] not in found and len(found) == MAX_PROMPTS):
                 continue
             step, prompt, completion = row
-            kept = found.setdefault(prompt, [])
-            kept.append((step, completion))
-            counts[prompt] = counts.get(prompt, 0) + 1
-            if len(kept) > 2 * MAX_COMPLETIONS:
-                del kept[1:-1:2]  # the first and the last stay
-    return [PromptSamples(prompt, kept, counts[prompt]) for prompt, kept in found.items()]
+            found.setdefault(prompt, _Kept()).add(step, completion)
+    return [PromptSamples(prompt, kept.all(), kept.count) for prompt, kept in found.items()]
+
+
+@dataclass
+class _Kept:
+    """Every ``stride``-th completion of a prompt, and the last one, however many there are."""
+
+    count: int = 0
+    stride: int = 1
+    regular: list[tuple[int, str]] = field(default_factory=list)
+    last: tuple[int, str] = (0, "")
+
+    def add(self, step: int, completion: str) -> None:
+        self.last = (step, completion)
+        if self.count % self.stride == 0:
+            self.regular.append(self.last)
+            if len(self.regular) == 2 * MAX_COMPLETIONS:
+                self.regular = self.regular[::2]
+                self.stride *= 2
+        self.count += 1
+
+    def all(self) -> list[tuple[int, str]]:
+        return self.regular if self.regular[-1] is self.last else [*self.regular, self.last]
 
 
 def _row(line: bytes) -> tuple[int, str, str] | None:
