@@ -18,11 +18,11 @@ EXAMPLE = "minigpt report runs/tiny runs/other -o page.html"
 PAGE = "report.html"
 
 Runs = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="Run directories: finished, running or dead.")
+    list[Path], typer.Argument(metavar="RUN", help="Run directories: finished, running or dead.")
 ]
 PageFile = Annotated[
     Path | None,
-    option("--out -o", "FILE", f"The page; default: {PAGE} in the run, if it is one.", OUTPUT),
+    option("--out -o", "FILE", f"The page; default: RUN/{PAGE}, if there is one RUN.", OUTPUT),
 ]
 PngFile = Annotated[
     Path | None,
@@ -38,11 +38,9 @@ def report_command(
     version: Version = False,
     debug: Debug = False,
 ) -> None:
-    """Make an HTML page of a run's curves, or of several.
+    """Make an HTML page of a run, or of several.
 
-    The page is one file and loads nothing from any host: curves, incidents, checkpoints, samples,
-    recipe, dataset, environment; of several runs also what differs. A page that this command made
-    is replaced, any other file is not.
+    It is one file that loads nothing: curves, incidents, samples, recipe and more (docs/report.md).
     """
     nothing_is_saved()
     from minigpt_cli.core.files import write_atomically
@@ -53,9 +51,9 @@ def report_command(
         render_png,
     )
     from minigpt_cli.report.page import MARKER, MARKER_WITHIN, render_page
-    from minigpt_cli.report.run_contents import find_runs, read_run
+    from minigpt_cli.report.run_contents import read_run, runs_by_name
 
-    found = find_runs(runs)
+    found = runs_by_name(runs)
     if out is None:
         if len(found) > 1:
             raise UserError(f"{len(found)} runs make one page: say where, with -o page.html")
@@ -113,9 +111,9 @@ def _check_output(name: str, file: Path, marker: bytes, within: int) -> None:
 
 
 def _result(run: "RunContents") -> dict[str, Any]:
-    from minigpt_cli.report.summary import summarize
+    from minigpt_cli.report.numbers import numbers_of
 
-    found = {"run": str(run.path), "name": run.name, "status": run.state} | asdict(summarize(run))
+    found = {"run": str(run.path), "name": run.name, "status": run.state} | asdict(numbers_of(run))
     return found | {
         "incidents": len(run.incidents),
         "rollbacks": sum(each.kind == "rollback" for each in run.incidents),

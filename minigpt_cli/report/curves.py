@@ -34,6 +34,7 @@ BUCKETS = 2000  # wider than most charts
 _MAX_BYTES = 1 << 30
 _BLOCK = 1 << 22  # bytes that are parsed at a time
 _MAX_LINE = 1 << 16  # ours have some hundred bytes
+_TOO_LARGE = 1e100  # for a number of ours; sums of some stay finite
 
 Column = NDArray[np.float64]
 Columns = dict[str, Column]
@@ -182,7 +183,7 @@ def _column(rows: list[dict[str, Any]], key: str) -> Column:
     if not {*map(type, values)} <= {float, types.NoneType}:
         values = [_number(value) for value in values]
     column = np.array(values, dtype=np.float64)
-    column[~np.isfinite(column)] = np.nan
+    column[~(np.abs(column) < _TOO_LARGE)] = np.nan
     return column
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from minigpt_cli.core.console import printable
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.report.curves import Columns, Curve, thinned
+from minigpt_cli.report.numbers import numbers_of
 from minigpt_cli.report.run_contents import RunContents
-from minigpt_cli.report.summary import summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +75,7 @@ def _draw(axes: "Axes", key: str, number: int, run: RunContents) -> None:
         _draw_curve(axes, run.metrics.validation, "val_loss", color, ":", marker="o")
         for each in run.incidents:
             axes.axvline(each.step, color="#a8201a", linewidth=0.8, alpha=0.6)
-    clip = summarize(run).clip if key == "grad_norm" else None
+    clip = numbers_of(run).clip if key == "grad_norm" else None
     if clip is not None and clip.clip_norm:
         axes.axhline(clip.clip_norm, color=color, linewidth=1, linestyle="--")
 

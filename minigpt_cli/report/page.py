@@ -17,8 +17,8 @@ from markupsafe import Markup
 import minigpt_cli
 from minigpt_cli.core.console import printable
 from minigpt_cli.report import page_data
+from minigpt_cli.report.numbers import numbers_of
 from minigpt_cli.report.run_contents import RunContents
-from minigpt_cli.report.summary import summarize
 
 ASSETS = Path(__file__).with_name("assets")
 MARKER = b'<meta name="generator" content="minigpt report">'  # only such a file is replaced
@@ -35,7 +35,7 @@ def render_page(runs: list[RunContents]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    summaries = [summarize(run) for run in runs]
+    summaries = [numbers_of(run) for run in runs]
     facts = [page_data.facts(run, each) for run, each in zip(runs, summaries, strict=True)]
     scripts = [_asset("uPlot.iife.min.js").strip(), _asset("report.js")]
     styles = _asset("uPlot.min.css").strip() + "\n" + _asset("report.css")
@@ -48,7 +48,7 @@ def render_page(runs: list[RunContents]) -> str:
         facts=facts,
         fact_table=page_data.fact_table(facts),
         settings=[page_data.settings(run) for run in runs],
-        differences=page_data.differences(runs),
+        differences=page_data.recipe_differences(runs),
         environments=page_data.environments(runs),
         datasets=page_data.datasets(runs),
         checkpoints=[page_data.checkpoint_rows(run) for run in runs],

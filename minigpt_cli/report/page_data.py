@@ -13,15 +13,15 @@ from minigpt_cli.core.memory import format_size
 from minigpt_cli.recipe.tables import leaves, to_tables
 from minigpt_cli.report.curves import AXES, Column, Columns, Curve, at_steps, thinned
 from minigpt_cli.report.live import duration
+from minigpt_cli.report.numbers import RunNumbers
 from minigpt_cli.report.run_contents import RunContents
-from minigpt_cli.report.summary import RunSummary
 
 Rows = list[tuple[str, list[str]]]  # (what, a text for each run)
 
 _ESCAPED = {ord(each): f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"}
 
 
-def chart_json(runs: list[RunContents], summaries: list[RunSummary]) -> str:
+def chart_json(runs: list[RunContents], summaries: list[RunNumbers]) -> str:
     """Return the data of all charts as JSON, safe inside an HTML element.
 
     It is ``{"runs": [...]}``; each has name, training and validation (axes and curves of numbers,
@@ -32,7 +32,7 @@ def chart_json(runs: list[RunContents], summaries: list[RunSummary]) -> str:
     return text.translate(_ESCAPED)
 
 
-def facts(run: RunContents, numbers: RunSummary) -> list[tuple[str, str]]:
+def facts(run: RunContents, numbers: RunNumbers) -> list[tuple[str, str]]:
     """Return the (name, value) pairs that begin a report."""
     total = "" if numbers.total_steps is None else f" of {numbers.total_steps:,}"
     best = numbers.best_val_loss
@@ -50,6 +50,7 @@ def facts(run: RunContents, numbers: RunSummary) -> list[tuple[str, str]]:
         ("tokens/s (median)", _count(numbers.tokens_per_second)),
         ("MFU (median)", "" if numbers.mfu is None else f"{numbers.mfu:.1%}"),
         ("peak memory", "" if numbers.memory_bytes is None else format_size(numbers.memory_bytes)),
+        ("last step logged", "" if numbers.time is None else _date(numbers.time)),
         ("losses that were no number", f"{numbers.nonfinite:,}" if numbers.nonfinite else ""),
     ]
     return [(name, value) for name, value in pairs if value]
@@ -76,7 +77,7 @@ def settings(run: RunContents) -> list[tuple[str, list[tuple[str, str, str]]]]:
     return list(sections.items())
 
 
-def differences(runs: list[RunContents]) -> Rows:
+def recipe_differences(runs: list[RunContents]) -> Rows:
     """Return the settings that differ between runs."""
     tables = [None if run.recipe is None else leaves(to_tables(run.recipe)) for run in runs]
     names = dict.fromkeys(name for table in tables if table for name in table)
@@ -144,7 +145,7 @@ def _dataset(run: RunContents) -> dict[str, str]:
     return rows
 
 
-def _chart_data(run: RunContents, numbers: RunSummary) -> dict[str, Any]:
+def _chart_data(run: RunContents, numbers: RunNumbers) -> dict[str, Any]:
     clip = numbers.clip
     return {
         "name": printable(run.name),
@@ -223,4 +224,7 @@ def _decimal(value: float | None) -> str:
 
 
 def _date(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):  # of a file that someone edited
+        return ""

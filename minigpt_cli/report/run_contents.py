@@ -95,7 +95,7 @@ class RunContents:
     problems: list[str] = field(default_factory=list)
 
 
-def find_runs(paths: list[Path]) -> dict[str, Path]:
+def runs_by_name(paths: list[Path]) -> dict[str, Path]:
     """Return the run directories that a user names, by names that differ.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from minigpt_cli.recipe import dump_recipe, parse_recipe
 from minigpt_cli.report.page import render_page
-from minigpt_cli.report.run_contents import find_runs, read_run
+from minigpt_cli.report.run_contents import read_run, runs_by_name
 from tests.helpers.recipes import TINY
 
 
@@ -58,7 +58,7 @@ def write_lines(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def page_of(*runs: Path) -> str:
-    return render_page([read_run(path, name) for name, path in find_runs([*runs]).items()])
+    return render_page([read_run(path, name) for name, path in runs_by_name([*runs]).items()])
 
 
 def data_of(page: str) -> list[dict[str, Any]]:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from minigpt_cli.report.run_contents import RunContents, find_runs, read_run
+from minigpt_cli.report.run_contents import RunContents, read_run, runs_by_name
 from tests.helpers.report_runs import write_run
 
 pytest.importorskip("matplotlib")
 
 
 def contents(*runs: Path) -> list[RunContents]:
-    return [read_run(path, name) for name, path in find_runs([*runs]).items()]
+    return [read_run(path, name) for name, path in runs_by_name([*runs]).items()]
 
 
 def test_png(tmp_path: Path):

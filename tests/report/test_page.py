@@ -4,15 +4,17 @@ import html
 import os
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from minigpt_cli.report.curves import AXES, TRAINED
+from minigpt_cli.report.numbers import numbers_of
 from minigpt_cli.report.page import ASSETS, MARKER, MARKER_WITHIN
 from minigpt_cli.report.run_contents import read_run
-from minigpt_cli.report.summary import summarize
 from tests.helpers.processes import ROOT
 from tests.helpers.report_runs import data_of, page_of, write_lines, write_run
 
@@ -35,7 +37,8 @@ def test_everything_is_there(tmp_path: Path):
         "44 rollback rolled back to step 40; the data in between is skipped",
         "train-00000.npy, offset 96: a b c",
         "Prompt To be step 100 To be or not 100", "step 10 To be or not 10",
-        "[optimizer] lr 0.003 command line name adamw default", "warmup_steps 3 recipe", "torch 2.13.0",
+        "[optimizer] lr 0.003 command line name adamw default", "warmup_steps 3 recipe",
+        "torch 2.13.0",
         "path data/tiny state not here: there is no such dataset in ",
     ):  # fmt: skip
         assert said in text, said
@@ -55,7 +58,7 @@ def test_everything_is_there(tmp_path: Path):
 def test_advice_for_clip_norm(tmp_path: Path):
     """Norms of 0.5 to 1.4 in turn, with numpy as the oracle."""
     run = write_run(tmp_path / "one", settings=("schedule.warmup_steps=0", "optimizer.clip_norm=1"))
-    clip = summarize(read_run(run, "one")).clip
+    clip = numbers_of(read_run(run, "one")).clip
     norms = [0.5 + (step % 10) / 10 for step in range(1, 101)]
     assert clip is not None
     assert [clip.p90, clip.p95] == pytest.approx(np.percentile(norms, [90, 95]))
@@ -109,6 +112,19 @@ def test_losses_that_are_no_number(tmp_path: Path):
     page = page_of(run)
     assert data_of(page)[0]["training"]["curves"]["loss"]["mean"] == losses
     assert "losses that were no number 1" in text_of(page)
+
+
+def test_numbers_beyond_reason(tmp_path: Path):
+    run = write_run(tmp_path / "one")
+    keys = ("time", *AXES[1:], *TRAINED)
+    rows = [{"step": (1 << 53) - 1 - n} | dict.fromkeys(keys, value)
+            for n, value in enumerate((1e308, -1e308, 1e99, -1e99, 0))]  # fmt: skip
+    rows += [{"step": n} | dict.fromkeys(("val_loss", "tokens"), 1e308) for n in range(3)]
+    write_lines(run / "metrics.jsonl", rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (data,) = data_of(page_of(run))
+    assert data["training"]["curves"]["loss"]["mean"] == [0, -1e99, 1e99, None, None]
 
 
 def test_size(tmp_path: Path):

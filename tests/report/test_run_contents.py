@@ -11,7 +11,7 @@ import pytest
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.report.incident_list import MAX_INCIDENTS, list_incidents
-from minigpt_cli.report.run_contents import find_runs, read_run
+from minigpt_cli.report.run_contents import read_run, runs_by_name
 from minigpt_cli.report.sample_list import MAX_COMPLETIONS, list_samples
 from tests.helpers.processes import ROOT
 from tests.helpers.report_runs import write_lines, write_run
@@ -23,17 +23,17 @@ def test_names_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for name in ("runs/a", "runs/b", "other/a"):
         write_run(Path(name))
-    assert find_runs([Path("runs/a"), Path("runs/b")]) == {
+    assert runs_by_name([Path("runs/a"), Path("runs/b")]) == {
         "a": Path("runs/a"), "b": Path("runs/b"),
     }  # fmt: skip
     # Named twice, or by what is in it, a run is one run.
     Path("runs/a/checkpoints/step-00000004").mkdir(parents=True)
     again = [Path("runs/a"), tmp_path / "runs/a", Path("runs/a/checkpoints/step-00000004")]
-    assert find_runs(again) == {"a": Path("runs/a")}
-    found = find_runs([Path("runs/a"), Path("other/a"), Path("runs/b")])
+    assert runs_by_name(again) == {"a": Path("runs/a")}
+    found = runs_by_name([Path("runs/a"), Path("other/a"), Path("runs/b")])
     assert [*found] == ["runs/a", "other/a", "runs/b"]
     monkeypatch.chdir("runs/a")
-    assert [*find_runs([Path(".")])] == ["a"]
+    assert [*runs_by_name([Path(".")])] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_what_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: s
     Path("file").touch()
     Path("empty").mkdir()
     with pytest.raises(UserError) as error:
-        find_runs([Path(name)])
+        runs_by_name([Path(name)])
     assert str(error.value) == said
 
 

@@ -190,13 +190,13 @@
         drawLine(plot, [[at, bbox.top], [at, bottom]], kinds[mark.kind], mark.kind === "rollback" ? [] : [4, 3]);
       }
     }
-    for (const { value, text, stroke } of limitsOf(chart)) {
+    for (const { value, text, stroke, left, below } of limitsOf(chart)) {
       const y = plot.valToPos(value, "y", true);
       drawLine(plot, [[bbox.left, y], [right, y]], stroke, [6, 4]);
       ctx.fillStyle = stroke;
       ctx.font = `${11 * scale}px system-ui, sans-serif`;
-      ctx.textAlign = "right";
-      ctx.fillText(text, right - 4 * scale, y - 3 * scale);
+      ctx.textAlign = left ? "left" : "right";
+      ctx.fillText(text, left ? bbox.left + 4 * scale : right - 4 * scale, y + (below ? 12 : -3) * scale);
     }
     ctx.restore();
   }
@@ -206,13 +206,15 @@
     if (!chart.limits) return [];
     const shown = runs.filter((run) => run.shown);
     const found = shown.filter((run) => run.clip_norm).map((run) => ({
-      value: run.clip_norm, text: `clip_norm ${run.clip_norm}`,
+      value: run.clip_norm, text: `clip_norm ${run.clip_norm}`, left: true,
       stroke: shown.length > 1 ? runColor(run) : color("bad"),
     }));
     if (shown.length === 1) {
       for (const key of ["p90", "p95"]) {
         if (shown[0][key]) {
-          found.push({ value: shown[0][key], text: `${key.slice(1)}% ${short(shown[0][key])}`, stroke: color("muted") });
+          found.push({
+            value: shown[0][key], text: `${key.slice(1)}% ${short(shown[0][key])}`, stroke: color("muted"), below: key === "p90",
+          });
         }
       }
     }

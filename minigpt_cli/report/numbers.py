@@ -46,7 +46,7 @@ class ClipAdvice:
 
 
 @dataclass(frozen=True)
-class RunSummary:
+class RunNumbers:
     """The numbers of a run. None: not recorded.
 
     Attributes:
@@ -57,6 +57,7 @@ class RunSummary:
         best_val_loss, best_step: the lowest, and its step.
         tokens_per_second, mfu: the median over logged steps.
         memory_bytes: the peak.
+        time: when the last step was logged, in s since 1970.
         nonfinite: logged losses that were no number.
         parameters: of the weights in the last checkpoint; of an adapter, its own.
         clip: None without gradient norms.
@@ -75,19 +76,20 @@ class RunSummary:
     tokens_per_second: float | None
     mfu: float | None
     memory_bytes: int | None
+    time: float | None
     nonfinite: int
     parameters: int | None
     clip: ClipAdvice | None
 
 
-def summarize(run: RunContents) -> RunSummary:
+def numbers_of(run: RunContents) -> RunNumbers:
     """Compute the numbers of a run."""
     training, validation = run.metrics.training, run.metrics.validation
     step, tokens, memory = (_last(training[key]) for key in ("step", "tokens", "memory_bytes"))
     val_losses = validation["val_loss"]
     best = int(np.nanargmin(val_losses)) if _known(val_losses).size else None
     losses = _known(training["loss"][-_LAST:])
-    return RunSummary(
+    return RunNumbers(
         step=None if step is None else int(step),
         total_steps=None if run.recipe is None else run.recipe.total_steps,
         tokens=None if tokens is None else int(tokens),
@@ -101,6 +103,7 @@ def summarize(run: RunContents) -> RunSummary:
         tokens_per_second=_median(training["tokens_per_second"]),
         mfu=_median(training["mfu"]),
         memory_bytes=None if memory is None else int(np.nanmax(training["memory_bytes"])),
+        time=_last(training["time"]),
         nonfinite=int(np.isnan(training["loss"]).sum()),
         parameters=_parameters(run),
         clip=_clip_advice(run),
