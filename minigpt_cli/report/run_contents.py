@@ -195,10 +195,12 @@ def _checkpoints(run: Path) -> list[SavedStep]:
         try:
             saved = path.stat().st_mtime
             manifest = read_checkpoint_manifest(path)
-        except Damaged as error:
-            problem = str(error)
-        except OSError:  # pruned meanwhile
+        except OSError:
             continue
+        except Damaged as error:
+            if not path.exists():  # pruned meanwhile
+                continue
+            problem = str(error)
         found.append(SavedStep(step, path.name, manifest, problem, saved))
     return sorted(found, key=lambda each: each.step)
 

@@ -248,3 +248,18 @@ def test_hostile_content_is_text(browser: "Chrome", tmp_path: Path):
     assert "\x1b" not in text
     assert complaints(browser) == []
     assert requested(browser) == {page.as_uri()}
+
+
+def test_hostile_names_are_text(browser: "Chrome", tmp_path: Path):
+    """Two runs with one name are told apart by their paths, which have slashes."""
+    name = "run<!--<script>"
+    one = write_run(tmp_path / "x<" / "script><img src=x onerror='window.hacked=1'>" / name)
+    page = tmp_path / "evil.html"
+    page.write_text(page_of(one, write_run(tmp_path / name)))
+    show(browser, page)
+    assert complaints(browser) == []
+    assert run(browser, "return [window.hacked, document.images.length]") == [None, 0]
+    names = run(
+        browser, "return [...document.querySelectorAll('#shown label')].map(e => e.innerText)"
+    )
+    assert names == [str(one), str(tmp_path / name)]

@@ -323,6 +323,8 @@
       },
     }, data, box);
     plot.setScale("x", { min, max });
+    plot.ctx.canvas.setAttribute("aria-label", chart.title);
+    plot.ctx.canvas.setAttribute("role", "img");
     listenToTouch(plot.over);
     return plot;
   }
