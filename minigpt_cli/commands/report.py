@@ -66,7 +66,7 @@ def report_command(
     contents = [read_run(path, name) for name, path in found.items()]
     for run in contents:
         for problem in run.problems:
-            log(f"{run.name}: left out: {problem}")
+            log(f"left out: {problem}")
     page = render_page(contents).encode()
     image = b"" if png is None else render_png(contents)
     for file, content in ((out, page), (png, image)):

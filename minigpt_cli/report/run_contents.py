@@ -135,7 +135,7 @@ def read_run(path: Path, name: str) -> RunContents:
     if os.path.lexists(path / RECIPE):
         recipe = part(lambda: load_recipe(path / RECIPE, name=path.name), None)
     else:
-        problems.append(f"{path}: holds no {RECIPE}")
+        problems.append(f"{path / RECIPE}: is missing")
     incidents, unread = list_incidents(path)
     problems += unread
     status = read_status(path)

@@ -87,4 +87,4 @@ def test_what_is_left_out_is_told(work: Path):
     (work / "runs/one/environment.json").write_text("{")
     done = minigpt("report", "runs/one", cwd=work)
     assert done.returncode == 0
-    assert "one: left out: runs/one/environment.json: can't be read" in done.stderr
+    assert "left out: runs/one/environment.json: can't be read" in done.stderr

@@ -80,7 +80,7 @@ def test_a_copy_without_the_rest(tmp_path: Path):
     for name in ("environment.json", "status.json", "recipe.toml"):
         (tmp_path / "copy" / name).unlink()
     run = read_run(tmp_path / "copy", "copy")
-    assert run.problems == [f"{tmp_path}/copy: holds no recipe.toml"]
+    assert run.problems == [f"{tmp_path}/copy/recipe.toml: is missing"]
     assert (run.state, run.dataset, run.checkpoints, run.environment) == ("unknown", None, [], {})
     assert len(run.metrics.training["step"]) == 10
 
