@@ -150,7 +150,7 @@ def _blocks(stream: BinaryIO) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows of some megabytes at a time. Longer lines than ours are left out."""
     for block in _lines(stream):
         lines = [line for line in block if len(line) <= _MAX_LINE and line.strip()]
-        try:  # all at once is four times as fast
+        try:  # all at once takes 0.6 of the time
             rows = json.loads(b"[" + b",".join(lines) + b"]")
         except (ValueError, RecursionError):
             rows = [_row(line) for line in lines]
