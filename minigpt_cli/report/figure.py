@@ -22,9 +22,9 @@ PNG_MARKER_WITHIN = 4096  # bytes from the file's beginning
 _COLORS = ("#0072b2", "#cb6476", "#9b8e26", "#8e13fb", "#411102", "#190c40")  # as in report.css
 _DASHES = ("-", "--", ":", "-.")
 _PANELS = (
-    ("loss", "loss (points: validation)"),
+    ("loss", "loss (points: validation; red: incidents)"),
     ("lr", "learning rate"),
-    ("grad_norm", "gradient norm"),
+    ("grad_norm", "gradient norm (dashed: clip_norm)"),
     ("tokens_per_second", "tokens per second"),
 )
 
