@@ -38,6 +38,7 @@ SURFACE = {
     "verify": COMMON | {"PATH", "--json"},
     "doctor": COMMON | {"--json"},
     "recipes": COMMON | {"NAME", "--json"},
+    "report": COMMON | {"RUN", "--out", "-o", "--png", "--json"},
 }  # fmt: skip
 TYPES = re.compile(r"<\w+>|INTEGER|\bFLOAT\b|list\[")
 
