@@ -47,7 +47,8 @@ def train_recipe(
 
 def train_new_run(recipe: "Recipe", recipe_file: Path, directory: Path, as_json: bool) -> None:
     """Start a run in ``directory`` and train it to its end."""
-    from minigpt_cli.train.start import check_recipe_is_elsewhere, start_run
+    from minigpt_cli.train.start import start_run
+    from minigpt_cli.train.start_checks import check_recipe_is_elsewhere
 
     check_recipe_is_elsewhere(recipe_file, directory)
     fit_and_report(*start_run(recipe, directory), as_json)
