@@ -15,7 +15,7 @@ from minigpt_cli.train.guard import MAX_OVERFLOWS_IN_A_ROW, new_guard
 from minigpt_cli.train.guard_report import divergence, read_guard
 from minigpt_cli.train.muon import Muon
 from minigpt_cli.train.step import dropout_seed, train_step
-from tests.helpers.steps import CPU, VOCAB, batch, everything, tiny_context
+from tests.helpers.steps import CPU, batch, everything, tiny_context
 
 
 def adamw_by_hand(before: Tensor, grad: Tensor, lr: float, decay: float) -> Tensor:
