@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
-from minigpt_cli.core.console import warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import os_reason
 from minigpt_cli.core.run_dir import (
@@ -131,14 +130,16 @@ def check_writable(directory: Path, world: World) -> None:
     Every rank calls it. Each machine's first rank tries.
 
     Raises:
-        UserError: a directory in it can't be written to; saves would fail hours later.
+        UserError: a directory in it can't be written to, or a machine has another one of this name;
+            saves would fail hours later.
     """
-    if world.rank % world.local_size == 0:
+    is_first = world.rank % world.local_size == 0
+    if is_first and (world.rank == 0 or _sees(directory)):
         for folder in (directory, *(directory / name for name in (CHECKPOINTS, INCIDENTS))):
             if folder == directory or folder.exists():
                 _try_to_write(folder)
     if world.size > world.local_size:
-        _warn_unless_shared(directory, world)
+        _check_shared(directory, world)
 
 
 def _try_to_write(folder: Path) -> None:
@@ -153,8 +154,8 @@ def _try_to_write(folder: Path) -> None:
         ) from None
 
 
-def _warn_unless_shared(directory: Path, world: World) -> None:
-    """Warn if another machine has another directory of this name: no checkpoint would be whole."""
+def _check_shared(directory: Path, world: World) -> None:
+    """Refuse another directory of this name on another machine: no checkpoint would be whole."""
     with ExitStack() as until_seen:
 
         def create() -> str:
@@ -164,12 +165,11 @@ def _warn_unless_shared(directory: Path, world: World) -> None:
             return Path(probe.name).name
 
         name = world.run_on_rank0(create, str)
-        sees_it = _sees(directory / name)
-        blind = [r for r, seen in enumerate(world.all_gather_json(sees_it, bool)) if not seen]
-    if blind:
-        warn(
-            f"rank {blind[0]} doesn't see the files that rank 0 writes to {directory}: no "
-            "checkpoint could be saved. Put --out on a file system that all machines share"
+        is_seen = world.all_gather_json(_sees(directory / name), bool)
+    if not all(is_seen):
+        raise UserError(
+            f"rank {is_seen.index(False)} doesn't see what rank 0 writes to {directory}, and no "
+            "checkpoint could be saved: put --out on a file system that all machines share"
         )
 
 
@@ -180,5 +180,5 @@ def _sees(file: Path) -> bool:
             os.listdir(file.parent)  # asks the server, where a stat may be answered from a cache
             if file.exists():
                 return True
-        time.sleep(0.2)
+        time.sleep(0.5)
     return False
