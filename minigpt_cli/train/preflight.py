@@ -262,7 +262,7 @@ def report_preflight(memory: MemoryCheck, loss: LossCheck | None, has_base: bool
     if loss is not None:
         if loss.warning is not None:
             warn(loss.warning)
-        source = "the base's own" if has_base else "of a guess"
+        source = "the base's own" if has_base else "ln of the vocabulary"
         known = "not computed" if loss.expected is None else f"{loss.expected:.3f}"
         parts.append(f"loss {loss.loss:.3f} ({source}: {known})")
     free = "" if memory.free is None else f" of {format_size(memory.free)} that are free"
