@@ -13,7 +13,7 @@ from minigpt_cli.data.loader import Gathered
 from minigpt_cli.distributed.device import free_memory
 from minigpt_cli.huggingface.base_model import BaseModel
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.cost import parameter_shapes
+from minigpt_cli.model.cost import count_elements, parameter_shapes
 from minigpt_cli.model.gpt import GPT, meta_model
 
 
@@ -77,6 +77,7 @@ def _take_layers_in_turn(model: GPT, block: nn.Module, base: BaseModel) -> None:
 
 def _bytes_needed(config: ModelConfig, batch: Gathered) -> int:
     """Return an upper bound: one block, what is outside the blocks, and a pass through them."""
-    weights = sum(torch.Size(shape).numel() for part in parameter_shapes(config) for shape in part)
+    shapes = parameter_shapes(config)
+    weights = count_elements(shapes.block) + count_elements(shapes.outside)
     widths = 8 * config.hidden_size + 4 * config.intermediate_size
     return 4 * (weights + batch[0].size * widths) + 2**28

@@ -17,11 +17,9 @@ from minigpt_cli.core.memory import available_memory, format_size
 from minigpt_cli.data.loader import Sequences
 from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.sequences import TrainingData
-from minigpt_cli.distributed.parallel import to_local
-from minigpt_cli.distributed.world import World
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
 from minigpt_cli.huggingface.base_model import BaseModel
-from minigpt_cli.model.cost import Memory, Workload, device_memory_needed
+from minigpt_cli.model.device_memory import device_memory_needed, workload_of
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.base_loss import base_loss
 from minigpt_cli.train.step import StepContext
@@ -35,7 +33,8 @@ class MemoryCheck:
     """What a rank needs at its peak, and what is free; of the rank with the least to spare.
 
     Attributes:
-        needed: bytes on its device, by arithmetic.
+        needed: bytes of tensors, by arithmetic; on a CPU with the copy of a checkpoint that is
+            being saved.
         free: bytes; None if the system doesn't say.
         warning: None if it fits.
     """
@@ -60,26 +59,31 @@ class LossCheck:
     warning: str | None = None
 
 
-def check_memory(recipe: Recipe, context: StepContext, free: int | None) -> MemoryCheck:
+def check_memory(
+    recipe: Recipe, context: StepContext, free: int | None, packed: bool = False
+) -> MemoryCheck:
     """Compare the memory that training needs with what is free, and warn; every rank calls it.
 
     Args:
         recipe: the recipe.
         context: just built: on a CPU nothing has used its memory yet.
         free: of ``free_memory``, before the context was built.
+        packed: whether sequences hold several examples.
 
     Returns:
         The result for the rank with the least to spare, the same on every rank.
     """
-    found = _compare_memory(recipe, context, free)
+    found = _compare_memory(recipe, context, free, packed)
     if found.warning is not None:
         warn(found.warning)
     return found
 
 
-def _compare_memory(recipe: Recipe, context: StepContext, free: int | None) -> MemoryCheck:
+def _compare_memory(
+    recipe: Recipe, context: StepContext, free: int | None, packed: bool
+) -> MemoryCheck:
     world = context.parallel_dims.world
-    needed, copy = predicted_memory(recipe, context), saved_copy_bytes(recipe, context)
+    needed, copy = predicted_memory(recipe, context, packed), saved_copy_bytes(recipe, context)
     on_cpu = world.device.type == "cpu"
     if on_cpu:
         needed += copy
@@ -91,7 +95,9 @@ def _compare_memory(recipe: Recipe, context: StepContext, free: int | None) -> M
     needed, free = found[rank]
     assert free is not None
     if needed > free:
-        return MemoryCheck(needed, free, _memory_warning(needed, free, rank, world, copy))
+        return MemoryCheck(
+            needed, free, _memory_warning(recipe, context, (needed, free, copy), rank)
+        )
     host, copies = available_memory(), copy * world.local_size
     if any(world.all_reduce_max(not on_cpu and host is not None and host < copies)):
         warning = (
@@ -102,39 +108,25 @@ def _compare_memory(recipe: Recipe, context: StepContext, free: int | None) -> M
     return MemoryCheck(needed, free)
 
 
-def predicted_memory(recipe: Recipe, context: StepContext) -> int:
-    """Return the bytes that this rank's device needs at the peak of a step, by arithmetic."""
-    dims, config = context.parallel_dims, context.model.config
-    per_rank = recipe.train.global_batch_size // dims.world.size
-    workload = Workload(
-        strategy=dims.strategy,  # type: ignore[arg-type]
-        world_size=dims.world.size,
-        micro_batch_size=context.micro_batch_size,
-        sequence_length=recipe.train.sequence_length,
-        accumulation=max(1, per_rank // context.micro_batch_size),
-        shard_size=dims.mesh["shard"].size() if dims.strategy == "hsdp" and dims.mesh else None,
-        optimizer=recipe.optimizer.name,
-        compute_bytes=context.dtype.itemsize,
-        activation_checkpointing=recipe.train.activation_checkpointing,
-    )
-    memory = device_memory_needed(config, workload)
-    return memory.peak if recipe.lora is None else _with_frozen_weights(memory, context)
+def predicted_memory(recipe: Recipe, context: StepContext, packed: bool = False) -> int:
+    """Return the bytes of this rank's tensors at the peak of a step, by arithmetic.
 
-
-def _with_frozen_weights(memory: Memory, context: StepContext) -> int:
-    """Return the peak where only adapters have gradients and optimizer state.
-
-    Frozen matrices are kept in the dtype of products, so that autocast makes no copies.
+    Args:
+        recipe: the recipe.
+        context: model, strategy and dtype.
+        packed: whether sequences hold several examples.
     """
-    parameters = list(context.model.parameters())
-    trained = [p for p in parameters if p.requires_grad]
-    weights, adapters = (
-        sum(t.numel() * t.element_size() for t in to_local([p.detach() for p in each]))
-        for each in (parameters, trained)
+    dims = context.parallel_dims
+    workload = workload_of(
+        recipe,
+        dims.world.size,
+        dims.world.device.type,
+        dims.strategy,  # type: ignore[arg-type]
+        shard_size=dims.mesh["shard"].size() if dims.strategy == "hsdp" and dims.mesh else None,
+        compute_bytes=context.dtype.itemsize,
+        packed=packed,
     )
-    gathered = memory.gathered if context.parallel_dims.mesh is not None else 0
-    passing = memory.activations + max(memory.loss, memory.backward)
-    return weights + 3 * adapters + gathered + passing
+    return device_memory_needed(context.model.config, workload).peak
 
 
 def saved_copy_bytes(recipe: Recipe, context: StepContext) -> int:
@@ -149,21 +141,26 @@ def checkpoint_bytes(context: StepContext) -> int:
     return bytes_of(tensors_of(context.model, context.optimizers))
 
 
-def _memory_warning(needed: int, free: int, rank: int, world: World, copy: int) -> str:
+def _memory_warning(
+    recipe: Recipe, context: StepContext, sizes: tuple[int, int, int], rank: int
+) -> str:
+    """Name what is missing and the settings that need less; ``sizes``: needed, free, the copy."""
+    world, (needed, free, copy) = context.parallel_dims.world, sizes
     on_gpu = world.device.type == "cuda"
+    ways = {
+        "a smaller train.micro_batch_size": context.micro_batch_size > 1,
+        "train.activation_checkpointing=true": not recipe.train.activation_checkpointing,
+        "precision.dtype=bf16": context.dtype.itemsize > 2,
+        "checkpoint.asynchronous=false": not on_gpu and copy > needed // 10,
+        "distributed.strategy=fsdp": context.parallel_dims.strategy == "ddp",
+        "a smaller model": True,
+    }
     who = f"rank {rank} needs" if world.size > 1 else "training needs"
-    shared = world.local_size > 1 and not on_gpu
-    ways = ["a smaller train.micro_batch_size", "train.activation_checkpointing=true"]
-    if on_gpu:
-        ways.append("precision.dtype=bf16")
-    elif copy > needed // 10:
-        ways.append("checkpoint.asynchronous=false")
-    if world.size > 1:
-        ways.append("distributed.strategy=fsdp")
+    share = " for each rank" if world.local_size > 1 and not on_gpu else ""
     return (
-        f"{who} about {format_size(needed)} of {'the GPU' if on_gpu else 'memory'}, and "
-        f"{format_size(free)} are free{' for each rank' if shared else ''}: it may end out of "
-        f"memory. Look at {', '.join(ways)}, or take a smaller model"
+        f"{who} about {format_size(needed)} of {'GPU memory' if on_gpu else 'memory'}, and "
+        f"{format_size(free)} are free{share}: it may end out of memory. What needs less: "
+        f"{', '.join(way for way, helps in ways.items() if helps)}"
     )
 
 

@@ -113,7 +113,8 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         data = open_verified_data(recipe, world)
         free = free_memory(world.device, world.local_size)
         run = build_run(recipe, data, directory, world, resources, auxiliary_files)
-        memory = check_memory(recipe, run.context, free)  # before the weights take theirs
+        # Before the weights take theirs
+        memory = check_memory(recipe, run.context, free, _is_packed(run))
         record.state = state = RunState(dataset=data.fingerprints)
         fill_first_weights(recipe, base, data, run.context.model)
         if recipe.lora is not None:
@@ -176,7 +177,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         auxiliary_files = auxiliary_files_of_checkpoint(checkpoint)
         free = free_memory(world.device, world.local_size)
         run = build_run(recipe, data, directory, world, resources, auxiliary_files)
-        memory = check_memory(recipe, run.context, free)
+        memory = check_memory(recipe, run.context, free, _is_packed(run))
         if base is not None:
             load_recipe_base(recipe, base, run.context.model)
             data.fingerprints["base"] = base_fingerprint
@@ -231,9 +232,12 @@ def _set_aside_later(directory: Path, step: int) -> None:
             log(f"{path.name} is later than step {step}, where the run goes on: now {aside.name}")
 
 
+def _is_packed(run: Run) -> bool:
+    return isinstance(run.batches.sequences, PackedSequences)
+
+
 def _warm_up(run: Run) -> None:
-    packed = isinstance(run.batches.sequences, PackedSequences)
-    warm_up(run.context, run.recipe.train.sequence_length, packed)
+    warm_up(run.context, run.recipe.train.sequence_length, _is_packed(run))
 
 
 def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:

@@ -145,9 +145,9 @@ def _build(
     free = free_memory(world.device, world.local_size)
     context = build_context(recipe, data.vocab_size, world)
     log(run_summary(recipe, context, None if is_sample else data.train.num_sequences))
-    memory = check_memory(recipe, context, free)
-    fill_first_weights(recipe, base, data, context.model)
     packed = isinstance(data.train, PackedSequences)
+    memory = check_memory(recipe, context, free, packed)
+    fill_first_weights(recipe, base, data, context.model)
     small = replace(context, micro_batch_size=1) if dry else context
     warm_up(small, recipe.train.sequence_length, packed)
     loss = check_loss(recipe, context, data, base)
