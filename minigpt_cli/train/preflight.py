@@ -5,6 +5,7 @@ that names the settings to look at, and training begins.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,8 +240,9 @@ def compare_with_base(loss: float, own: float | None, vocab_size: int, which: st
 def _model_loss(context: StepContext, sequences: Sequences, ids: NDArray[np.int64]) -> float:
     world = context.parallel_dims.world
     at_once = min(context.micro_batch_size, -(-len(ids) // world.size))
-    # Nothing is compiled for these passes only.
-    with torch.compiler.set_stance("force_eager"):
+    compiled = "forward" in vars(context.model.layers[0])  # see compile_blocks
+    # Nothing is compiled for these passes only. set_stance would import the compiler.
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         result = evaluate(
             context.model,
             sequence_batches(sequences, ids, at_once, world.rank, world.size),
