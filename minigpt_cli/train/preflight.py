@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
-from minigpt_cli.core.console import log, warn
+from minigpt_cli.core.console import counted, log, warn
 from minigpt_cli.core.memory import available_memory, format_size
 from minigpt_cli.data.loader import Sequences
 from minigpt_cli.data.order import sample_ids
@@ -191,7 +191,9 @@ def check_loss(
     own = world.run_on_rank0(
         lambda: base_loss(base, sequences.gather(ids), world.device), float | None
     )
-    return compare_with_base(loss, own, context.model.config.vocab_size, f"{len(ids)} {split}")
+    return compare_with_base(
+        loss, own, context.model.config.vocab_size, counted(len(ids), f"{split} sequence")
+    )
 
 
 def compare_with_guess(loss: float, vocab_size: int) -> LossCheck:
@@ -215,14 +217,14 @@ def compare_with_base(loss: float, own: float | None, vocab_size: int, which: st
         loss: nats per token, of the model as it is trained.
         own: the base's; None if it wasn't computed.
         vocab_size: a uniform guess has a loss of ln(vocab_size).
-        which: the sequences, for messages: "8 validation".
+        which: the sequences, for messages: "8 validation sequences".
     """
     guess, known = math.log(vocab_size), loss if own is None else own
     if own is not None and not abs(loss - own) <= max(TOLERANCE * own, 0.05):
         return LossCheck(
             loss,
             own,
-            f"the loss before any update is {loss:.3f} on {which} sequences, and the base's own "
+            f"the loss before any update is {loss:.3f} on {which}, and the base's own "
             f"is {own:.3f}, in float32 and without adapters: look at precision.dtype (fp16 "
             "overflows in many models that were trained in bf16)",
         )
@@ -230,7 +232,7 @@ def compare_with_base(loss: float, own: float | None, vocab_size: int, which: st
         return LossCheck(
             loss,
             own,
-            f"the base model's loss is {known:.3f} on {which} sequences; a guess has "
+            f"the base model's loss is {known:.3f} on {which}; a guess has "
             f"ln({vocab_size}) = {guess:.3f}. Look at the base (is it trained, and the right "
             "one?), at the text's language, and for chats at data.source.chat_template",
         )

@@ -90,7 +90,7 @@ def open_trial(recipe: Recipe, run: Path | None) -> Iterator[Trial]:
             run is not None and recipe.data.source is not None and not _is_there(recipe, world)
         )
         if is_sample:
-            folder = at_end.enter_context(tempfile.TemporaryDirectory(prefix="minigpt-"))
+            folder = at_end.enter_context(tempfile.TemporaryDirectory(prefix="minigpt-sample-"))
             recipe = _use_sample(recipe, Path(folder), files)
         else:
             template = model_template_of(recipe, files)
@@ -132,8 +132,8 @@ def _use_sample(recipe: Recipe, folder: Path, files: AuxiliaryFiles) -> Recipe:
     assert recipe.data.source is not None
     noun = "example" if recipe.data.source.format == "instructions" else "document"
     log(
-        f"{recipe.data_path} isn't there yet: this looks at the first {counted(count, noun)} of "
-        "its source only"
+        f"{recipe.data_path} isn't there yet: this looks only at the beginning of its source "
+        f"({counted(count, noun)})"
     )
     return sampled
 

@@ -72,7 +72,10 @@ def test_a_dataset_that_is_not_there(tmp_path: Path):
     assert part["text"].removesuffix("<|endoftext|>") in text
     assert found["dataset"] is None
     assert found["vocab_size"] == 4096  # as asked for; this text gives a smaller tokenizer
-    assert "data/tiny isn't there yet: this looks at the first 1 document of" in log.read_text()
+    assert (
+        "data/tiny isn't there yet: this looks only at the beginning of its source (1 document)"
+        in log.read_text()
+    )
     assert os.listdir(work) == []
     assert sorted(os.listdir(tmp_path)) == ["log", "output", "temporary", "text.txt"]
 

@@ -61,7 +61,7 @@ def test_a_new_model_guesses(loss: float, warns: bool):
     ],
 )
 def test_a_base_is_as_good_as_it_was(loss: float, own: float | None, part: str | None):
-    warning = compare_with_base(loss, own, 320, "8 validation").warning  # ln(320) = 5.768
+    warning = compare_with_base(loss, own, 320, "8 validation sequences").warning  # ln(320) = 5.768
     assert (warning is not None) == (part is not None)
     assert part is None or part in str(warning)
 
