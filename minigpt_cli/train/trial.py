@@ -16,6 +16,7 @@ from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles
 from minigpt_cli.huggingface.base_model import BaseModel
 from minigpt_cli.prepare.from_recipe import prepare_data
+from minigpt_cli.prepare.output import refuse_foreign_files
 from minigpt_cli.prepare.sample_source import prepare_sample
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.base_weights import (
@@ -103,6 +104,10 @@ def _check(recipe: Recipe, directory: Path) -> None:
     check_can_create(directory)
     check_start(recipe, directory)
     check_earlier_recipe(recipe, directory)
+    data = Path(recipe.data_path)
+    if recipe.data.source is not None and not is_dataset(data):
+        check_can_create(data)
+        refuse_foreign_files(data)
 
 
 def _is_there(recipe: Recipe, world: World) -> bool:

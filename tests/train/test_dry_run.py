@@ -129,6 +129,9 @@ def test_what_a_start_refuses(tmp_path: Path, recipe_file: Path):
     refused(2, "tiny.toml is not a directory", *again, recipe_file / "run")
     missing = ("--set", "data.source.kind=files", "--set", "data.source.path=nowhere")
     refused(2, "no such file", "pretrain", ROOT / "recipes/tiny.toml", "--dry-run", *missing)
+    used = ("--set", f"data.path={tmp_path / 'run'}")
+    refused(2, "which is not a file of a dataset", "pretrain", ROOT / "recipes/tiny.toml",
+            "--dry-run", *used)  # fmt: skip
     both = ("pretrain", recipe_file, "--dry-run", "--overfit-one-batch")
     refused(2, "give one of them", *both)
 
