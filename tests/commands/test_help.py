@@ -23,6 +23,9 @@ SURFACE = {
         "--val-fraction", "--shard-tokens", "--workers", "--json",
     },
     "pretrain": TRAINING | {"RECIPE", "--out", "-o"},
+    "plan": COMMON | {
+        "RECIPE", "--set", "--gpus", "--gpu-memory", "--gpu", "--measure", "--mfu", "--json",
+    },
     "resume": TRAINING | {"RUN", "--allow-change", "--or-start"},
     "finetune-lora": TRAINING | {"RECIPE", "--out", "-o"},
     "eval": COMMON | {
