@@ -107,19 +107,20 @@ def _model_advice(plan: Plan, model: PlannedModel, recipe: Recipe) -> Iterator[s
     if chosen is not None and chosen.fits is False:
         ways = []
         if plan.micro_batch_size > 1:
-            ways.append(f"train.micro_batch_size below {plan.micro_batch_size}")
+            ways.append(f"set train.micro_batch_size below {plan.micro_batch_size}")
         if not recipe.train.activation_checkpointing:
             ways.append(
-                "train.activation_checkpointing=true"
+                "set train.activation_checkpointing=true"
                 + ("" if chosen.fits_recomputing else " (not enough alone)")
             )
         if others := [each.strategy for each in model.strategies if each.fits]:
-            ways.insert(0, f"distributed.strategy={others[0]}")
+            ways.insert(0, f"set distributed.strategy={others[0]}")
         elif plan.devices.type == "cuda":
-            ways.append("more GPUs")
+            ways.append("take more GPUs (--gpus)")
+        ways.append("make the model smaller (model.hidden_size, model.num_hidden_layers)")
         yield (
             f"{chosen.strategy} doesn't fit: {format_size(chosen.needed)} of "
-            f"{format_size(plan.devices.memory or 0)}; set {', or '.join(ways or ['a smaller model'])}"
+            f"{format_size(plan.devices.memory or 0)}; {', or '.join(ways)}"
         )
     free = _free_disk(Path("runs"))
     if free is not None and free < model.disk_bytes:

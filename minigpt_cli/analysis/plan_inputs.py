@@ -102,11 +102,15 @@ def planned_data(recipe: Recipe) -> PlannedData:
         manifest = read_dataset_manifest(path)
         train, val = manifest.splits["train"].tokens, manifest.splits["val"].tokens
         packed = manifest.has_loss_mask
-        counts = [
-            -(-tokens // length) if packed else max(0, (tokens - 1) // length)
-            for tokens in (train, val)
-        ]
-        return PlannedData(manifest.vocab_size, str(path), train, val, *counts, is_packed=packed)
+        return PlannedData(
+            vocab_size=manifest.vocab_size,
+            vocab_source=str(path),
+            train_tokens=train,
+            val_tokens=val,
+            train_sequences=_sequences(train, length, packed),
+            val_sequences=_sequences(val, length, packed),
+            is_packed=packed,
+        )
     source, given = recipe.data.source, recipe.data.tokenizer
     packed = source is not None and source.format == "instructions"
     size, where = ASSUMED_VOCABULARY, "assumed"
@@ -117,3 +121,8 @@ def planned_data(recipe: Recipe) -> PlannedData:
     if recipe.model.vocab_size is not None and (where == "assumed" or recipe.base is not None):
         size, where = recipe.model.vocab_size, "model.vocab_size"
     return PlannedData(size, where, is_packed=packed)
+
+
+def _sequences(tokens: int, length: int, is_packed: bool) -> int:
+    """Return the sequences of a split; each needs one token more than it predicts."""
+    return -(-tokens // length) if is_packed else max(0, (tokens - 1) // length)
