@@ -216,6 +216,11 @@ def make_plan(recipe: Recipe, devices: PlannedDevices, mfu: float | None = None)
     )
 
 
+def shard_size_of(recipe: Recipe) -> int:
+    """Return the GPUs that share one copy of the model under hsdp."""
+    return recipe.distributed.shard_size or GPUS_PER_MACHINE
+
+
 def workload_on(recipe: Recipe, devices: PlannedDevices, strategy: Strategy) -> Workload:
     """Return the workload of a recipe on these devices."""
     return workload_of(
@@ -223,7 +228,7 @@ def workload_on(recipe: Recipe, devices: PlannedDevices, strategy: Strategy) -> 
         devices.count,
         devices.type,
         strategy,
-        shard_size=recipe.distributed.shard_size or GPUS_PER_MACHINE,
+        shard_size=shard_size_of(recipe),
         compute_bytes=devices.compute_bytes,
     )
 
@@ -283,10 +288,10 @@ def _strategies(
     chosen: str | None = "single"
     if devices.count > 1:
         names = ["ddp", "zero2", "fsdp"]
-        size = recipe.distributed.shard_size or GPUS_PER_MACHINE
-        if devices.count > size and devices.count % size == 0:
-            names.append("hsdp")
         chosen = recipe.distributed.strategy
+        size = shard_size_of(recipe)
+        if devices.count % size == 0 and (devices.count > size or chosen == "hsdp"):
+            names.append("hsdp")
         if chosen == "auto":
             memory = devices.memory
             chosen = None if memory is None else auto_strategy(state_bytes, memory)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from minigpt_cli.analysis.plan import Plan, PlannedModel
+from minigpt_cli.analysis.plan import Plan, PlannedModel, shard_size_of
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.memory import format_size
 from minigpt_cli.recipe import Recipe
@@ -33,6 +33,9 @@ def _batch_advice(plan: Plan, recipe: Recipe) -> Iterator[str]:
         micro_batch_size_of(recipe, plan.devices.count)
     except UserError as error:
         yield str(error)
+    count, size = plan.devices.count, shard_size_of(recipe)
+    if count > 1 and recipe.distributed.strategy == "hsdp" and count % size:
+        yield f"distributed.shard_size {size} does not divide the {count} GPUs"
     sequences = plan.data.train_sequences
     if sequences is not None and sequences < plan.global_batch_size:
         yield (

@@ -25,7 +25,8 @@ class PlannedData:
 
     Attributes:
         vocab_size: of the tokenizer.
-        vocab_source: where that number comes from; "assumed" if nothing says it.
+        vocab_source: where that number comes from: "the dataset", a setting, a tokenizer's path, or
+            "assumed".
         train_tokens, val_tokens: of the splits; None without a dataset.
         train_sequences, val_sequences: of the recipe's length; None without a dataset.
         is_packed: whether sequences hold several examples; their number is then an estimate.
@@ -104,7 +105,7 @@ def planned_data(recipe: Recipe) -> PlannedData:
         packed = manifest.has_loss_mask
         return PlannedData(
             vocab_size=manifest.vocab_size,
-            vocab_source=str(path),
+            vocab_source="the dataset",
             train_tokens=train,
             val_tokens=val,
             train_sequences=_sequences(train, length, packed),

@@ -5,6 +5,7 @@ from typing import Any
 
 from minigpt_cli.analysis.measure_steps import MeasuredSize, fastest
 from minigpt_cli.analysis.plan import USABLE, Plan, PlannedModel
+from minigpt_cli.core.console import counted
 from minigpt_cli.core.memory import format_size
 from minigpt_cli.core.text_table import text_table
 from minigpt_cli.recipe import Recipe
@@ -63,7 +64,7 @@ def schedule_picture(plan: Plan, width: int) -> str:
     top = max(rates)
     figure.ruler("y").ticks([0, top / 2, top], ["0", f"{top / 2:.2g}", f"{top:.2g}"])
     picture: str = figure.build().string(colorless=True)
-    return picture.rstrip("\n")
+    return "\n".join(line.rstrip() for line in picture.rstrip("\n").splitlines())
 
 
 def _schedule_table(plan: Plan) -> str:
@@ -75,24 +76,26 @@ def _schedule_table(plan: Plan) -> str:
 
 def _summary(plan: Plan, recipe: Recipe) -> str:
     data, devices = plan.data, plan.devices
-    where = devices.name or ("GPU" if devices.count == 1 else "GPUs")
+    where = devices.name or ""
+    if devices.type == "cuda":
+        where = f"{devices.count} x {where}" if where else counted(devices.count, "GPU")
     memory = "" if devices.memory is None else f", {format_size(devices.memory)}"
     kind = " free" if devices.type == "cpu" and devices.memory is not None else ""
     each = " each" if devices.count > 1 and devices.memory is not None else ""
-    count = f"{devices.count} x " if devices.type == "cuda" else ""
     epochs = "not known before the dataset is made"
     if plan.epochs is not None and data.train_sequences is not None:
         about = "about " if data.is_packed else ""
         epochs = f"{plan.epochs:.3g} over {about}{data.train_sequences:,} sequences"
-    vocabulary = f"{data.vocab_size:,} ({data.vocab_source})"
+    source = "GPT-2's, assumed" if data.vocab_source == "assumed" else data.vocab_source
+    vocabulary = f"{data.vocab_size:,} ({source})"
     lines = [
-        ("device", f"{count}{where}{memory}{kind}{each}, {devices.dtype}"),
+        ("device", f"{where}{memory}{kind}{each}, {devices.dtype}"),
         ("data", f"{recipe.data_path}" + ("" if data.train_tokens else " (not there yet)")),
         ("vocabulary", vocabulary),
         (
             "steps",
             f"{plan.steps:,} of {plan.global_batch_size:,} x {plan.sequence_length:,} tokens "
-            f"({plan.accumulation:,} micro-batches of {plan.micro_batch_size:,} per device)",
+            f"({_micro_batches(plan.accumulation)} of {plan.micro_batch_size:,} per device)",
         ),
         ("tokens", f"{plan.tokens:,}"),
         ("epochs", epochs),
@@ -180,7 +183,8 @@ def _time_text(plan: Plan, sizes: list[MeasuredSize]) -> str:
         text = f"Time\n  not known: {reason}"
     else:
         lines = [
-            ("duration", f"{format_duration(duration.seconds)}, {duration.source}"),
+            ("duration", format_duration(duration.seconds)),
+            ("from", duration.source),
             ("tokens/s", f"{duration.tokens_per_second:,.0f}"),
         ]
         if sizes:
@@ -231,3 +235,7 @@ def _wrapped(text: str, width: int) -> str:
         text, max(width, _LEAST_WIDTH), initial_indent="  - ", subsequent_indent="    ",
         break_on_hyphens=False, break_long_words=False,
     )  # fmt: skip
+
+
+def _micro_batches(count: int) -> str:
+    return f"{count:,} micro-batch{'es' if count > 1 else ''}"
