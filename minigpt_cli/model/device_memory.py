@@ -31,8 +31,8 @@ _FP32, _BOOL, _INT64 = 4, 1, 8  # bytes
 # (55 MB), and the code and buffers of kernels (50 MB).
 _PROCESS_BYTES = 105_000_000
 # glibc's heap: a freed tensor's place is too small for the next tensor of its size, because torch
-# asks for aligned memory. Measured on five models (benchmarks/LOG.md), of tensors that come and go.
-_HEAP_FACTOR = 1.4
+# asks for aligned memory. Measured on eight models (benchmarks/LOG.md), for what comes and goes.
+_HEAP_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
