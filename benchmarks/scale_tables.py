@@ -4,8 +4,8 @@
     python -m benchmarks.scale_tables --check 1B   # and one that compares it with torch; also 7B,
                                                    # and processes: minutes each, on 2 cores
 
-The arithmetic is that of model/device_memory.py and model/traffic.py; what it is compared with, that
-of tests/helpers/measure.py.
+The arithmetic is that of model/device_memory.py and model/traffic.py. tests/helpers/measure.py is
+what it is compared with.
 """
 
 import argparse

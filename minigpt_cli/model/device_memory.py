@@ -27,6 +27,13 @@ from minigpt_cli.recipe import AdapterSettings, Recipe
 Strategy = Literal["single", "ddp", "zero2", "fsdp", "hsdp"]
 _FP32, _BOOL, _INT64 = 4, 1, 8  # bytes
 
+# A process that trains on a CPU, above one that has imported torch: the other libraries' modules
+# (55 MB), and the code and buffers of kernels (50 MB).
+_PROCESS_BYTES = 105_000_000
+# glibc's heap: a freed tensor's place is too small for the next tensor of its size, because torch
+# asks for aligned memory. Measured on eight models (benchmarks/LOG.md), for what comes and goes.
+_HEAP_FACTOR = 1.5
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -175,6 +182,16 @@ def predicted_peak(
         compute_bytes=compute_bytes,
     )
     return device_memory_needed(config, workload)
+
+
+def process_peak(memory: Memory) -> int:
+    """Return the bytes of a process that trains on a CPU, above one that has imported torch.
+
+    Args:
+        memory: of its tensors.
+    """
+    lasting = memory.parameters + memory.optimizer
+    return _PROCESS_BYTES + lasting + round(_HEAP_FACTOR * (memory.peak - lasting))
 
 
 def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:

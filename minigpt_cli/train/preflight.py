@@ -20,7 +20,7 @@ from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.sequences import TrainingData
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
 from minigpt_cli.huggingface.base_model import BaseModel
-from minigpt_cli.model.device_memory import device_memory_needed, workload_of
+from minigpt_cli.model.device_memory import device_memory_needed, process_peak, workload_of
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.base_loss import base_loss
 from minigpt_cli.train.step import StepContext
@@ -34,8 +34,8 @@ class MemoryCheck:
     """What a rank needs at its peak, and what is free; of the rank with the least to spare.
 
     Attributes:
-        needed: bytes of tensors, by arithmetic; on a CPU with the copy of a checkpoint that is
-            being saved.
+        needed: bytes, by arithmetic: of tensors on a GPU; of the process on a CPU, with the copy
+            of a checkpoint that is being saved.
         free: bytes; None if the system doesn't say.
         warning: None if it fits.
     """
@@ -110,7 +110,9 @@ def _compare_memory(
 
 
 def predicted_memory(recipe: Recipe, context: StepContext, packed: bool = False) -> int:
-    """Return the bytes of this rank's tensors at the peak of a step, by arithmetic.
+    """Return the bytes that this rank needs at the peak of a step, by arithmetic.
+
+    On a GPU those of its tensors, on a CPU those of the process.
 
     Args:
         recipe: the recipe.
@@ -127,7 +129,8 @@ def predicted_memory(recipe: Recipe, context: StepContext, packed: bool = False)
         compute_bytes=context.dtype.itemsize,
         packed=packed,
     )
-    return device_memory_needed(context.model.config, workload).peak
+    memory = device_memory_needed(context.model.config, workload)
+    return process_peak(memory) if dims.world.device.type == "cpu" else memory.peak
 
 
 def saved_copy_bytes(recipe: Recipe, context: StepContext) -> int:

@@ -24,6 +24,9 @@ SURFACE = {
         "--val-fraction", "--shard-tokens", "--workers", "--json",
     },
     "pretrain": TRAINING | TRIALS | {"RECIPE", "--out", "-o"},
+    "plan": COMMON | {
+        "RECIPE", "--set", "--gpus", "--gpu-memory", "--gpu", "--measure", "--mfu", "--json",
+    },
     "resume": TRAINING | {"RUN", "--allow-change", "--or-start"},
     "finetune-lora": TRAINING | TRIALS | {"RECIPE", "--out", "-o"},
     "eval": COMMON | {

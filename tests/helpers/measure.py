@@ -36,11 +36,12 @@ from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.device_memory import Workload
 from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.model.traffic import Traffic
-from minigpt_cli.recipe import OptimizerSettings
+from minigpt_cli.recipe import OptimizerSettings, Recipe
 from minigpt_cli.train.guard import new_guard
 from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.step import StepContext, train_step
 from minigpt_cli.train.trainer import warm_up
+from tests.helpers.steps_of_recipe import take_steps
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 CPU = torch.device("cpu")
@@ -117,6 +118,15 @@ def allocated_by_a_rank(config: ModelConfig, workload: Workload) -> int:
         layout = _layout(workload)
         with record_function("the steps"):
             _train(_trainer(config, workload, layout), workload)
+    return _high_water(found, "the steps")
+
+
+def allocated_by_recipe(recipe: Recipe, vocab_size: int) -> int:
+    """The high-water mark of the CPU's allocator in two steps, with a CPU's own kernels."""
+    gc.collect()
+    world = World(rank=0, size=1, device=CPU)
+    with profile(profile_memory=True) as found, record_function("the steps"):
+        take_steps(recipe, vocab_size, world, parallel.copy_full_tensor)
     return _high_water(found, "the steps")
 
 

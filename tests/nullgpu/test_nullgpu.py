@@ -35,3 +35,11 @@ def test_saves_hold_what_was_in_memory(library: Path, tmp_path: Path):
     found = json.loads(run(library, "save.py", tmp_path, NULLGPU_DEVICES="2", NULLGPU_LATE="1"))
     assert len(found) == 4
     assert set(found.values()) == {0}, found
+
+
+def test_memory_is_as_predicted(library: Path):
+    """GPT-2 124M: plain, recomputing, in micro-batches; and a llama with Muon."""
+    found = json.loads(run(library, "peak_memory.py"))
+    assert len(found) == 5
+    for name, bytes_ in found.items():
+        assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name

@@ -141,7 +141,7 @@ def test_memory(make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]):
     assert check_memory(recipe, context, None).free is None
     fits = check_memory(recipe, context, 10**9)
     state = sum(t.numel() * t.element_size() for t in everything(context))
-    assert state < fits.needed < 10 * state
+    assert state + 1e8 < fits.needed < state + 1.2e8  # of the process
     assert capsys.readouterr().err == ""
     short = check_memory(recipe, context, fits.needed - 1)
     assert short.warning is not None
