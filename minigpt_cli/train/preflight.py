@@ -155,7 +155,7 @@ def _memory_warning(
         "a smaller train.micro_batch_size": context.micro_batch_size > 1,
         "train.activation_checkpointing=true": not recipe.train.activation_checkpointing,
         "precision.dtype=bf16": context.dtype.itemsize > 2,
-        "checkpoint.asynchronous=false": not on_gpu and copy > needed // 10,
+        "checkpoint.asynchronous=false": not on_gpu and 4 * copy > needed - free,
         "distributed.strategy=fsdp": context.parallel_dims.strategy == "ddp",
         "a smaller model": True,
     }
