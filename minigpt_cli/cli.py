@@ -17,6 +17,7 @@ from minigpt_cli.commands import (
     finetune_lora,
     plan,
     pretrain,
+    report,
     resume,
     sample,
     tokenize,
@@ -60,6 +61,7 @@ _add("eval", eval.eval_command, eval.EXAMPLE)
 _add("sample", sample.sample_command, sample.EXAMPLE)
 _add("export", export.export_command, export.EXAMPLE)
 _add("verify", verify.verify_command, verify.EXAMPLE)
+_add("report", report.report_command, report.EXAMPLE)
 
 
 def main() -> None:
