@@ -4,7 +4,8 @@
     python -m benchmarks.scale_tables --check 1B   # and one that compares it with torch; also 7B,
                                                    # and processes: minutes each, on 2 cores
 
-The arithmetic is model/cost.py's; what it is compared with, tests/helpers/measure.py's.
+The arithmetic is that of model/device_memory.py and model/traffic.py. tests/helpers/measure.py is
+what it is compared with.
 """
 
 import argparse
@@ -15,15 +16,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt_cli.model.config import ModelConfig, model_config
-from minigpt_cli.model.cost import (
+from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
+from minigpt_cli.model.device_memory import (
     Workload,
     device_memory_needed,
-    device_traffic,
-    flops_per_token,
     optimizer_elements,
-    parameter_count,
-    peak_flops,
 )
+from minigpt_cli.model.traffic import device_traffic
 
 DOC = Path(__file__).parent.parent / "docs" / "scale.md"
 LENGTH, GLOBAL_BATCH, NODE = 4096, 512, 8

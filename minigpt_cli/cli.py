@@ -16,6 +16,7 @@ from minigpt_cli.commands import (
     eval,
     export,
     finetune_lora,
+    plan,
     pretrain,
     recipes,
     report,
@@ -55,6 +56,7 @@ def _add(name: str, command: Any, example: str) -> None:
 
 _add("tokenize", tokenize.tokenize_command, tokenize.EXAMPLE)
 _add("pretrain", pretrain.pretrain_command, pretrain.EXAMPLE)
+_add("plan", plan.plan_command, plan.EXAMPLE)
 _add("resume", resume.resume_command, resume.EXAMPLE)
 _add("finetune-lora", finetune_lora.finetune_lora_command, finetune_lora.EXAMPLE)
 _add("eval", eval.eval_command, eval.EXAMPLE)

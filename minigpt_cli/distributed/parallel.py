@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,21 @@ class ParallelDims:
         return squares.sqrt()
 
 
+def training_state_bytes(whole: int, trained: int) -> int:
+    """Return the bytes of weights, gradients and moments on one device.
+
+    Args:
+        whole: number of parameters.
+        trained: how many of them are trained.
+    """
+    return BYTES_PER_PARAMETER * trained + BYTES_PER_FROZEN * (whole - trained)
+
+
+def auto_strategy(state_bytes: int, memory: int) -> Literal["ddp", "fsdp"]:
+    """Return what ``auto`` means for a training state and a rank's memory, both in bytes."""
+    return "ddp" if state_bytes <= 0.4 * memory else "fsdp"
+
+
 def choose_parallel_dims(
     world: World, strategy: str, shard_size: int | None, state_bytes: int
 ) -> ParallelDims:
@@ -68,8 +84,8 @@ def choose_parallel_dims(
     if world.size == 1:
         return ParallelDims("single", world)
     if strategy == "auto":
-        fits = state_bytes <= 0.4 * device_memory(world.device, world.local_size)
-        fits_all = not any(world.all_reduce_max(not fits))
+        chosen = auto_strategy(state_bytes, device_memory(world.device, world.local_size))
+        fits_all = not any(world.all_reduce_max(chosen != "ddp"))
         strategy = "ddp" if fits_all else "fsdp"
     if strategy == "ddp":
         return ParallelDims("ddp", world)

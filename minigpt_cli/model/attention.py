@@ -8,8 +8,8 @@ from torch import Tensor
 
 # On a CPU, torch's flash kernel took 2 to 3 times as long up to 1,024 tokens in bf16
 # (benchmarks/LOG.md). Beyond this length its linear memory matters more.
-_CPU_MATMUL_TOKENS = 2048
-_BLOCK = 128  # queries at a time; they need no keys after their own block
+CPU_MATMUL_TOKENS = 2048
+QUERY_BLOCK = 128  # queries at a time; they need no keys after their own block
 
 
 def causal_attention(
@@ -32,7 +32,7 @@ def causal_attention(
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    if q.device.type == "cpu" and not dropout and tokens <= _CPU_MATMUL_TOKENS:
+    if q.device.type == "cpu" and not dropout and tokens <= CPU_MATMUL_TOKENS:
         return _by_matmul(q, k, v)
     return F.scaled_dot_product_attention(
         q, k, v, dropout_p=dropout, is_causal=tokens > 1, enable_gqa=q.shape[1] != k.shape[1]
@@ -69,8 +69,8 @@ def _by_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k = k.reshape(rows, tokens, dim).transpose(1, 2)
     v = v.reshape(rows, tokens, dim)
     out = []
-    for start in range(0, tokens, _BLOCK):
-        end = min(tokens, start + _BLOCK)
+    for start in range(0, tokens, QUERY_BLOCK):
+        end = min(tokens, start + QUERY_BLOCK)
         mask = _mask(start, end, groups, q.dtype).expand(rows, -1, -1)
         block = q[:, :, start:end].reshape(rows, -1, dim)
         scores = torch.baddbmm(mask, block, k[:, :, :end], alpha=dim**-0.5)

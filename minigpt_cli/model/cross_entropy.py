@@ -5,11 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.core.constants import GPU_LOGITS_BYTES, IGNORE_INDEX
-
-# Bytes of float32 logits that live at once. On a CPU a chunk should stay in cache, on a GPU it
-# should be large enough to fill the device with one matrix product.
-CHUNK_BYTES = {"cpu": 2**22, "cuda": GPU_LOGITS_BYTES}
+from minigpt_cli.core.constants import IGNORE_INDEX, LOGITS_BYTES
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
@@ -67,6 +63,12 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return scaled, grad_weight, None, None
 
 
+def default_chunk_tokens(device_type: str, vocab_size: int) -> int:
+    """Return the rows of logits that live at once: a multiple of 128."""
+    budget = LOGITS_BYTES.get(device_type, LOGITS_BYTES["cuda"])
+    return max(128, budget // (4 * vocab_size) // 128 * 128)
+
+
 def projected_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int | None = None
 ) -> Tensor:
@@ -76,14 +78,13 @@ def projected_cross_entropy(
         hidden: (N, H), in the dtype of the matrix products.
         weight: (V, H), the output projection; cast to hidden's dtype.
         targets: (N,) int64; tokens with ``IGNORE_INDEX`` are left out.
-        chunk_tokens: rows of logits that live at once; default: by the device's ``CHUNK_BYTES``.
+        chunk_tokens: rows of logits that live at once; default: ``default_chunk_tokens``.
 
     Returns:
         A scalar: float32, or float64 if hidden is float64.
     """
     if chunk_tokens is None:
-        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        chunk_tokens = max(128, budget // (4 * len(weight)) // 128 * 128)
+        chunk_tokens = default_chunk_tokens(hidden.device.type, len(weight))
     # Outside the Function, so that autograd casts the gradient back.
     weight = weight.to(hidden.dtype)
     if not torch.is_grad_enabled():  # a Function can't see this

@@ -112,23 +112,6 @@ def overflow_warning(rate: float, step: int) -> str | None:
     )
 
 
-def first_loss_warning(loss: float, vocab_size: int) -> str | None:
-    """Return a warning if the loss before any update is far from a uniform guess's.
-
-    Args:
-        loss: nats per token.
-        vocab_size: of the model; a uniform guess has a loss of ln(vocab_size).
-    """
-    expected = math.log(vocab_size)
-    if math.isfinite(loss) and abs(loss - expected) <= 0.1 * expected + 0.5:
-        return None
-    return (
-        f"the loss before any update is {loss:.3f}; a new model's should be near "
-        f"ln({vocab_size}) = {expected:.3f}. Check model.initializer_range (too large?), "
-        "the dataset's tokenizer, and how targets are shifted"
-    )
-
-
 def guard_to_json(guard: GuardState, step: int) -> dict[str, Any]:
     """Return the state that later decisions depend on, for state.json. Waits for the device.
 

@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt_cli.core.constants import GPU_MUON_ELEMENTS
+from minigpt_cli.core.constants import MUON_ELEMENTS
 from minigpt_cli.distributed.parallel import num_shards, over_whole_matrices, to_local
-
-# Elements of the matrices that a rank orthogonalises in one batch: enough to fill a GPU, and few
-# enough for a CPU's cache.
-_BATCH_ELEMENTS = {"cuda": GPU_MUON_ELEMENTS, "cpu": 2**20}
 
 
 class Muon(torch.optim.Muon):
@@ -106,7 +102,7 @@ def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     for p in parameters:
         by_shape.setdefault(p.shape, []).append(p)
     for shape, same in by_shape.items():
-        budget = _BATCH_ELEMENTS.get(same[0].device.type, _BATCH_ELEMENTS["cuda"])
+        budget = MUON_ELEMENTS.get(same[0].device.type, MUON_ELEMENTS["cuda"])
         size = max(1, budget // shape.numel()) * num_shards(same[0])
         for start in range(0, len(same), size):
             yield same[start : start + size]

@@ -117,7 +117,7 @@ def build_run(
     resources.callback(batches.close)
     _, trained = count_parameters(context.model)
     peak = peak_flops(device_name(world.device))
-    log(_summary(recipe, context, trained, data.train.num_sequences))
+    log(run_summary(recipe, context, data.train.num_sequences))
     return Run(
         recipe=recipe,
         directory=directory,
@@ -160,13 +160,22 @@ def run_environment(run: Run) -> dict[str, Any]:
     )
 
 
-def _summary(recipe: Recipe, context: StepContext, trained: int, sequences: int) -> str:
-    """Return a summary of model, data and duration, for a person."""
+def run_summary(recipe: Recipe, context: StepContext, sequences: int | None) -> str:
+    """Return a summary of model, data and duration, for a person.
+
+    Args:
+        recipe, context: see ``Run``.
+        sequences: of the training split; None if that isn't known.
+    """
+    _, trained = count_parameters(context.model)
     model, world, train = context.model, context.parallel_dims.world, recipe.train
     micro = context.micro_batch_size
     accumulation = train.global_batch_size // (world.size * micro)
     ranks = f"{world.size} ranks ({context.parallel_dims.strategy}) x " if world.size > 1 else ""
-    epochs = recipe.total_steps * train.global_batch_size / sequences
+    epochs = ""
+    if sequences is not None:
+        share = recipe.total_steps * train.global_batch_size / sequences
+        epochs = f": {share:.2f} epochs of {sequences:,} sequences"
     whole = parameter_count(model.config)
     adapters = ""
     if recipe.lora is not None:
@@ -177,6 +186,5 @@ def _summary(recipe: Recipe, context: StepContext, trained: int, sequences: int)
         f"{model.config.vocab_size:,}; {device_name(world.device)}, "
         f"{str(context.dtype).removeprefix('torch.')}\n"
         f"{recipe.total_steps:,} steps of {train.global_batch_size} x {train.sequence_length} "
-        f"tokens ({ranks}{accumulation} micro-batches of {micro}): {epochs:.2f} epochs of "
-        f"{sequences:,} sequences"
+        f"tokens ({ranks}{accumulation} micro-batches of {micro}){epochs}"
     )

@@ -161,9 +161,6 @@ def _common_dtype(recipe: Recipe, world: World) -> torch.dtype:
 
 
 def _choose_dims(recipe: Recipe, model: GPT, world: World) -> ParallelDims:
-    whole, trained = count_parameters(model)
-    state_bytes = parallel.BYTES_PER_PARAMETER * trained + parallel.BYTES_PER_FROZEN * (
-        whole - trained
-    )
+    state_bytes = parallel.training_state_bytes(*count_parameters(model))
     settings = recipe.distributed
     return parallel.choose_parallel_dims(world, settings.strategy, settings.shard_size, state_bytes)

@@ -1,4 +1,4 @@
-"""What torch itself holds, saves and sends in a training step: the oracle for model/cost.py.
+"""What torch itself holds, saves and sends in a step: the oracle for model/device_memory.py.
 
 Four ways to look: what autograd saves; a step of one rank, whose group of ranks is fake but whose
 every allocation counts; a step of such a rank on tensors without storage, so that the model and the
@@ -27,19 +27,21 @@ from torch.profiler import profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minigpt_cli.core.constants import LOGITS_BYTES, MUON_ELEMENTS
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World
-from minigpt_cli.model import attention, cross_entropy, norm, precision
+from minigpt_cli.model import attention, norm, precision
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.cost import Traffic, Workload
+from minigpt_cli.model.device_memory import Workload
 from minigpt_cli.model.gpt import GPT, initialize_weights
-from minigpt_cli.recipe import OptimizerSettings
-from minigpt_cli.train import muon
+from minigpt_cli.model.traffic import Traffic
+from minigpt_cli.recipe import OptimizerSettings, Recipe
 from minigpt_cli.train.guard import new_guard
 from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.step import StepContext, train_step
 from minigpt_cli.train.trainer import warm_up
+from tests.helpers.steps_of_recipe import take_steps
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 CPU = torch.device("cpu")
@@ -59,17 +61,17 @@ class Held:
 def kernels_of_a_gpu() -> Iterator[None]:
     """Go on a CPU the ways that a GPU goes: flash attention, RMSNorm in one kernel whatever the
     weight's dtype, large chunks of logits and batches of matrices."""
-    before = attention._CPU_MATMUL_TOKENS, norm.rms_norm
-    sizes = (cross_entropy.CHUNK_BYTES, muon._BATCH_ELEMENTS)
+    before = attention.CPU_MATMUL_TOKENS, norm.rms_norm
+    sizes = (LOGITS_BYTES, MUON_ELEMENTS)
     on_cpu = [size["cpu"] for size in sizes]
-    attention._CPU_MATMUL_TOKENS = 0
+    attention.CPU_MATMUL_TOKENS = 0
     norm.rms_norm = lambda x, weight, eps: norm._RMSNorm.apply(x, weight.to(x.dtype), eps)
     for size in sizes:
         size["cpu"] = size["cuda"]
     try:
         yield
     finally:
-        attention._CPU_MATMUL_TOKENS, norm.rms_norm = before
+        attention.CPU_MATMUL_TOKENS, norm.rms_norm = before
         for size, value in zip(sizes, on_cpu, strict=True):
             size["cpu"] = value
 
@@ -116,6 +118,15 @@ def allocated_by_a_rank(config: ModelConfig, workload: Workload) -> int:
         layout = _layout(workload)
         with record_function("the steps"):
             _train(_trainer(config, workload, layout), workload)
+    return _high_water(found, "the steps")
+
+
+def allocated_by_recipe(recipe: Recipe, vocab_size: int) -> int:
+    """The high-water mark of the CPU's allocator in two steps, with a CPU's own kernels."""
+    gc.collect()
+    world = World(rank=0, size=1, device=CPU)
+    with profile(profile_memory=True) as found, record_function("the steps"):
+        take_steps(recipe, vocab_size, world, parallel.copy_full_tensor)
     return _high_water(found, "the steps")
 
 

@@ -43,7 +43,7 @@ def test_causal_attention(tokens, heads):
 
 
 def test_long_sequences_take_torchs_kernel_and_agree():
-    parts = inputs(attention._CPU_MATMUL_TOKENS + 1, 2, 1, dtype=torch.float32)
+    parts = inputs(attention.CPU_MATMUL_TOKENS + 1, 2, 1, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(causal_attention(*parts), expected(*parts))
 

@@ -5,9 +5,14 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import scale_tables
-from minigpt_cli.model import cost
 from minigpt_cli.model.config import ModelConfig, model_config
-from minigpt_cli.model.cost import Traffic, Workload, parameter_count
+from minigpt_cli.model.cost import parameter_count
+from minigpt_cli.model.device_memory import (
+    Workload,
+    device_memory_needed,
+    optimizer_elements,
+)
+from minigpt_cli.model.traffic import Traffic, device_traffic
 from tests.helpers import measure
 
 STRATEGIES = ("ddp", "zero2", "fsdp", "hsdp")
@@ -36,7 +41,7 @@ def test_activations_are_what_autograd_saves(family: str, recompute: bool, compu
     with measure.kernels_of_a_gpu():
         saved = measure.saved_bytes(config(family), work)
     gradients_of_loss = 331 * 72 * 4 + work.tokens * 72 * compute_bytes
-    assert saved == cost.device_memory_needed(config(family), work).activations + gradients_of_loss
+    assert saved == device_memory_needed(config(family), work).activations + gradients_of_loss
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +63,13 @@ def test_real_ranks_hold_what_was_expected(real: dict[Workload, list[measure.Hel
     count = parameter_count(config())
     assert len(real) == 6
     for work, ranks in real.items():
-        expected = cost.device_memory_needed(config(), work)
+        expected = device_memory_needed(config(), work)
         assert ranks[0].parameters == expected.parameters, work
         assert ranks[0].gradients == expected.gradients
         assert ranks[0].optimizer == expected.optimizer
         assert sum(rank.parameters for rank in ranks[: work.shards]) == 4 * count
         assert sum(rank.gradients for rank in ranks[: work.shards]) == 4 * count
-        of_all = 4 * cost.optimizer_elements(config(), work.optimizer)
+        of_all = 4 * optimizer_elements(config(), work.optimizer)
         assert sum(rank.optimizer for rank in ranks[: work.shards]) == of_all
         assert all(rank.parameters <= expected.parameters for rank in ranks)
 
@@ -79,7 +84,7 @@ def test_the_peak_is_the_allocators(strategy: str, accumulation: int, recompute:
         strategy, 4, accumulation=accumulation, activation_checkpointing=recompute
     )  # fmt: skip
     measured = measure.allocated_by_a_rank(small, work)
-    assert cost.device_memory_needed(small, work).peak == pytest.approx(measured, rel=0.04)
+    assert device_memory_needed(small, work).peak == pytest.approx(measured, rel=0.04)
 
 
 @pytest.mark.parametrize("model", scale_tables.MODELS)
@@ -98,10 +103,10 @@ def test_64_and_512_fake_ranks(
         shard_size=8 if strategy == "hsdp" else None, optimizer=optimizer,
     )  # fmt: skip
     held, sent = measure.step_without_storage(two_blocks, work)
-    expected = cost.device_memory_needed(two_blocks, work)
+    expected = device_memory_needed(two_blocks, work)
     assert held.parameters == expected.parameters
     assert held.optimizer == expected.optimizer
-    assert sent == cost.device_traffic(two_blocks, work)
+    assert sent == device_traffic(two_blocks, work)
     assert expected.peak == pytest.approx(held.peak, rel=0.01)
     if strategy in ("zero2", "fsdp"):  # of a mesh with two sides torch remembers rank 0's groups
         last, _ = measure.step_without_storage(two_blocks, work, rank=ranks - 1)
@@ -116,12 +121,12 @@ def test_peak_with_recomputing(micro_batch_size: int, accumulation: int):
         "fsdp", 64, micro_batch_size, 4096, accumulation, activation_checkpointing=True
     )  # fmt: skip
     held, _ = measure.step_without_storage(eight_blocks, work)
-    expected = cost.device_memory_needed(eight_blocks, work)
+    expected = device_memory_needed(eight_blocks, work)
     assert 0.97 < expected.peak / held.peak < 1.07
 
 
 def test_a_single_device_sends_nothing():
-    assert cost.device_traffic(config(), workload(optimizer="muon")) == Traffic()
+    assert device_traffic(config(), workload(optimizer="muon")) == Traffic()
 
 
 def test_parameter_counts_are_known_ones():

@@ -1,0 +1,40 @@
+"""Train a recipe for two steps; print the process's peak bytes above importing torch, as JSON.
+
+    python -m tests.helpers.process_peak RECIPE_TEXT VOCAB_SIZE [SECTION.KEY=VALUE...]
+
+What pretrain does, without data, evaluation and saving.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+
+def high_water() -> int:
+    """Return the most bytes that this process has held in memory."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+AFTER_TORCH = high_water()
+
+
+def main(text: str, vocab_size: int, settings: list[str]) -> None:
+    import minigpt_cli.train.start  # what a real run imports
+    from minigpt_cli.distributed.parallel import copy_full_tensor
+    from minigpt_cli.distributed.world import start_world
+    from minigpt_cli.recipe import parse_recipe
+    from tests.helpers.steps_of_recipe import take_steps
+
+    assert minigpt_cli.train.start
+    take_steps(parse_recipe(text, settings), vocab_size, start_world(), copy_full_tensor)
+    print(json.dumps(high_water() - AFTER_TORCH))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,84 @@
+"""Memory on a CPU: the arithmetic against torch's allocator and against a process's peak."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from minigpt_cli.model.device_memory import predicted_peak, process_peak
+from minigpt_cli.recipe import parse_recipe
+from tests.helpers import measure
+from tests.helpers.processes import ROOT, environment
+
+RECIPE = """
+[data]
+path = "unused"
+[model]
+family = "{family}"
+hidden_size = {hidden}
+num_hidden_layers = {layers}
+num_attention_heads = 4
+[train]
+steps = 2
+global_batch_size = {batch}
+sequence_length = {length}
+[optimizer]
+lr = 1e-3
+name = "{optimizer}"
+[precision]
+dtype = "{dtype}"
+"""
+SMALL = {"hidden": 128, "layers": 4, "batch": 4, "length": 300, "optimizer": "adamw"}
+LORA = """
+[lora]
+base = "none"
+rank = 8
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "settings"),
+    [
+        ("gpt2", "fp32", []),
+        ("gpt2", "bf16", ["train.micro_batch_size=2"]),
+        ("llama", "fp32", ["model.num_key_value_heads=2", "optimizer.name=muon"]),
+        ("llama", "bf16", ["train.activation_checkpointing=true"]),
+        ("qwen3", "fp32", ["train.activation_checkpointing=true", "train.micro_batch_size=2"]),
+        ("qwen3", "bf16", ["model.num_key_value_heads=1"]),
+        ("llama", "bf16", ["lora"]),
+        ("gpt2", "fp32", ["lora"]),
+    ],
+)
+def test_peak_is_the_allocators(family: str, dtype: str, settings: list[str]):
+    text = RECIPE.format(family=family, dtype=dtype, **SMALL)
+    if "lora" in settings:
+        text, settings = text + LORA, []
+    recipe = parse_recipe(text, settings)
+    predicted = predicted_peak(recipe, 1000, 1, "cpu", compute_bytes=4 if dtype == "fp32" else 2)
+    assert predicted.peak == pytest.approx(measure.allocated_by_recipe(recipe, 1000), rel=0.06)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "vocab_size"),
+    [
+        ({"family": "gpt2", "dtype": "bf16", "hidden": 384, "layers": 4, "batch": 4,
+          "length": 384, "optimizer": "adamw"}, [], 12_000),
+        ({"family": "llama", "dtype": "fp32", "hidden": 320, "layers": 4, "batch": 4,
+          "length": 512, "optimizer": "muon"}, [], 5000),
+        ({"family": "qwen3", "dtype": "fp32", "hidden": 192, "layers": 8, "batch": 8,
+          "length": 256, "optimizer": "adamw"}, ["train.micro_batch_size=4"], 15_000),
+    ],
+)  # fmt: skip
+def test_peak_of_a_process(sizes: dict[str, object], settings: list[str], vocab_size: int):
+    """Models that the heap's factor was not measured on: within 10%."""
+    text = RECIPE.format(**sizes)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.process_peak", text, str(vocab_size), *settings],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    recipe = parse_recipe(text, settings)
+    size = 4 if sizes["dtype"] == "fp32" else 2
+    memory = predicted_peak(recipe, vocab_size, 1, "cpu", compute_bytes=size)
+    assert process_peak(memory) == pytest.approx(json.loads(done.stdout), rel=0.1)

@@ -1,0 +1,66 @@
+"""Train GPT-2 124M in three ways; print predicted and allocated peak bytes, as JSON."""
+
+import gc
+import json
+
+import torch
+
+from minigpt_cli.data.loader import Batch
+from minigpt_cli.distributed.world import start_world
+from minigpt_cli.model.device_memory import predicted_peak
+from minigpt_cli.recipe import parse_recipe
+from minigpt_cli.train.step import train_step
+from minigpt_cli.train.trainer import build_context, warm_up
+
+RECIPE = """
+[data]
+path = "unused"
+[model]
+family = "gpt2"
+hidden_size = 768
+num_hidden_layers = 12
+num_attention_heads = 12
+[train]
+steps = 2
+global_batch_size = 32
+sequence_length = 1024
+deterministic = false
+[optimizer]
+lr = 3e-4
+[precision]
+dtype = "bf16"
+"""
+VOCAB_SIZE = 50257
+WAYS = {
+    "plain": [],
+    "recomputing": ["train.activation_checkpointing=true"],
+    "micro-batches": ["train.micro_batch_size=8"],
+    "deterministic": ["train.deterministic=true"],
+    "llama": [
+        "model.family=llama",
+        "model.num_key_value_heads=4",
+        "train.micro_batch_size=8",
+        "optimizer.name=muon",
+    ],
+}
+
+
+def allocated(settings: list[str]) -> int:
+    """Return the allocator's peak over two steps."""
+    recipe = parse_recipe(RECIPE, settings)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    context = build_context(recipe, VOCAB_SIZE, start_world())
+    warm_up(context, recipe.train.sequence_length)
+    tokens = torch.zeros((32, 1025), dtype=torch.int64, device="cuda")
+    for step in range(2):
+        train_step(context, Batch(tokens[:, :-1], tokens[:, 1:], None), step, 1.0)
+    return torch.cuda.max_memory_allocated()
+
+
+torch.backends.cuda.enable_cudnn_sdp(False)  # the null GPU has no cuDNN
+found = {}
+for name, settings in WAYS.items():
+    predicted = predicted_peak(parse_recipe(RECIPE, settings), VOCAB_SIZE, 1, "cuda").peak
+    found[name] = {"predicted": predicted, "allocated": allocated(settings)}
+print(json.dumps(found))
