@@ -137,7 +137,7 @@ def _print_table(result: dict[str, Any]) -> None:
     table = Table(box=SIMPLE, pad_edge=False, show_edge=False)
     for heading in ("task", "metric"):
         table.add_column(heading, overflow="fold")
-    for heading in ("value", "std. error", "better", "samples", "few-shot"):
+    for heading in ("value", "stderr", "better", "samples", "shots"):
         table.add_column(heading, justify="right", no_wrap=True)
     for kind in ("tasks", "groups"):
         if kind == "groups" and result[kind]:

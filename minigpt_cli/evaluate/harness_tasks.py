@@ -94,7 +94,7 @@ def _find(names: list[str], folder: Path | None) -> tuple[TaskManager, list[str]
         chosen, missing = _choose(names, manager)
         if not missing and not _unknown(manager, chosen):
             return manager, chosen
-    log("reading the harness's own tasks")
+    log("reading the harness's own tasks, which takes some seconds")
     manager = TaskManager(include_path=None if folder is None else str(folder))
     chosen, missing = _choose(names, manager)
     if missing:

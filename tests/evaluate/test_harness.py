@@ -117,21 +117,23 @@ def with_begin_of_text(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def ours(path: Path, batch_size: int = 4) -> Any:
+def ours(path: Path, batch_size: int = 4, chat: bool = False) -> Any:
     trained = load_model(path, torch.device("cpu"), [])
-    return _wrap(trained, batch_size, torch.float32, chat=False)
+    return _wrap(trained, batch_size, torch.float32, chat)
 
 
 def theirs(path: Path) -> Any:
     return HFLM(pretrained=str(path), device="cpu", dtype="float32", batch_size=4)
 
 
-def samples(model: Any, tasks: Path, names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def samples(
+    model: Any, tasks: Path, names: list[str], **how: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The answers to each sample of each task, and the tasks' results."""
     with loaded_tasks(find_tasks(names, tasks, trust=False)) as loaded:
         for task in loaded["tasks"].values():
             _set_fewshot(task, None)
-        found = evaluate(lm=model, task_dict=loaded, bootstrap_iters=0, log_samples=True)
+        found = evaluate(lm=model, task_dict=loaded, bootstrap_iters=0, **how)
     answers = {name: [each["resps"] for each in its] for name, its in found["samples"].items()}
     return answers, found["results"]
 
@@ -163,6 +165,23 @@ def test_equals_the_backend_for_transformers(
     for name in TASKS:
         pairs = {k: v for k, v in my_results[name].items() if isinstance(v, float)}
         assert pairs == pytest.approx({k: other_results[name][k] for k in pairs}, rel=1e-3)
+
+
+def test_chat_equals_the_backend_for_transformers(tasks: Path, dataset: Path, tmp_path: Path):
+    _, model = saved_model("gpt2", tmp_path / "model", dataset)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|endoftext|>{% endfor %}"
+        "{% if add_generation_prompt %}[answer]{% endif %}"
+    )
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    how = {"apply_chat_template": True, "fewshot_as_multiturn": True}
+    mine, other, plain = (
+        samples(each, tasks, ["pick", "write"], **more)[0]
+        for each, more in ((ours(model, chat=True), how), (theirs(model), how), (theirs(model), {}))
+    )
+    assert mine["write"] == other["write"] != plain["write"]
+    assert numbers(mine["pick"]) == pytest.approx(numbers(other["pick"]), abs=1e-4, rel=1e-6)
 
 
 def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
@@ -231,9 +250,7 @@ def test_command(run: Path, tasks: Path):
     shown = finished("eval", run, "--tasks", "pick", "--tasks-dir", tasks, "--limit", "3",
                      "--num-fewshot", "0")  # fmt: skip
     heading, _, acc, norm = shown.splitlines()
-    assert heading.split() == [
-        "task", "metric", "value", "std.", "error", "better", "samples", "few-shot",
-    ]  # fmt: skip
+    assert heading.split() == ["task", "metric", "value", "stderr", "better", "samples", "shots"]
     assert acc.split()[-3:] == norm.split()[-3:] == ["higher", "3", "0"]
 
 
