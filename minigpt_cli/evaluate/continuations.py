@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minigpt_cli.core.console import counted, warn
 from minigpt_cli.core.errors import Diverged, UserError
+from minigpt_cli.core.faq import faq
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.model.precision import autocast
 
@@ -149,6 +150,6 @@ def _on_host(sums: Tensor, greedy: Tensor) -> list[Continuation]:
     if not all(math.isfinite(each.log_likelihood) for each in found):
         raise Diverged(
             "the model's logits are not finite: its weights diverged in training, "
-            "take an earlier checkpoint"
+            f"take an earlier checkpoint {faq('loss-is-nan')}"
         )
     return found

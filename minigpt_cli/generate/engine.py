@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.core.errors import Diverged, UserError
+from minigpt_cli.core.faq import faq
 from minigpt_cli.generate.sampling import NOT_FINITE, SamplingOptions, draw_uniforms, next_tokens
 from minigpt_cli.model.gpt import GPT, KVCache, new_cache
 from minigpt_cli.model.precision import autocast
@@ -195,7 +196,7 @@ def _decode(
             if NOT_FINITE in chosen:
                 raise Diverged(
                     "the model's logits are not finite: its weights diverged in training, "
-                    "take an earlier checkpoint"
+                    f"take an earlier checkpoint {faq('loss-is-nan')}"
                 )
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
