@@ -12,8 +12,8 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from lm_eval import evaluator
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.evaluator import evaluate as evaluate_loaded
 
 from minigpt_cli.core.console import printable, warn
 from minigpt_cli.core.errors import UserError
@@ -60,7 +60,7 @@ def run_tasks(
         for task in loaded["tasks"].values():
             _set_fewshot(task, num_fewshot)
         with harness_errors("lm-evaluation-harness"):
-            results = evaluate_loaded(
+            results = evaluator.evaluate(
                 lm=model,
                 task_dict=loaded,
                 limit=limit,
