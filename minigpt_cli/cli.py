@@ -16,6 +16,7 @@ from minigpt_cli.commands import (
     export,
     finetune_lora,
     pretrain,
+    report,
     resume,
     sample,
     tokenize,
@@ -58,6 +59,7 @@ _add("eval", eval.eval_command, eval.EXAMPLE)
 _add("sample", sample.sample_command, sample.EXAMPLE)
 _add("export", export.export_command, export.EXAMPLE)
 _add("verify", verify.verify_command, verify.EXAMPLE)
+_add("report", report.report_command, report.EXAMPLE)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ SURFACE = {
     },
     "export": COMMON | {"MODEL", "OUT", "--dtype", "--adapter", "--adapter-only", "--json"},
     "verify": COMMON | {"PATH", "--json"},
+    "report": COMMON | {"RUN", "--out", "-o", "--png", "--json"},
 }  # fmt: skip
 TYPES = re.compile(r"<\w+>|INTEGER|\bFLOAT\b|list\[")
 
