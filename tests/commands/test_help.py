@@ -30,8 +30,9 @@ SURFACE = {
     "resume": TRAINING | {"RUN", "--allow-change", "--or-start"},
     "finetune-lora": TRAINING | TRIALS | {"RECIPE", "--out", "-o"},
     "eval": COMMON | {
-        "MODEL", "--adapter", "--data", "--split", "--text", "--batch-size", "--device", "--dtype",
-        "--json",
+        "MODEL", "--adapter", "--data", "--split", "--text", "--tasks", "--tasks-dir",
+        "--trust-tasks", "--limit", "--num-fewshot", "--chat", "--batch-size", "--device",
+        "--dtype", "--json",
     },
     "sample": COMMON | {
         "MODEL", "--adapter", "--prompt", "--prompt-file", "--chat", "--max-new-tokens",
