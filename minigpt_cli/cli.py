@@ -15,6 +15,7 @@ from minigpt_cli.commands import (
     eval,
     export,
     finetune_lora,
+    lr_find,
     pretrain,
     resume,
     sample,
@@ -54,6 +55,7 @@ _add("tokenize", tokenize.tokenize_command, tokenize.EXAMPLE)
 _add("pretrain", pretrain.pretrain_command, pretrain.EXAMPLE)
 _add("resume", resume.resume_command, resume.EXAMPLE)
 _add("finetune-lora", finetune_lora.finetune_lora_command, finetune_lora.EXAMPLE)
+_add("lr-find", lr_find.lr_find_command, lr_find.EXAMPLE)
 _add("eval", eval.eval_command, eval.EXAMPLE)
 _add("sample", sample.sample_command, sample.EXAMPLE)
 _add("export", export.export_command, export.EXAMPLE)

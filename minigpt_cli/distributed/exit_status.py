@@ -40,13 +40,13 @@ def resume_hint(run: Path | None) -> str:
     return f"go on from the last checkpoint with `minigpt resume {run}`"
 
 
-def exit_status(worker: str, returncode: int, run: Path) -> ExitStatus:
+def exit_status(worker: str, returncode: int, run: Path | None) -> ExitStatus:
     """Return how one worker ended.
 
     Args:
         worker: its name in messages.
         returncode: as Popen gives it: the exit code, or minus the signal that killed the worker.
-        run: the run directory, for the message.
+        run: the run directory, for the message; None if there is none.
     """
     if returncode == 0 or returncode in EXPLAINED_CODES:
         return ExitStatus(returncode)
