@@ -18,6 +18,7 @@ from minigpt_cli.commands import (
     lr_find,
     pretrain,
     resume,
+    runs,
     sample,
     tokenize,
     verify,
@@ -59,6 +60,7 @@ _add("lr-find", lr_find.lr_find_command, lr_find.EXAMPLE)
 _add("eval", eval.eval_command, eval.EXAMPLE)
 _add("sample", sample.sample_command, sample.EXAMPLE)
 _add("export", export.export_command, export.EXAMPLE)
+_add("runs", runs.runs_command, runs.EXAMPLE)
 _add("verify", verify.verify_command, verify.EXAMPLE)
 
 

@@ -13,6 +13,7 @@ FACTOR = 3.0  # between two candidates
 DIVERGED_FACTOR = 4.0  # a loss this many times the lowest one so far ends a training
 _WIDTH = 0.03  # of the smoothing, as a share of all steps
 _LEAST_WIDTH = 2.0  # steps
+_TOLERANCE = 0.05  # of the whole fall: a loss this little above the lowest one is noise
 _SAME = 1.25  # rates that differ by less than this factor are one candidate
 
 
@@ -53,19 +54,21 @@ def read_range_test(rates: list[float], losses: list[float], diverged: bool) -> 
     if len(losses) < 3:  # no line through fewer points says anything
         return RangeTest(rates, losses, losses, None, diverged)
     smoothed, slopes = smooth(np.log(rates), np.array(losses), _width(len(rates)))
-    # After the lowest loss a fall is only the way back from a rise.
-    until = int(smoothed.argmin()) + 1
-    steepest = int(slopes[:until].argmin())
-    falls = slopes[steepest] < 0 and until > 1
-    return RangeTest(rates, losses, smoothed.tolist(), rates[steepest] if falls else None, diverged)
+    # A fall counts where the loss is lower than before: after a spike it is only the way back.
+    lowest = np.minimum.accumulate(smoothed)
+    new_ground = smoothed <= lowest + _TOLERANCE * (smoothed[0] - lowest[-1])
+    slopes = np.where(new_ground, slopes, np.inf)
+    steepest = int(slopes.argmin())
+    at = rates[steepest] if slopes[steepest] < 0 else None
+    return RangeTest(rates, losses, smoothed.tolist(), at, diverged)
 
 
 def smooth(
     x: NDArray[np.float64], y: NDArray[np.float64], width: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fit a line around each point by weighted least squares (Cleveland 1979).
+    """Take a weighted mean around each point, and the slope of a line by weighted least squares.
 
-    Unlike a running mean this has no lag, and no bias at both ends.
+    Unlike a running mean over the points before, neither lags behind.
 
     Args:
         x: [n], equally spaced and rising.
@@ -73,7 +76,7 @@ def smooth(
         width: of the Gaussian weights, in points.
 
     Returns:
-        (values, slopes) of the lines at their points, [n] each.
+        (means, slopes), [n] each.
     """
     index = np.arange(len(x))
     weights = np.exp(-0.5 * ((index[:, None] - index[None]) / width) ** 2)
@@ -81,7 +84,7 @@ def smooth(
     mean_x, mean_y = weights @ x, weights @ y
     covariance = weights @ (x * y) - mean_x * mean_y
     slopes = covariance / (weights @ (x * x) - mean_x**2)
-    return mean_y + slopes * (x - mean_x), slopes
+    return mean_y, slopes
 
 
 def choose_candidates(steepest: float | None, recipes: float) -> list[float]:

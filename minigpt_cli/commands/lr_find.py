@@ -83,8 +83,8 @@ def lr_find_command(
     if as_json:
         print_json(result)
     else:
-        for line in findings_text(loaded, str(recipe), findings, terminal_width()).splitlines():
-            print_result(line)
+        width = terminal_width() or 80
+        print_result(findings_text(loaded, str(recipe), findings, width))
     if out is not None:
         import json
 

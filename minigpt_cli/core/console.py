@@ -87,12 +87,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def terminal_width() -> int:
-    """Return the columns of the terminal that standard output goes to; 80 if it is none.
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that standard output goes to; None if it is none.
 
     ``COLUMNS`` in the environment wins, as everywhere.
     """
-    return shutil.get_terminal_size().columns
+    return shutil.get_terminal_size((0, 0)).columns or None
 
 
 def error_line(message: str) -> None:

@@ -4,6 +4,7 @@ Every parsed file comes through here, so a broken or hostile one ends in one lin
 of ``error``: ``UserError`` (2) for a user's file, ``Damaged`` (4) for a file that minigpt wrote.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import IO, Any, Union, get_args, get_origin
 
 from minigpt_cli.core.errors import UserError, first_line
 
@@ -35,15 +36,31 @@ def read_bytes(file: Path, error: type[UserError] = UserError, limit: int = MAX_
     Raises:
         UserError: The file is missing, too large or no regular file, or can't be read.
     """
+    with _open_regular(file, error) as stream:
+        if os.fstat(stream.fileno()).st_size > limit:
+            raise error(f"{file}: is larger than {limit:,} bytes")
+        return stream.read()
+
+
+def read_end(file: Path, size: int, error: type[UserError] = UserError) -> bytes:
+    """Return the last ``size`` bytes of a regular file; all of a smaller one.
+
+    Raises:
+        UserError: The file is missing or no regular file, or can't be read.
+    """
+    with _open_regular(file, error) as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - size))
+        return stream.read(size)
+
+
+@contextlib.contextmanager
+def _open_regular(file: Path, error: type[UserError]) -> Iterator[IO[bytes]]:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb") as stream:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise error(f"{file}: is not a regular file")
-            if found.st_size > limit:
-                raise error(f"{file}: is larger than {limit:,} bytes")
-            return stream.read()
+            yield stream
     except FileNotFoundError:
         raise error(f"{file}: no such file") from None
     except IsADirectoryError:

@@ -25,6 +25,7 @@ SURFACE = {
     "pretrain": TRAINING | {"RECIPE", "--out", "-o"},
     "resume": TRAINING | {"RUN", "--allow-change", "--or-start"},
     "finetune-lora": TRAINING | {"RECIPE", "--out", "-o"},
+    "lr-find": TRAINING | {"RECIPE", "--from", "--to", "--steps", "--budget", "--out", "-o"},
     "eval": COMMON | {
         "MODEL", "--adapter", "--data", "--split", "--text", "--batch-size", "--device", "--dtype",
         "--json",
@@ -35,6 +36,7 @@ SURFACE = {
         "--greedy", "--stop", "--seed", "--device", "--dtype", "--json",
     },
     "export": COMMON | {"MODEL", "OUT", "--dtype", "--adapter", "--adapter-only", "--json"},
+    "runs": COMMON | {"[DIR]", "--json"},
     "verify": COMMON | {"PATH", "--json"},
 }  # fmt: skip
 TYPES = re.compile(r"<\w+>|INTEGER|\bFLOAT\b|list\[")
