@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import sys
 from typing import Any
 
 from minigpt_cli.analysis.lr_find import LrFindings, with_lr
@@ -11,7 +12,7 @@ from minigpt_cli.recipe import Recipe
 
 FORMAT = "minigpt-lr-find-1"
 _HEIGHT = 16  # lines of the picture
-_LEAST_WIDTH = 40
+_LEAST_WIDTH, _MOST_WIDTH = 40, 200
 _ROWS = 12  # of the table in the picture's place
 
 
@@ -78,10 +79,7 @@ def advice(recipe: Recipe, recipe_file: str, findings: LrFindings) -> str:
     """Return what to do, in a few sentences."""
     best, lr = findings.best, recipe.optimizer.lr
     if best is None:
-        return (
-            "All candidates diverged: try a longer schedule.warmup_steps, or search lower with "
-            "--from and --to."
-        )
+        return "No advice: all candidates diverged."
     repeated = ", ".join(f"{each.lr:g} -> {_shown(each.val_loss)}" for each in findings.repeats)
     lines = [f"With another seed: {repeated}."]
     most = noise(findings)
@@ -141,7 +139,7 @@ def within_noise(findings: LrFindings) -> list[float]:
 
 
 def loss_curve(test: RangeTest, width: int) -> str:
-    """Return the smoothed loss over the rate as a picture; as a table where plotext is missing.
+    """Return the smoothed loss over the rate as a picture; a table where that can't be drawn.
 
     Args:
         test: the range test.
@@ -163,7 +161,7 @@ def loss_curve(test: RangeTest, width: int) -> str:
     plotext.terminal.limit(False, False)
     figure.clear()
     figure.theme("colorless")
-    figure.plot_size(max(width, _LEAST_WIDTH), _HEIGHT)
+    figure.plot_size(min(max(width, _LEAST_WIDTH), _MOST_WIDTH), _HEIGHT)
     if test.steepest is not None:
         figure.line(math.log10(test.steepest), "vertical", style="dotted")
     figure.draw(figure.signal(x, losses, marker="braille").lines())
@@ -172,6 +170,10 @@ def loss_curve(test: RangeTest, width: int) -> str:
     else:
         figure.ruler("x").ticks([x[0], x[-1]], [f"{test.rates[i]:.1e}" for i in (0, -1)])
     picture: str = figure.build().string(colorless=True)
+    try:
+        picture.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return _curve_table(test)
     return picture.rstrip("\n")
 
 

@@ -1,11 +1,12 @@
 """``minigpt lr-find``."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +21,7 @@ from minigpt_cli.commands.options import (
     option,
 )
 from minigpt_cli.core.console import console, print_json, print_result, terminal_width
-from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.core.files import os_reason, write_new_file
 
 EXAMPLE = "minigpt lr-find recipes/tiny.toml --budget 200 -o rates.json"
@@ -77,23 +78,20 @@ def lr_find_command(
 
     with _progress() as show:
         findings = find_lr(loaded, LrSearch(first, last, steps, budget), show)
-    if not is_rank0():
-        return 0
-    result = findings_json(loaded, findings)
-    if as_json:
-        print_json(result)
-    else:
-        width = terminal_width() or 80
-        print_result(findings_text(loaded, str(recipe), findings, width))
-    if out is not None:
-        import json
-
-        try:
-            write_new_file(out, (json.dumps(result, indent=1) + "\n").encode())
-        except FileExistsError:
-            raise UserError(f"{out}: exists meanwhile; choose another -o") from None
-        except OSError as error:
-            raise UserError(f"{out}: can't be written: {os_reason(error)}") from None
+    if is_rank0():
+        result = findings_json(loaded, findings)
+        if as_json:
+            print_json(result)
+        else:
+            width = terminal_width() or 80
+            print_result(findings_text(loaded, str(recipe), findings, width))
+        if out is not None:
+            _write(out, result)
+    if findings.best is None:
+        raise Diverged(
+            "all candidates diverged: try a longer schedule.warmup_steps, or lower rates with "
+            "--from, --to and --set optimizer.lr=RATE"
+        )
     return 0
 
 
@@ -113,6 +111,15 @@ def _check_out(out: Path) -> None:
         raise UserError(f"{out}: there is no directory {out.parent}; make it, or choose another -o")
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"{out}: can't be written to: {out.parent} is read-only for you")
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    try:
+        write_new_file(out, (json.dumps(result, indent=1) + "\n").encode())
+    except FileExistsError:
+        raise UserError(f"{out}: another process has made it meanwhile; nothing written") from None
+    except OSError as error:
+        raise UserError(f"{out}: can't be written: {os_reason(error)}") from None
 
 
 @contextlib.contextmanager

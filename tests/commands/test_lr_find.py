@@ -56,13 +56,16 @@ def test_for_a_person(recipe_file: Path, tmp_path: Path):
         ("--from 1: must be below --to 1", ("{recipe}", "--from", "1")),
         ("there is no directory no", ("{recipe}", "-o", "no/rates.json")),
         ("nowhere.toml: no such recipe", ("nowhere.toml",)),
-        ("has no validation sequence", ("{recipe}", "--set", "train.sequence_length={long}")),
+        ("data: has no validation sequence, which the advice needs: use more data",
+         ("{recipe}", "--set", "data.path={small}", "--set", "train.sequence_length={long}")),
         ("can't be divided among 3 ranks", ("{recipe}", "--nproc", "3")),
     ],
 )  # fmt: skip
-def test_refused(recipe_file: Path, tmp_path: Path, part: str, arguments: tuple[str, ...]):
-    # One training sequence of it, and none for validation.
-    words = {"recipe": recipe_file, "long": 40_000}
+def test_refused(
+    recipe_file: Path, tmp_path: Path, small_dataset: Path, part: str, arguments: tuple[str, ...]
+):
+    tokens = json.loads((small_dataset / "dataset.json").read_text())["splits"]["val"]["tokens"]
+    words = {"recipe": recipe_file, "small": small_dataset, "long": tokens}  # one token is missing
     refused(2, part, "lr-find", *(each.format(**words) for each in arguments), cwd=tmp_path)
     assert os.listdir(tmp_path) == ["tiny.toml"]
 
@@ -70,7 +73,7 @@ def test_refused(recipe_file: Path, tmp_path: Path, part: str, arguments: tuple[
 def test_ctrl_c(tmp_path: Path, dataset: Path):
     (tmp_path / "tiny.toml").write_text(TINY.format(data=dataset))
     process = fork(tmp_path / "log", "lr-find", "tiny.toml", "--steps", "100000", "-o", "out.json")
-    while "range test: " not in process.said:
+    while not process.log.exists() or "range test: " not in process.said:
         assert process.code is None, process.tail
         time.sleep(0.01)
     process.send(signal.SIGINT)
