@@ -187,6 +187,8 @@ def with_lr(recipe: Recipe, lr: float) -> Recipe:
     With Muon a ``muon_lr`` that is set changes by the same factor: the search keeps their ratio.
     """
     settings = recipe.optimizer
+    if lr == settings.lr:  # a muon_lr with many digits stays as it is
+        return recipe
     if settings.name == "muon" and settings.muon_lr is not None:
         muon_lr = settings.muon_lr * (lr / settings.lr)
         settings = replace(settings, muon_lr=float(f"{muon_lr:.3g}"))

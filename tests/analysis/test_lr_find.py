@@ -74,6 +74,8 @@ def test_muon_keeps_the_ratio_of_its_rates(make_recipe: Callable[..., Recipe]):
     recipe = make_recipe("optimizer.name=muon", "optimizer.lr=0.01", "optimizer.muon_lr=0.02")
     changed = with_lr(recipe, 0.003).optimizer
     assert (changed.lr, changed.muon_lr) == pytest.approx((0.003, 0.006))
+    recipe = make_recipe("optimizer.name=muon", "optimizer.muon_lr=0.0123456")
+    assert with_lr(recipe, recipe.optimizer.lr) == recipe
     alone = with_lr(make_recipe("optimizer.name=muon"), 0.003).optimizer
     assert (alone.lr, alone.muon_lr) == (0.003, None)
 
