@@ -20,7 +20,7 @@ from minigpt_cli.commands.options import (
     Version,
     option,
 )
-from minigpt_cli.core.console import console, print_json, print_result, terminal_width
+from minigpt_cli.core.console import console, print_json, print_result, printable, terminal_width
 from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.core.files import os_reason, write_new_file
 
@@ -84,7 +84,8 @@ def lr_find_command(
             print_json(result)
         else:
             width = terminal_width() or 80
-            print_result(findings_text(loaded, str(recipe), findings, width))
+            text = findings_text(loaded, str(recipe), findings, width)
+            print_result(printable(text, keep="\n"))
         if out is not None:
             _write(out, result)
     if findings.best is None:

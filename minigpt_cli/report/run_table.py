@@ -31,13 +31,13 @@ def runs_text(runs: list[RunSummary], directory: Path, width: int | None) -> str
         width: columns of the terminal; None: any. If it is too narrow for the paths, they begin in
             ``directory``, and the longest ones are shortened.
     """
-    header, rows = ["run", *_HEADER], [[str(run.path), *_numbers(run)] for run in runs]
+    header, rows = ["run", *_HEADER], [[printable(str(run.path)), *_numbers(run)] for run in runs]
     if width is not None:
         without_names = text_table(["", *_HEADER], [["", *row[1:]] for row in rows], left=(0, 1))
         room = width - max(map(len, without_names.splitlines()))
         if max(len(row[0]) for row in rows) > room:
             header[0] = f"in {directory}"
-            names = [printable(os.path.relpath(run.path, directory)) for run in runs]
+            names = [printable(_relative(run.path, directory)) for run in runs]
             room = max(room, _SHORTEST_NAME)
             rows = [
                 [_shortened(name, room), *row[1:]] for name, row in zip(names, rows, strict=True)
@@ -49,6 +49,11 @@ def runs_text(runs: list[RunSummary], directory: Path, width: int | None) -> str
     if len(noted) > _MOST_NOTES:
         lines.append(f"{len(noted) - _MOST_NOTES} more messages: --json shows all")
     return "\n".join(lines)
+
+
+def _relative(path: Path, directory: Path) -> str:
+    """Return a path as seen from the directory; a run that is the directory itself has its name."""
+    return path.name if path == directory else os.path.relpath(path, directory)
 
 
 def _numbers(run: RunSummary) -> list[str]:

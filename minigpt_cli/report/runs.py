@@ -83,12 +83,19 @@ def find_runs(directory: Path) -> list[RunSummary]:
     if not directory.is_dir():
         what = "is no directory" if os.path.lexists(directory) else "no such directory"
         raise UserError(f"{directory}: {what}; name one that holds runs")
-    found = [summarize(path) for path in _run_directories(directory)]
+    found = []
+    for path in _run_directories(directory):
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            found.append(summarize(path))
     return sorted(found, key=lambda run: (-(run.time or 0), str(run.path)))
 
 
 def summarize(run: Path) -> RunSummary:
-    """Return what is known of one run. A file that can't be read is part of the summary."""
+    """Return what is known of one run. A file that can't be read is part of the summary.
+
+    Raises:
+        FileNotFoundError: the run was deleted meanwhile.
+    """
     problems: list[str] = []
     status = _read_status(run, problems)
     recipe = None
@@ -97,7 +104,10 @@ def summarize(run: Path) -> RunSummary:
     saved_step, checkpoint = max(_checkpoint_steps(run), default=(None, None))
     state = {}
     if checkpoint is not None:
-        state = _attempt(problems, lambda: read_json(checkpoint / STATE)) or {}
+        found: list[str] = []
+        state = _attempt(found, lambda: read_json(checkpoint / STATE)) or {}
+        if checkpoint.exists():  # else a rollback has just moved it away
+            problems += found
     last, evaluation = _attempt(problems, lambda: read_last(run)) or ({}, {})
     steps = [_integer(each) for each in (status.get("step"), last.get("step"), saved_step)]
     times = [_seconds_since_1970(status.get("time")), last.get("time"), evaluation.get("time")]
@@ -163,7 +173,7 @@ def is_run(path: Path) -> bool:
 
 def _checkpoint_steps(run: Path) -> Iterator[tuple[int, Path]]:
     """Yield (step, directory) of each checkpoint, without verifying it."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with contextlib.suppress(OSError):  # there are none, or they can't be read
         for path in checkpoints_dir(run).iterdir():
             if (step := checkpoint_step(path)) is not None:
                 yield step, path
