@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 from minigpt_cli.analysis.range_test import (
+    FACTOR,
     RangeTest,
-    beyond_the_edge,
     choose_candidates,
     first_divergence,
+    next_candidate,
     read_range_test,
     rising_rates,
+    rounded,
 )
 from minigpt_cli.core.console import log
 from minigpt_cli.core.errors import UserError
@@ -52,7 +54,7 @@ from minigpt_cli.train.schedule import lr_factor
 from minigpt_cli.train.step import StepContext, train_step
 from minigpt_cli.train.trainer import build_context, warm_up
 
-MOST_EXTRA = 2  # candidates beyond the edge, if the best one is at the edge
+_MOST_EXTRA = 2  # candidates beside the best one
 _READ_EVERY = 10  # steps between two looks at the losses: a look waits for the device
 
 
@@ -162,10 +164,12 @@ def find_lr(recipe: Recipe, search: LrSearch, show: Callable[[str, int, int], No
     budget = min(search.budget, recipe.total_steps)
     rates = choose_candidates(range_test.steepest, recipe.optimizer.lr)
     candidates = [_try_rate(bench, rate, budget) for rate in rates]
-    for _ in range(MOST_EXTRA):
+    for _ in range(_MOST_EXTRA):
         best, tried = _best(candidates), [each.lr for each in candidates]
-        # If all have diverged, a lower rate may not.
-        extra = beyond_the_edge(tried, tried[0] if best is None else best.lr)
+        if best is None:  # a lower rate may not diverge
+            extra: float | None = rounded(tried[0] / FACTOR)
+        else:
+            extra = next_candidate(tried, best.lr)
         if extra is None:
             break
         candidates.append(_try_rate(bench, extra, budget))

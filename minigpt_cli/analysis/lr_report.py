@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from minigpt_cli.analysis.lr_find import LrFindings, with_lr
-from minigpt_cli.analysis.range_test import RangeTest
+from minigpt_cli.analysis.range_test import RangeTest, next_candidate
 from minigpt_cli.core.text_table import text_table
 from minigpt_cli.recipe import Recipe
 
@@ -87,9 +87,9 @@ def advice(recipe: Recipe, recipe_file: str, findings: LrFindings) -> str:
         lines.append("The best rate is close to those that diverge: take a lower one.")
     else:
         lines[0] += f" So differences up to {most:.4f} may be chance."
-    tried = [each.lr for each in findings.candidates]
-    if best.lr in (tried[0], tried[-1]):
-        where = "lower" if best.lr == tried[0] else "higher"
+    untried = next_candidate([each.lr for each in findings.candidates], best.lr)
+    if untried is not None:
+        where = "lower" if untried < best.lr else "higher"
         lines.append(
             f"The best rate may be {where} still: search again with this one in the recipe."
         )

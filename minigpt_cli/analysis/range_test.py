@@ -99,16 +99,19 @@ def choose_candidates(steepest: float | None, recipes: float) -> list[float]:
     return sorted([*(rate for rate in around if not is_same(rate, recipes)), recipes])
 
 
-def beyond_the_edge(rates: list[float], best: float) -> float | None:
-    """Return the next rate to try if the best one is the lowest or the highest; else None.
+def next_candidate(rates: list[float], best: float) -> float | None:
+    """Return a rate above or below the best one if none was tried there; else None.
 
     Args:
-        rates: all that were tried, rising.
+        rates: all that were tried.
         best: one of them.
     """
-    if best == rates[-1]:
+    near = FACTOR * _SAME
+    if not any(best < rate <= best * near for rate in rates):
         return rounded(best * FACTOR)
-    return rounded(best / FACTOR) if best == rates[0] else None
+    if not any(best / near <= rate < best for rate in rates):
+        return rounded(best / FACTOR)
+    return None
 
 
 def rounded(rate: float) -> float:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from minigpt_cli.analysis.range_test import (
-    beyond_the_edge,
     choose_candidates,
     first_divergence,
+    next_candidate,
     read_range_test,
     rising_rates,
     smooth,
@@ -68,10 +68,12 @@ def test_candidates(steepest: float | None, recipes: float, expected: list[float
     assert choose_candidates(steepest, recipes) == pytest.approx(expected)
 
 
-def test_beyond_the_edge():
-    assert beyond_the_edge([0.1, 0.3, 0.9], 0.9) == pytest.approx(2.7)
-    assert beyond_the_edge([0.1, 0.3, 0.9], 0.1) == pytest.approx(0.033)
-    assert beyond_the_edge([0.1, 0.3, 0.9], 0.3) is None
+def test_what_was_not_tried_beside_the_best_rate():
+    assert next_candidate([0.1, 0.3, 0.9], 0.9) == pytest.approx(2.7)
+    assert next_candidate([0.1, 0.3, 0.9], 0.1) == pytest.approx(0.033)
+    assert next_candidate([0.1, 0.3, 0.9], 0.3) is None
+    assert next_candidate([0.1, 0.3, 9], 0.3) == pytest.approx(0.9)  # 9 is too far to tell
+    assert next_candidate([0.001, 0.3, 0.9], 0.3) == pytest.approx(0.1)
 
 
 def test_divergence():
