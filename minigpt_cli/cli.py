@@ -17,6 +17,7 @@ from minigpt_cli.commands import (
     finetune_lora,
     lr_find,
     pretrain,
+    report,
     resume,
     runs,
     sample,
@@ -62,6 +63,7 @@ _add("sample", sample.sample_command, sample.EXAMPLE)
 _add("export", export.export_command, export.EXAMPLE)
 _add("runs", runs.runs_command, runs.EXAMPLE)
 _add("verify", verify.verify_command, verify.EXAMPLE)
+_add("report", report.report_command, report.EXAMPLE)
 
 
 def main() -> None:

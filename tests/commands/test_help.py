@@ -38,6 +38,7 @@ SURFACE = {
     "export": COMMON | {"MODEL", "OUT", "--dtype", "--adapter", "--adapter-only", "--json"},
     "runs": COMMON | {"[DIR]", "--json"},
     "verify": COMMON | {"PATH", "--json"},
+    "report": COMMON | {"RUN", "--out", "-o", "--png", "--json"},
 }  # fmt: skip
 TYPES = re.compile(r"<\w+>|INTEGER|\bFLOAT\b|list\[")
 
