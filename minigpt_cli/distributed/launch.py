@@ -52,8 +52,8 @@ def launch(arguments: list[str], *, nproc: int, run: Path | None) -> int:
     takes, and exit with 75 (130 after SIGINT).
 
     Args:
-        run: the run directory; None if there is none. If a worker was killed, its status.json says
-            so.
+        run: the run directory. If a worker was killed, its status.json says so. None if the
+            command makes no run.
 
     Returns:
         The exit code of the command: 0 if all workers returned 0; the code of the first worker that

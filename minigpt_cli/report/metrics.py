@@ -1,5 +1,6 @@
 """metrics.jsonl (logged steps, evaluations) and samples.jsonl (completions), of one curve."""
 
+import contextlib
 import errno
 import json
 import math
@@ -11,10 +12,11 @@ from typing import Any
 from minigpt_cli.core.console import warn
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import write_atomically
-from minigpt_cli.core.reading import parse_json, read_bytes
+from minigpt_cli.core.reading import parse_json, read_bytes, read_end
 from minigpt_cli.core.run_dir import METRICS
 
 _MAX_BYTES = 1 << 30
+_END_BYTES = 1 << 18  # about 1,000 lines
 
 
 class MetricsFile:
@@ -99,6 +101,36 @@ def read(run: Path, name: str = METRICS) -> list[dict[str, Any]]:
         if type(value.get("step")) is int:
             lines.append(value)
     return lines
+
+
+def read_last(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the last line with a loss and the last evaluation of metrics.jsonl.
+
+    Only the end of the file is read, so that its size doesn't matter.
+
+    Returns:
+        (step, evaluation); an empty dictionary for what isn't there.
+
+    Raises:
+        Damaged: the file can't be read, or holds no whole line of metrics.
+    """
+    file = run / METRICS
+    if not os.path.lexists(file):
+        return {}, {}
+    found: dict[str, dict[str, Any]] = {}
+    content = read_end(file, _END_BYTES, Damaged)
+    for line in reversed(content.splitlines()):
+        for key in ("loss", "val_loss"):
+            if key not in found and f'"{key}"'.encode() in line:
+                with contextlib.suppress(UserError):  # torn by a power cut, or being written
+                    value = parse_json(line, str(file))
+                    if type(value.get("step")) is int and key in value:
+                        found[key] = value
+        if len(found) == 2:
+            break
+    if content and not found and len(content.splitlines()) > 1:
+        raise Damaged(f"{file}: holds no metrics")
+    return found.get("loss", {}), found.get("val_loss", {})
 
 
 def cut_back(

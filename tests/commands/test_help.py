@@ -29,6 +29,7 @@ SURFACE = {
     },
     "resume": TRAINING | {"RUN", "--allow-change", "--or-start"},
     "finetune-lora": TRAINING | TRIALS | {"RECIPE", "--out", "-o"},
+    "lr-find": TRAINING | {"RECIPE", "--from", "--to", "--steps", "--budget", "--out", "-o"},
     "eval": COMMON | {
         "MODEL", "--adapter", "--data", "--split", "--text", "--tasks", "--tasks-dir",
         "--trust-tasks", "--limit", "--num-fewshot", "--chat", "--batch-size", "--device",
@@ -40,6 +41,7 @@ SURFACE = {
         "--greedy", "--stop", "--seed", "--device", "--dtype", "--json",
     },
     "export": COMMON | {"MODEL", "OUT", "--dtype", "--adapter", "--adapter-only", "--json"},
+    "runs": COMMON | {"[DIR]", "--json"},
     "verify": COMMON | {"PATH", "--json"},
     "doctor": COMMON | {"--json"},
     "recipes": COMMON | {"NAME", "--json"},
