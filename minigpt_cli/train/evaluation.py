@@ -59,7 +59,7 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
         state.best_val_loss, state.best_step = result.loss, state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
     if run.metrics is not None:
-        run.metrics.write(
+        metrics = run.metrics.write(
             {
                 "step": state.step,
                 "tokens": state.tokens,
@@ -68,6 +68,7 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
                 "val_bits_per_byte": result.bits_per_byte,
             }
         )
+        run.trackers.log(metrics)
     log(
         f"step {state.step}  validation: loss {result.loss:.4f}  perplexity "
         f"{result.perplexity:.2f}  bits per byte {result.bits_per_byte:.4f}"
@@ -77,5 +78,6 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
         for line in f"{prompt}{completion}".split("\n"):
             log(f"  | {line}")
         if run.samples is not None:
-            run.samples.write({"step": state.step, "prompt": prompt, "completion": completion})
+            sample = {"step": state.step, "prompt": prompt, "completion": completion}
+            run.trackers.log(run.samples.write(sample))
     return is_best

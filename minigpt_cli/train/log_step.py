@@ -97,7 +97,7 @@ class StepLog:
                 warn(warning)
             self._has_warned = warning is not None
         if run.metrics is not None:
-            run.metrics.write(values)
+            run.trackers.log(run.metrics.write(values))
         self._display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
         if state.step == 1 and run.recipe.base is None:
             warning = first_loss_warning(numbers[0], context.model.config.vocab_size)

@@ -113,9 +113,11 @@ def _record_rollback(
             store.set_aside(path)
     assert run.metrics is not None
     assert run.samples is not None
+    evaluated = state.evaluated_step == state.step
     try:
         for file in (run.metrics, run.samples):
-            file.cut_back(state.step, evaluated=state.evaluated_step == state.step)
+            file.cut_back(state.step, evaluated=evaluated)
+        run.trackers.go_back(state.step, evaluated)
         write_incident(
             run,
             "rollback",

@@ -51,6 +51,7 @@ from minigpt_cli.recipe import (
     load_recipe,
 )
 from minigpt_cli.report.metrics import MetricsFile, cut_back
+from minigpt_cli.report.trackers.client import Trackers
 from minigpt_cli.train.base_weights import (
     auxiliary_files_of,
     check_base_tokenizer,
@@ -107,6 +108,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
 
         world.run_on_rank0(lock)
         record = _keep_status(directory, world, resources)
+        trackers = _start_trackers(recipe, world, resources)
         world.run_on_rank0(prepare)
         data = _open_verified(recipe, world)
         run = build_run(recipe, data, directory, world, resources, auxiliary_files)
@@ -118,7 +120,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
             load_recipe_base(recipe, base, run.context.model)
             if recipe.lora is not None:
                 state.dataset["base"] = base_fingerprint
-        return _ready(run, state, resources), state
+        return _ready(run, state, resources, trackers), state
 
 
 def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
@@ -154,6 +156,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         before = load_recipe(source / RECIPE, name=directory.name)
         recipe = load_recipe(source / RECIPE, overrides, name=directory.name)
         check_changes(before, recipe, allow_changes)
+        trackers = _start_trackers(recipe, world, resources)
         if recipe.total_steps < state.step:
             raise UserError(
                 f"{checkpoint} is at step {state.step} already, but the recipe has only "
@@ -180,7 +183,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
             _set_aside_later(directory, state.step)
         warn_about_environment(directory, run_environment(run))
         log(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
-        return _ready(run, state, resources), state
+        return _ready(run, state, resources, trackers), state
 
 
 def check_recipe_is_elsewhere(recipe_file: Path, directory: Path) -> None:
@@ -268,6 +271,14 @@ def _keep_status(directory: Path, world: World, resources: ExitStack) -> StatusR
     return resources.enter_context(record_status(directory))
 
 
+def _start_trackers(recipe: Recipe, world: World, resources: ExitStack) -> Trackers:
+    """Have rank 0 start the trackers' processes, before any work: one may not be installed."""
+    trackers = Trackers()
+    resources.push(trackers.close)
+    world.run_on_rank0(lambda: trackers.start(recipe.log.trackers))
+    return trackers
+
+
 def _remove_leftovers(directory: Path) -> None:
     """Remove half-written files of a killed process."""
     store.remove_stale(directory)
@@ -287,7 +298,7 @@ def _set_aside_later(directory: Path, step: int) -> None:
             log(f"{path.name} is later than step {step}, where the run goes on: now {aside.name}")
 
 
-def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
+def _ready(run: Run, state: RunState, resources: ExitStack, trackers: Trackers) -> Run:
     """Warm up, then open the run's files; last, because it changes them."""
     packed = isinstance(run.batches.sequences, PackedSequences)
     warm_up(run.context, run.recipe.train.sequence_length, packed)
@@ -296,16 +307,17 @@ def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
         if warning := check_room(run.directory, size, run.recipe.checkpoint):
             warn(warning)
         _write_run_files(run)
-        run = _open_logs(run, state, resources)
+        run = _open_logs(replace(run, trackers=trackers), state, resources)
     return replace(run, resources=resources.pop_all())
 
 
 def _open_logs(run: Run, state: RunState, resources: ExitStack) -> Run:
-    """Cut metrics.jsonl and samples.jsonl back to the state's step, and open them."""
+    """Cut metrics.jsonl and samples.jsonl back to the state's step; open them and the trackers."""
     evaluated = state.evaluated_step == state.step
-    kept, _ = (
+    (kept, dropped), _ = (
         cut_back(run.directory, state.step or -1, evaluated, name) for name in (METRICS, SAMPLES)
     )
+    run.trackers.begin(run.recipe, run.directory, state.step, evaluated, went_back=bool(dropped))
     found = (line.get("seconds") for line in reversed(kept))
     seconds = next((each for each in found if isinstance(each, float)), 0.0)
     metrics, samples = (MetricsFile(run.directory, name) for name in (METRICS, SAMPLES))
