@@ -163,12 +163,10 @@ class _Link:
 
     def send(self, message: dict[str, Any]) -> None:
         """Write a message, or keep it for the next call where the pipe is full."""
-        if self._process is None:
-            return
-        self._receive()
         self._pending += json.dumps(message).encode() + b"\n"
+        self._receive()
         self._write()
-        if len(self._pending) > _MOST_PENDING:
+        if self._process is not None and len(self._pending) > _MOST_PENDING:
             self._give_up("takes no more rows")
 
     def close(self, deadline: float) -> None:
@@ -189,7 +187,9 @@ class _Link:
             warn(f"{self._name} has not finished; it goes on for at most {SECONDS} s by itself")
 
     def _write(self) -> None:
-        assert self._process is not None
+        if self._process is None:
+            self._pending.clear()
+            return
         assert self._process.stdin is not None
         try:
             while self._pending:
@@ -207,12 +207,10 @@ class _Link:
         Args:
             closing: whether its end is no surprise.
         """
-        assert self._process is not None
-        stream = self._process.stdout
-        assert stream is not None
         while self._process is not None:
+            assert self._process.stdout is not None
             try:
-                received = os.read(stream.fileno(), 1 << 16)
+                received = os.read(self._process.stdout.fileno(), 1 << 16)
             except BlockingIOError:
                 return
             *lines, self._answers = (self._answers + received).split(b"\n")

@@ -42,9 +42,14 @@ def start_tensorboard(run: TrackedRun) -> Tracker:
             file.seek(size)
             raise
 
+    last_steps: dict[str, int] = {}
+
     def log(step: int, seconds: float, values: dict[str, Any]) -> None:
         summary = Summary()
         for name, value in values.items():
+            if last_steps.get(name) == step:  # "tokens" of a step and of its evaluation
+                continue
+            last_steps[name] = step
             if isinstance(value, str):
                 summary.value.extend(text_pb(name, _as_code(value)).value)
             else:

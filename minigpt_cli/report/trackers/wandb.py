@@ -23,6 +23,7 @@ def check_wandb() -> bool:
     Raises:
         UserError: there is no login.
     """
+    os.environ["WANDB_SILENT"] = "true"  # else login() asks the service for the user's name
     if wandb.setup().settings.mode not in ("online", "shared"):
         return False
     try:
@@ -54,7 +55,6 @@ def start_wandb(run: TrackedRun) -> Tracker:
         "project": settings.project or "minigpt",
         "settings": wandb.Settings(
             console="off",
-            silent=True,
             init_timeout=settings.init_timeout if _TIMEOUT in os.environ else _START_SECONDS,
             **_watched_process(),
         ),
@@ -70,7 +70,8 @@ def start_wandb(run: TrackedRun) -> Tracker:
         tracked = wandb.init(id=f"{id}-offline", **options, mode="offline")
 
     def log(step: int, seconds: float, values: dict[str, Any]) -> None:
-        tracked.log({name: _shown(value) for name, value in values.items()}, step=step)
+        shown = {name: _shown(value) for name, value in values.items()}
+        tracked.log(shown | {"_timestamp": seconds}, step=step)
 
     if tracked.disabled:
         message = "does nothing, because its mode is disabled"
