@@ -58,7 +58,8 @@ class Trackers:
             UserError: a library is not installed, or W&B has no login.
         """
         for name in names:
-            if importlib.util.find_spec(name) is None:
+            found = importlib.util.find_spec(name)
+            if found is None or found.origin is None:  # a directory of that name is no library
                 raise UserError(f"[log] trackers: {name} is not installed: pip install {name}")
         self._links = [_Link(name) for name in names]
         deadline = time.monotonic() + _READY_SECONDS
