@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sqlite3
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,9 @@ _BUSY_SECONDS = 20  # to wait for another process's write
 def start_trackio(run: TrackedRun, warn: Callable[[str], None]) -> Tracker:
     """Start or continue a run in the database, without its rows beyond the step.
 
-    Rows of a Space, of a server or of a network disk can't be removed from here: after going back,
-    a run has a new part there, which is a new run in the same group and has all rows.
+    Rows of a Space or a server can't be removed from here: after going back, a run has a new part
+    there, which is a new run in the same group and has all rows. On a network disk trackio writes
+    no database but files for its dashboard: there each start is a new run.
 
     Args:
         run: the run.
@@ -45,18 +47,22 @@ def start_trackio(run: TrackedRun, warn: Callable[[str], None]) -> Tracker:
         "config": run.settings,
         "embed": False,
     }
-    if not remote and get_storage_mode() == "sqlite":
-        name, database = run.unique_name, SQLiteStorage.get_project_db_path(project)
-        next_step = _forget(database, name, run.first_step) if database.exists() else 0
-        tracked = trackio.init(name=name, resume="allow", **options)
-    else:
+    next_step = 0
+    if remote:
         name = run.with_part(run.unique_name)
         try:
             tracked = trackio.init(name=name, resume="must", **options)
             next_step = run.first_step
         except ValueError:  # it does not exist
             tracked = trackio.init(name=name, resume="never", **options)
-            next_step = 0
+    elif get_storage_mode() == "sqlite":
+        name, database = run.unique_name, SQLiteStorage.get_project_db_path(project)
+        if database.exists():
+            next_step = _forget(database, name, run.first_step)
+        tracked = trackio.init(name=name, resume="allow", **options)
+    else:  # files that a dashboard reads later, and only then knows what runs there are
+        name = f"{run.unique_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        tracked = trackio.init(name=name, resume="never", **options)
 
     def log(step: int, seconds: float, values: dict[str, Any]) -> None:
         tracked.log(
@@ -67,13 +73,14 @@ def start_trackio(run: TrackedRun, warn: Callable[[str], None]) -> Tracker:
             step=step,
         )
 
+    # A server's address may end with the token that allows writing.
     place = next((os.environ[name] for name in _REMOTE if os.environ.get(name)), "")
     show = f"{_DIRECTORY}={in_shell(os.environ[_DIRECTORY])} trackio show --project {project}"
     return Tracker(
         log=log,
         finish=lambda exit_code: trackio.finish(),
         next_step=next_step,
-        message=f"sent to {place}" if remote else f"look at it with: {show}",
+        message=f"sent to {place.partition('?')[0]}" if remote else f"look at it with: {show}",
     )
 
 

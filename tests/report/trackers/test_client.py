@@ -19,6 +19,7 @@ from minigpt_cli.report.metrics import MetricsFile
 from minigpt_cli.report.trackers import client
 from minigpt_cli.report.trackers.client import Trackers
 from tests.helpers.tracked import tensorboard_curves, trackio_curves, wandb_runs
+from tests.helpers.wandb_service import wandb_service
 
 pytest.importorskip("tensorboard")
 pytest.importorskip("trackio")
@@ -97,6 +98,42 @@ def test_a_service_that_does_not_answer_leaves_an_offline_run(
     assert curves["loss"] == [(1, 2.0)]
     assert curves["_timestamp"] == [(1, 1000)]
     assert "wandb: no answer (Failed" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("nobody")
+def test_wandb_online(
+    tmp_path: Path,
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    """A run that was stopped continues under its id; one that goes back has a new part. A key that
+    asks for nothing, and a service that knows only what it is sent."""
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    metrics = MetricsFile(tmp_path)
+    with wandb_service() as (address, runs):
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        for steps, error in (((1, 2), Stopped("", signal.SIGTERM)), ((3, 4, 5), None)):
+            trackers = Trackers()
+            trackers.start(["wandb"])
+            trackers.begin(make_recipe(), tmp_path, steps[0] - 1, True, went_back=False)
+            for step in steps:
+                trackers.log(metrics.write({"step": step, "loss": 1 / step}))
+            if error is None:
+                metrics.cut_back(4, evaluated=True)
+                trackers.go_back(4, is_evaluated=True)
+                trackers.log(metrics.write({"step": 5, "loss": 0.5}))
+            monkeypatch.setattr(client, "_STOP_SECONDS", 60)  # on a busy machine
+            trackers.close(type(error) if error else None, error, None)
+    id = read_tracking(tmp_path)["id"]
+    assert {name: run.group for name, run in runs.items()} == dict.fromkeys(
+        [id, f"{id}-2"], f"{tmp_path.name}-{id}"
+    )
+    before = [(step, pytest.approx(1 / step)) for step in range(1, 6)]
+    assert runs[id].curve("loss") == before
+    assert runs[f"{id}-2"].curve("loss") == [*before[:4], (5, 0.5)]
+    assert runs[f"{id}-2"].exit_code == 0
+    assert f"wandb: {address}/me/project/runs/{id}-2" in capfd.readouterr().err
 
 
 def test_one_curve_where_the_step_is_evaluated_again(
