@@ -16,14 +16,10 @@ from minigpt_cli.prepare.sources import Source
 from minigpt_cli.prepare.tokenize import tokenize
 from minigpt_cli.recipe import Recipe, parse_recipe
 from tests.helpers.file_limit import limit_files
-from tests.helpers.processes import ROOT, command, environment
+from tests.helpers.processes import ROOT, command, environment, heed_signals
 from tests.helpers.recipes import TINY
 
-# Under nohup, or in the background of a script, signals are ignored, which children inherit.
-for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
-    if signal.getsignal(signum) is signal.SIG_IGN:
-        usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
-        signal.signal(signum, usual)
+heed_signals()
 
 with contextlib.suppress(ImportError):  # the GPU's machine has none, and needs none
     import hypothesis

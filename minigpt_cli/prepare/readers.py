@@ -176,7 +176,7 @@ def _parquet(
                     row += rows
             batches = table.iter_batches(_ROWS, row_groups=groups, columns=columns)
             yield from _rows(batches, row, str(file), here, text_as_bytes)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter for a column's name
         raise UserError(
             f"{file} is not a Parquet file that can be read: {first_line(error)}"
         ) from None

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from tests.faults.scene import CannotTry, Scene, scene
 from tests.faults.trials import Trial, long, short
+from tests.helpers.processes import heed_signals
 
 
 @dataclass
@@ -92,6 +93,7 @@ def main(arguments: list[str]) -> int:
         "--minutes", type=float, help="try them in random order, and begin none after so long"
     )
     given = parser.parse_args(arguments)
+    heed_signals()
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"seed {given.seed}, {given.kills} kills")
     trials = short(given.seed) if given.short else long(given.seed, given.kills)

@@ -41,6 +41,14 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_IMPORTED)
 
 
+def heed_signals() -> None:
+    """Heed the signals that are ignored under nohup or in the background; children inherit that."""
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            usual = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
+            signal.signal(signum, usual)
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "minigpt_cli", *map(str, arguments)]
 

@@ -96,3 +96,11 @@ def test_a_torn_file_is_named(tmp_path: Path) -> None:
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a\.jsonl\.gz can't be read: "):
         list(raw_records(Source("jsonl", (str(file),)), all_columns))
+
+
+def test_a_damaged_column_name_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist([{"prompt": "a"}]), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"prompt", b"pr\xf4mpt"))
+    with pytest.raises(UserError, match=r"a\.parquet is not a Parquet file that can be read"):
+        list(raw_records(Source("parquet", (str(file),)), all_columns))
