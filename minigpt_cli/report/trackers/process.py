@@ -92,6 +92,7 @@ class _Tracking:
         if not self._is_locked:
             _wait_for_lock(tracker_lock(run.directory, self._name), self._resources)
             self._is_locked = True
+        self._texts = (0, 0)
         self._tracker = tracker = _start_library(self._name, run)
         _answer({"message": tracker.message})
         for row in _rows(run):

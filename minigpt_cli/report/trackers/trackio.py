@@ -33,7 +33,7 @@ def start_trackio(run: TrackedRun, warn: Callable[[str], None]) -> Tracker:
         ValueError: the project's name is not allowed.
         sqlite3.Error: the database can't be changed.
     """
-    os.environ.setdefault(_DIRECTORY, str(run.directory.absolute() / TRACKIO))
+    os.environ[_DIRECTORY] = os.environ.get(_DIRECTORY) or str(run.directory.absolute() / TRACKIO)
     import trackio  # here, because it reads TRACKIO_DIR when it is imported
     from trackio.sqlite_storage import SQLiteStorage
     from trackio.utils import get_storage_mode
@@ -87,6 +87,9 @@ def start_trackio(run: TrackedRun, warn: Callable[[str], None]) -> Tracker:
 def _forget(database: os.PathLike[str], name: str, first_step: int) -> int:
     """Delete a run's rows from ``first_step`` on; return the step after the last row left."""
     with contextlib.closing(sqlite3.connect(database, timeout=_BUSY_SECONDS)) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE name = 'metrics'")
+        if tables.fetchone() is None:  # the process that made the file was killed
+            return 0
         with connection:
             connection.execute(
                 "DELETE FROM metrics WHERE run_name = ? AND step >= ?", (name, first_step)

@@ -165,6 +165,8 @@ def test_one_curve_where_the_step_is_evaluated_again(
     write_status(run, "finished", 0, 3, "")
     first = read_tracking(run)
     shutil.copytree(run, copy)
+    (copy / "trackio").mkdir()
+    (copy / "trackio/minigpt.db").touch()  # of a process that was killed
     for place, part in ((run, 2), (copy, 1)):
         with ExitStack() as resources:
             trackers = Trackers()
