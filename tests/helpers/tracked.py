@@ -1,4 +1,7 @@
-"""What trackers have written, read by their own libraries: curves by name."""
+"""What trackers have written, read by their own libraries: curves by name.
+
+The libraries are imported where they are used: tests skip where they are missing.
+"""
 
 import json
 import sqlite3
@@ -6,16 +9,18 @@ import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
+if TYPE_CHECKING:
+    from wandb.proto.wandb_internal_pb2 import Record
 
 Curves = dict[str, list[tuple[int, Any]]]
 """Name -> (step, value), in the order of the file."""
 
 
 def tensorboard_curves(run: Path) -> Curves:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     curves: Curves = {
@@ -41,7 +46,7 @@ def trackio_curves(database: Path) -> dict[str, Curves]:
     return found
 
 
-def wandb_runs(run: Path) -> list[tuple[Record, Curves]]:
+def wandb_runs(run: Path) -> list[tuple["Record", Curves]]:
     """Each offline run, in the order of their parts: its record, and its curves."""
     found = []
     for file in (run / "wandb").glob("offline-run-*/*.wandb"):
@@ -58,8 +63,10 @@ def wandb_runs(run: Path) -> list[tuple[Record, Curves]]:
     return sorted(found, key=lambda each: (len(each[0].run.run_id), each[0].run.run_id))
 
 
-def _records(file: Path) -> Iterator[Record]:
+def _records(file: Path) -> Iterator["Record"]:
     """The records of a log of LevelDB's format, which W&B writes: blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
     data = file.read_bytes()
     assert data.startswith(b":W&B")
     position, content = 7, b""
