@@ -115,9 +115,11 @@ def _record_rollback(
     assert run.samples is not None
     evaluated = state.evaluated_step == state.step
     try:
-        for file in (run.metrics, run.samples):
-            file.cut_back(state.step, evaluated=evaluated)
+        kept, completed = (
+            file.cut_back(state.step, evaluated) for file in (run.metrics, run.samples)
+        )
         run.trackers.go_back(state.step, evaluated)
+        run.display.restart(state.step, kept, completed)
         write_incident(
             run,
             "rollback",

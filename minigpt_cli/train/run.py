@@ -20,6 +20,7 @@ from minigpt_cli.distributed.world import World
 from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.recipe import Recipe
+from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.report.metrics import MetricsFile
 from minigpt_cli.report.trackers.client import Trackers
 from minigpt_cli.train.samples import Prompts
@@ -55,6 +56,7 @@ class Run:
         batches: this rank's batches, by step.
         validation: None without a validation split.
         prompts: completed at each evaluation.
+        display: shows the progress.
         metrics, samples: metrics.jsonl and samples.jsonl on rank 0, once everything else is ready;
             else None.
         trackers: get the lines of both; none on other ranks.
@@ -74,6 +76,7 @@ class Run:
     batches: BatchLoader
     validation: Validation | None
     prompts: Prompts
+    display: TrainingDisplay
     metrics: MetricsFile | None
     samples: MetricsFile | None
     trackers: Trackers
@@ -134,6 +137,7 @@ def build_run(
             max_new_tokens=recipe.eval.prompt_tokens,
             dtype=context.dtype,
         ),
+        display=TrainingDisplay(recipe.total_steps, recipe.optimizer.clip_norm),
         metrics=None,
         samples=None,
         trackers=Trackers(),

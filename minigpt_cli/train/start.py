@@ -314,12 +314,13 @@ def _ready(run: Run, state: RunState, resources: ExitStack, trackers: Trackers) 
 def _open_logs(run: Run, state: RunState, resources: ExitStack) -> Run:
     """Cut metrics.jsonl and samples.jsonl back to the state's step; open them and the trackers."""
     evaluated = state.evaluated_step == state.step
-    (kept, dropped), _ = (
+    (kept, dropped), (completed, _) = (
         cut_back(run.directory, state.step or -1, evaluated, name) for name in (METRICS, SAMPLES)
     )
     run.trackers.begin(run.recipe, run.directory, state.step, evaluated, went_back=bool(dropped))
     found = (line.get("seconds") for line in reversed(kept))
     seconds = next((each for each in found if isinstance(each, float)), 0.0)
+    run.display.restart(state.step, kept, completed)
     metrics, samples = (MetricsFile(run.directory, name) for name in (METRICS, SAMPLES))
     resources.callback(metrics.close)
     resources.callback(samples.close)

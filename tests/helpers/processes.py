@@ -212,7 +212,9 @@ def _run(
     os.environ.update(variables)
     os.chdir(cwd)
     for standard, file in ((1, output), (2, log)):
-        stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # Ctrl-C reaches the process only if its terminal is open for reading.
+        mode = os.O_RDWR if file.is_relative_to("/dev/pts") else os.O_WRONLY
+        stream = os.open(file, mode | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(stream, standard)
     faulthandler.register(signal.SIGUSR2)
     if user is not None and os.geteuid() == 0:
