@@ -35,3 +35,13 @@ def test_saves_hold_what_was_in_memory(library: Path, tmp_path: Path):
     found = json.loads(run(library, "save.py", tmp_path, NULLGPU_DEVICES="2", NULLGPU_LATE="1"))
     assert len(found) == 4
     assert set(found.values()) == {0}, found
+
+
+def test_the_doctor_sees_gpus(library: Path):
+    printed = run(library, "hardware.py", NULLGPU_DEVICES="2")
+    found = {each["what"]: each for each in json.loads(printed)}
+    for name in ("GPU 0", "GPU 1"):
+        assert found[name]["state"] == "ok"
+        assert "H100 80GB HBM3, 85.0 GB of 85.0 GB free, 989 TFLOP/s" in found[name]["found"]
+    assert found["NCCL"]["found"].split(".")[0] == "2"
+    assert (found["bf16"]["state"], found["bf16"]["found"]) == ("ok", "yes")
