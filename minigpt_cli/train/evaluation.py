@@ -67,7 +67,7 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
             "val_perplexity": result.perplexity,
             "val_bits_per_byte": result.bits_per_byte,
         }
-        run.metrics.write(values)
+        run.trackers.log(run.metrics.write(values))
         run.display.evaluated(values)
     log(
         f"step {state.step}  validation: loss {result.loss:.4f}  perplexity "
@@ -79,5 +79,6 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
         for line in f"{prompt}{completion}".split("\n"):
             log(f"  | {line}")
         if run.samples is not None:
-            run.samples.write({"step": state.step, "prompt": prompt, "completion": completion})
+            sample = {"step": state.step, "prompt": prompt, "completion": completion}
+            run.trackers.log(run.samples.write(sample))
     return is_best

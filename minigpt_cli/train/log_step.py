@@ -95,5 +95,5 @@ class StepLog:
                 warn(warning)
             self._has_warned = warning is not None
         if run.metrics is not None:
-            run.metrics.write(values)
+            run.trackers.log(run.metrics.write(values))
         run.display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)

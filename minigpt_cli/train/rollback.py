@@ -116,11 +116,12 @@ def _record_rollback(
             store.set_aside(path)
     assert run.metrics is not None
     assert run.samples is not None
+    evaluated = state.evaluated_step == state.step
     try:
-        evaluated = state.evaluated_step == state.step
         kept, completed = (
             file.cut_back(state.step, evaluated) for file in (run.metrics, run.samples)
         )
+        run.trackers.go_back(state.step, evaluated)
         run.display.restart(state.step, kept, completed)
         write_incident(
             run,

@@ -22,6 +22,7 @@ from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.report.metrics import MetricsFile
+from minigpt_cli.report.trackers.client import Trackers
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import StepContext
 from minigpt_cli.train.trainer import build_context, count_parameters
@@ -58,6 +59,7 @@ class Run:
         display: shows the progress.
         metrics, samples: metrics.jsonl and samples.jsonl on rank 0, once everything else is ready;
             else None.
+        trackers: get the lines of both; none on other ranks.
         seconds_before: of training in earlier processes; known on rank 0.
         saver: writes the checkpoints.
         tokenizer_json: the content of tokenizer.json.
@@ -77,6 +79,7 @@ class Run:
     display: TrainingDisplay
     metrics: MetricsFile | None
     samples: MetricsFile | None
+    trackers: Trackers
     seconds_before: float
     saver: Saver
     tokenizer_json: bytes
@@ -137,6 +140,7 @@ def build_run(
         display=TrainingDisplay(recipe.total_steps, recipe.optimizer.clip_norm),
         metrics=None,
         samples=None,
+        trackers=Trackers(),
         seconds_before=0.0,
         saver=resources.enter_context(Saver(directory, world, recipe.checkpoint)),
         tokenizer_json=read_bytes(data.tokenizer_file, limit=MAX_TOKENIZER_BYTES),

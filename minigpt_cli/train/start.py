@@ -40,6 +40,7 @@ from minigpt_cli.recipe import (
     load_recipe,
 )
 from minigpt_cli.report.metrics import MetricsFile, cut_back
+from minigpt_cli.report.trackers.client import Trackers
 from minigpt_cli.train.base_weights import (
     auxiliary_files_of,
     fill_first_weights,
@@ -109,6 +110,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         world.run_on_rank0(lock)
         record = _keep_status(directory, world, resources)
         check_writable(directory, world)
+        trackers = _start_trackers(recipe, world, resources)
         world.run_on_rank0(prepare)
         data = open_verified_data(recipe, world)
         free = free_memory(world.device, world.local_size)
@@ -122,7 +124,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         _warm_up(run)
         loss = check_loss(recipe, run.context, data, base)
         report_preflight(memory, loss, base is not None)
-        return _ready(run, state, resources), state
+        return _ready(run, state, resources, trackers), state
 
 
 def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
@@ -159,6 +161,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         before = load_recipe(source / RECIPE, name=directory.name)
         recipe = load_recipe(source / RECIPE, overrides, name=directory.name)
         check_changes(before, recipe, allow_changes)
+        trackers = _start_trackers(recipe, world, resources)
         if recipe.total_steps < state.step:
             raise UserError(
                 f"{checkpoint} is at step {state.step} already, but the recipe has only "
@@ -190,7 +193,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         # The loss is not checked: weights of a later step are compared with their checksums.
         report_preflight(memory, None, False)
         log(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
-        return _ready(run, state, resources), state
+        return _ready(run, state, resources, trackers), state
 
 
 def _timeout_minutes(directory: Path, overrides: list[str]) -> float:
@@ -205,6 +208,14 @@ def _keep_status(directory: Path, world: World, resources: ExitStack) -> StatusR
     if world.rank:
         return StatusRecord(directory)
     return resources.enter_context(record_status(directory))
+
+
+def _start_trackers(recipe: Recipe, world: World, resources: ExitStack) -> Trackers:
+    """Have rank 0 start the trackers' processes, before any work: one may not be installed."""
+    trackers = Trackers()
+    resources.push(trackers.close)
+    world.run_on_rank0(lambda: trackers.start(recipe.log.trackers))
+    return trackers
 
 
 def _remove_leftovers(directory: Path) -> None:
@@ -240,23 +251,24 @@ def _warm_up(run: Run) -> None:
     warm_up(run.context, run.recipe.train.sequence_length, _is_packed(run))
 
 
-def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
+def _ready(run: Run, state: RunState, resources: ExitStack, trackers: Trackers) -> Run:
     """Check the room on the disk, then open the run's files; last, because it changes them."""
     size = checkpoint_bytes(run.context)
     if run.world.rank == 0:
         if warning := check_room(run.directory, size, run.recipe.checkpoint):
             warn(warning)
         _write_run_files(run)
-        run = _open_logs(run, state, resources)
+        run = _open_logs(replace(run, trackers=trackers), state, resources)
     return replace(run, resources=resources.pop_all())
 
 
 def _open_logs(run: Run, state: RunState, resources: ExitStack) -> Run:
-    """Cut metrics.jsonl and samples.jsonl back to the state's step, and open them."""
+    """Cut metrics.jsonl and samples.jsonl back to the state's step; open them and the trackers."""
     evaluated = state.evaluated_step == state.step
-    kept, completed = (
+    (kept, dropped), (completed, _) = (
         cut_back(run.directory, state.step or -1, evaluated, name) for name in (METRICS, SAMPLES)
     )
+    run.trackers.begin(run.recipe, run.directory, state.step, evaluated, went_back=bool(dropped))
     found = (line.get("seconds") for line in reversed(kept))
     seconds = next((each for each in found if isinstance(each, float)), 0.0)
     run.display.restart(state.step, kept, completed)
