@@ -32,11 +32,11 @@ PROGRAMS = (
 SECONDS = 300  # that a command may take
 
 # Added to commands, so that they end in seconds. Later settings win over earlier ones.
-TRAINING = ["train.steps=6", "checkpoint.every_steps=4", "eval.windows=4", "log.every_steps=2"]
-MODEL = [
-    "model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2",
-    "train.global_batch_size=4", "train.sequence_length=64",
+TRAINING = [
+    "train.steps=6", "train.global_batch_size=4", "train.sequence_length=64", "log.every_steps=2",
+    "schedule.warmup_steps=2", "checkpoint.every_steps=4", "eval.windows=4",
 ]  # fmt: skip
+MODEL = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2"]
 SHAPED = ("pretrain", "lr-find")  # these take MODEL too
 
 
