@@ -5,7 +5,7 @@ RUN := runs/tiny
 FAULTS := --kills 200
 FUZZ := --cases 20000 --minutes 10
 
-.PHONY: setup train test faults fuzz old-runs nullgpu harness check bench clean
+.PHONY: setup train test faults fuzz old-runs nullgpu harness docs docs-test check bench clean
 
 setup: .venv/installed
 
@@ -59,6 +59,19 @@ harness: .venv-harness/installed
 	.venv-harness/bin/pip install --quiet -c constraints.txt lm-eval
 	touch $@
 
+# The documentation as a site in build/site, in an environment of its own.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r docs/requirements.txt
+	touch $@
+
+# Every command of README.md and docs/, with small settings.
+docs-test: setup
+	$(BIN)/python scripts/run_docs.py $(PAGES)
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,4 +83,4 @@ bench: setup
 	$(BIN)/python benchmarks/bench_startup.py
 
 clean:
-	rm -rf .venv .venv-nullgpu .venv-harness runs data build *.egg-info
+	rm -rf .venv .venv-nullgpu .venv-harness .venv-docs runs data build *.egg-info

@@ -91,7 +91,7 @@ class DataSource:
     )
     format: Literal["text", "instructions"] = setting(
         "`instructions`: records with `prompt` and `completion`, or `messages`; the loss is on the "
-        "answers (docs/huggingface.md)",
+        "answers (docs/finetune.md)",
         "text",
     )
     chat_template: str | None = setting(
