@@ -51,12 +51,13 @@ class MeasuredSize:
 def candidate_sizes(per_rank: int, own: int) -> list[int]:
     """Return micro-batch sizes to try, smallest first: divisors of a rank's batch.
 
-    Of many, the largest ones and the recipe's ``own``, which are the likely ones.
+    Of many, the largest ones and the recipe's ``own``, which are the likely ones. ``own`` is left
+    out where a rank's batch can't be divided by it: no such step exists.
     """
     divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
     doubled = [size for size in divisors if size & (size - 1) == 0]
     sizes = (doubled if len(doubled) >= _MOST_SIZES else divisors)[-_MOST_SIZES:]
-    return sorted({*sizes, own})
+    return sorted({*sizes, own}) if per_rank % own == 0 else sizes
 
 
 def measure_steps(recipe: Recipe, plan: Plan) -> list[MeasuredSize]:

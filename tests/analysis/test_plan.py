@@ -182,6 +182,8 @@ def test_sizes_to_try():
     assert candidate_sizes(512, 1) == [1, 16, 32, 64, 128, 256, 512]
     for batch in (1, 7, 30, 96):
         assert all(batch % size == 0 for size in candidate_sizes(batch, 1))
+    assert candidate_sizes(1, 4) == [1]  # 8 GPUs: a rank has fewer sequences than the recipe's own
+    assert candidate_sizes(6, 4) == [1, 2, 3, 6]
 
 
 def test_the_picture_and_its_table(
