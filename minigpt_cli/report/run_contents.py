@@ -1,7 +1,6 @@
 """Read a run directory for its report: finished, running or dead, whole or in parts."""
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from minigpt_cli.data.dataset_manifest import (
 from minigpt_cli.recipe import Recipe, load_recipe
 from minigpt_cli.report.curves import AXES, TRAINED, VALIDATED, Metrics, read_metrics
 from minigpt_cli.report.incident_list import Incident, list_incidents
+from minigpt_cli.report.run_status import status_of
 from minigpt_cli.report.sample_list import PromptSamples, list_samples
 
 Content = TypeVar("Content")
@@ -144,7 +144,7 @@ def read_run(path: Path, name: str) -> RunContents:
         path=path,
         name=name,
         recipe=recipe,
-        state=_state(status),
+        state=status_of(path, status),
         status=status,
         environment=part(environment, {}) if os.path.lexists(path / ENVIRONMENT) else {},
         metrics=part(lambda: read_metrics(path), _EMPTY),
@@ -172,17 +172,6 @@ def _check_is_run(run: Path, path: Path) -> None:
             f"{path}: is no run, but {len(inner)} are in it: name them, such as {inner[0]}"
         )
     raise UserError(f"{path}: is no run: it holds no {RECIPE}; name a run directory")
-
-
-def _state(status: dict[str, Any]) -> str:
-    """Return how a run is, or ended. A process that is gone can't have said so itself."""
-    name, pid = status.get("status"), status.get("pid")
-    if name not in ("running", "finished", "stopped", "diverged", "failed"):
-        return "unknown"
-    is_here = status.get("host") == socket.gethostname() and type(pid) is int
-    if name == "running" and is_here and not os.path.exists(f"/proc/{pid}"):
-        return "killed"
-    return name
 
 
 def _checkpoints(run: Path) -> list[SavedStep]:

@@ -4,10 +4,7 @@ Nothing is verified, and of metrics.jsonl only the end is read: hundreds of long
 """
 
 import contextlib
-import fcntl
 import os
-import socket
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -17,7 +14,6 @@ from typing import Any, TypeVar
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.reading import read_json
 from minigpt_cli.core.run_dir import (
-    LOCK,
     METRICS,
     RECIPE,
     STATE,
@@ -28,10 +24,10 @@ from minigpt_cli.core.run_dir import (
 )
 from minigpt_cli.recipe import load_recipe
 from minigpt_cli.report.metrics import read_last
+from minigpt_cli.report.run_status import STATUSES, status_of
 
 T = TypeVar("T")
 _MOST = 1 << 63  # no number of ours is larger
-_STATUSES = ("running", "finished", "stopped", "diverged", "failed")
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def summarize(run: Path) -> RunSummary:
     times = [_seconds_since_1970(status.get("time")), last.get("time"), evaluation.get("time")]
     summary = RunSummary(
         path=run,
-        status=status.get("status", "unknown"),
+        status=status_of(run, status),
         message=str(status.get("message") or ""),
         host=str(status["host"]) if "host" in status else None,
         step=next((each for each in steps if each is not None), None),
@@ -128,8 +124,8 @@ def summarize(run: Path) -> RunSummary:
     losses = [summary.val_loss, _number(state.get("best_val_loss"))]
     best = min((each for each in losses if each is not None), default=None)
     summary = replace(summary, best_val_loss=best)
-    if summary.status == "running":
-        summary = _is_it_running(summary)
+    if status.get("status") == "running":
+        summary = _explained(summary)
     if problems:
         return replace(summary, status="damaged", message="; ".join(problems))
     return summary
@@ -183,53 +179,24 @@ def _read_status(run: Path, problems: list[str]) -> dict[str, Any]:
     if not os.path.lexists(run / STATUS):
         return {}
     status = _attempt(problems, lambda: read_json(run / STATUS)) or {}
-    if status and status.get("status") not in _STATUSES:
+    if status and status.get("status") not in STATUSES:
         problems.append(f"{STATUS}: invalid status {status.get('status')!r:.40}")
         return {}
     return status
 
 
-def _is_it_running(run: RunSummary) -> RunSummary:
-    """Return the summary of a run whose status is running, after a look at its lock."""
-    if (held := _is_locked(run.path)) is True:
-        return run
-    # Locks of another machine may not be seen here, although the files are.
-    if held is None or run.host not in (None, socket.gethostname()):
+def _explained(run: RunSummary) -> RunSummary:
+    """Return the summary of a run whose status.json says running, with the reason to doubt it."""
+    if run.status == "unknown":
         where = f"on {run.host}" if run.host else "somewhere"
-        return replace(
-            run,
-            status="unknown",
-            message=f"it says that it runs {where}; look there, or at its age",
-        )
-    if run.checkpoint_step is None:
+        message = f"it says that it runs {where}; look there, or at its age"
+    elif run.status == "running":
+        return run
+    elif run.checkpoint_step is None:
         message = "its process was killed before the first checkpoint; run the same command again"
     else:
         message = f"its process was killed; go on with: minigpt resume {run.path}"
-    return replace(run, status="killed", message=message)
-
-
-def _is_locked(run: Path) -> bool | None:
-    """Return whether a process holds the run's lock; None if that can't be seen.
-
-    The lock is taken for a moment if it is free, and shared, so that this disturbs nobody but a
-    process that starts in this very moment.
-    """
-    try:
-        descriptor = os.open(run / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return None
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a disk without locks
-            return None
-    return False
+    return replace(run, message=message)
 
 
 def _attempt(problems: list[str], read: Callable[[], T]) -> T | None:
