@@ -29,13 +29,12 @@ from minigpt_cli.core.signals import nothing_is_saved
 from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.loader import BatchLoader
 from minigpt_cli.data.packing import PackedSequences
-from minigpt_cli.data.sequences import TrainingData, open_data, verify_data
+from minigpt_cli.data.sequences import TrainingData
 from minigpt_cli.distributed.parallel import copy_full_tensor
 from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
 from minigpt_cli.huggingface.base_model import BaseModel
 from minigpt_cli.model import precision
-from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.gpt import initialize_weights
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.recipe import Recipe, ScheduleSettings
@@ -51,6 +50,8 @@ from minigpt_cli.train.guard import new_guard
 from minigpt_cli.train.guard_report import read_guard
 from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.schedule import lr_factor
+from minigpt_cli.train.start import open_verified_data
+from minigpt_cli.train.start_checks import check_model
 from minigpt_cli.train.step import StepContext, train_step
 from minigpt_cli.train.trainer import build_context, warm_up
 
@@ -227,15 +228,13 @@ def _open(recipe: Recipe, world: World) -> tuple[Recipe, BaseModel | None, Train
     template = model_template_of(recipe, auxiliary_files_of(recipe, base))
 
     def prepare() -> None:
-        config_from_recipe(recipe, vocab_size=1)  # raises if the model's sizes don't fit together
+        check_model(recipe)
         if recipe.data.source is not None and not is_dataset(Path(recipe.data_path)):
             log(f"{recipe.data_path}: the dataset isn't there yet; it is made now and stays")
         prepare_data(recipe, template)
-        if recipe.data.verify:
-            verify_data(recipe)
 
     world.run_on_rank0(prepare)
-    data = open_data(recipe)
+    data = open_verified_data(recipe, world)
     if base is not None:
         check_base_tokenizer(recipe.data_path, base, data.fingerprints["tokenizer"])
     return recipe, base, data

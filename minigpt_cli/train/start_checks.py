@@ -46,7 +46,19 @@ def check_start(recipe: Recipe, directory: Path) -> None:
     Raises:
         UserError: recipe and tokenizer don't fit together, or the run would overwrite files.
     """
-    config_from_recipe(recipe, vocab_size=1)  # raises if the model's sizes don't fit together
+    check_model(recipe)
+    check_directory(directory)
+    _check_files(directory)
+
+
+def check_model(recipe: Recipe) -> None:
+    """Check what is known of the model before the data is prepared, which may take hours.
+
+    Raises:
+        UserError: the model's sizes don't fit together, or its vocabulary is too small for the
+            tokenizer that the data will be made with.
+    """
+    config_from_recipe(recipe, vocab_size=1)  # raises if the sizes don't fit together
     given, path = recipe.data.tokenizer, Path(recipe.data_path)
     is_there = recipe.data.source is None or is_dataset(path)
     if not is_there and given is not None and given.path is not None:
@@ -55,8 +67,6 @@ def check_start(recipe: Recipe, directory: Path) -> None:
             raise UserError(
                 f"[model] vocab_size {most} is too small: {given.path} has {size} entries"
             )
-    check_directory(directory)
-    _check_files(directory)
 
 
 def _check_files(directory: Path) -> None:

@@ -38,6 +38,7 @@ from minigpt_cli.train.start import open_verified_data
 from minigpt_cli.train.start_checks import (
     check_can_create,
     check_earlier_recipe,
+    check_model,
     check_start,
 )
 from minigpt_cli.train.step import StepContext
@@ -83,8 +84,7 @@ def open_trial(recipe: Recipe, run: Path | None) -> Iterator[Trial]:
     base, _ = open_recipe_base(recipe, world)
     if base is not None:
         recipe, base = start_from_base(recipe, base)
-    if run is not None:
-        world.run_on_rank0(lambda: _check(recipe, run))
+    world.run_on_rank0(lambda: check_model(recipe) if run is None else _check(recipe, run))
     files = auxiliary_files_of(recipe, base)
     with ExitStack() as at_end:
         is_sample = (

@@ -13,7 +13,7 @@ from minigpt_cli.recipe import Recipe, load_recipe
 from minigpt_cli.train.overfit import overfit_one_batch
 from tests.helpers.commands import refused
 from tests.helpers.models import saved_model
-from tests.helpers.processes import fork, minigpt
+from tests.helpers.processes import ROOT, fork, minigpt
 from tests.helpers.waiting import wait_until
 from tests.train.test_finetune import recipe
 
@@ -65,6 +65,24 @@ def test_adapters_learn_a_batch(tmp_path: Path, license_dataset: Path):
     )
     assert found.is_learned
     assert found.sequences == 1
+
+
+@pytest.mark.parametrize("command", [("pretrain", "--overfit-one-batch"), ("lr-find",)])
+def test_no_data_is_prepared_for_a_model_that_cannot_be(
+    command: tuple[str, ...], tmp_path: Path, dataset: Path
+):
+    """That takes hours; a start checks the same before it."""
+    (tmp_path / "text.txt").write_text((ROOT / "LICENSE").read_text())
+    tokenizer = f'path = "{dataset / "tokenizer.json"}"'
+    text = (ROOT / "recipes/tiny.toml").read_text().replace("train_vocab = 4096", tokenizer)
+    (tmp_path / "tiny.toml").write_text(text)
+    source = ("--set", "data.source.kind=files", "--set", "data.source.path=text.txt")
+    for setting, part in (
+        ("model.num_key_value_heads=3", "num_key_value_heads"),
+        ("model.vocab_size=100", "vocab_size 100 is too small"),
+    ):
+        refused(2, part, *command, "tiny.toml", *source, "--set", setting, cwd=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["text.txt", "tiny.toml"]
 
 
 def test_stopped_by_a_signal(recipe_file: Path, tmp_path: Path):
