@@ -234,6 +234,8 @@ def _check(file: Path) -> None:
             raise _untrusted(file, value, f"loads the metric {text:.60} as Python code")
         if key in ("hf_evaluate", "unsafe_code") and text.lower() not in ("false", "no", "off"):
             raise _untrusted(file, value, f"runs Python code ({key})")
+        if key == "dataset_path" and text == "pandas":  # before datasets 5
+            raise _untrusted(file, value, "unpickles its data, which may run Python code")
         if key in ("use_prompt", "cache_dir"):
             raise _untrusted(file, value, f"uses {key}, which reads or writes elsewhere")
 

@@ -263,6 +263,7 @@ def test_command(run: Path, tasks: Path):
         ("include: part.yaml", "part.yaml:1: runs Python code"),
         ("use_prompt: x.yaml:y", "uses use_prompt"),
         ("dataset_kwargs: {cache_dir: /}", "uses cache_dir"),
+        ("include: pickled.yaml", "pickled.yaml:1: unpickles its data"),
         ("doc_to_text: '{{().__class__.__base__.__subclasses__()}}'", "access to attribute"),
     ],
 )
@@ -270,6 +271,7 @@ def test_a_received_task_runs_no_code(tasks: Path, tmp_path: Path, text: str, pa
     folder = tmp_path / "received"
     shutil.copytree(tasks, folder)
     (folder / "part.yaml").write_text("process_docs: !function evil.run\n")
+    (folder / "pickled.yaml").write_text("dataset_path: pandas\n")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nrun = None\n")
     head = DATA.format(name="theirs", folder=folder)
     (folder / "theirs.yaml").write_text(
