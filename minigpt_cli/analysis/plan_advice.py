@@ -1,12 +1,12 @@
 """What makes no sense in a plan, each with the setting to change."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from minigpt_cli.analysis.plan import Plan, PlannedModel, shard_size_of
+from minigpt_cli.checkpoint.commit import free_bytes
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.files import nearest_existing
 from minigpt_cli.core.memory import format_size
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.batch import micro_batch_size_of
@@ -136,10 +136,7 @@ def _model_advice(plan: Plan, model: PlannedModel, recipe: Recipe) -> Iterator[s
 
 def _free_disk(path: Path) -> int | None:
     """Return the free bytes of the disk that holds a path, or would."""
-    folder = Path(os.path.abspath(path))
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
     try:
-        return shutil.disk_usage(folder).free
+        return free_bytes(nearest_existing(path))
     except OSError:
         return None

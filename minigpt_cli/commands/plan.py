@@ -1,7 +1,6 @@
 """``minigpt plan``."""
 
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from minigpt_cli.commands.options import Debug, Json, Overrides, Version, option
-from minigpt_cli.core.console import print_json, print_result, printable
+from minigpt_cli.core.console import print_json, print_result, printable, terminal_width
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.signals import nothing_is_saved
 
@@ -87,7 +86,7 @@ def plan_command(
     if as_json:
         print_json(plan_as_json(plan, advice, sizes))
         return
-    width = shutil.get_terminal_size().columns
+    width = terminal_width() or 80
     print_result(printable(plan_as_text(plan, loaded, advice, sizes, width), keep="\n"))
 
 

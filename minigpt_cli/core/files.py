@@ -65,6 +65,11 @@ def write_new_file(file: Path, content: bytes) -> None:
             raise
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or its nearest parent that exists: on that disk it is, or will be."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def sync_to_disk(path: Path) -> None:
     """Flush a file's content, or a directory's list of names, to the disk (fsync).
 

@@ -5,7 +5,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from minigpt_cli.core.console import console, log
-from minigpt_cli.report.live_layout import duration, history_line, view_lines
+from minigpt_cli.core.duration import duration
+from minigpt_cli.report.live_layout import history_line, view_lines
 from minigpt_cli.report.live_state import LiveState
 
 if TYPE_CHECKING:

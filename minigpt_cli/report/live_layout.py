@@ -1,12 +1,12 @@
 """The lines of the live view, for a terminal of any size."""
 
-import math
 import time
 from typing import Any
 
 from rich.text import Text
 
 from minigpt_cli.core.console import printable
+from minigpt_cli.core.duration import duration
 from minigpt_cli.core.memory import format_size
 from minigpt_cli.report.curve import (
     ASCII_LOSS_MARK,
@@ -23,15 +23,6 @@ _WIDE = 120  # columns from which the numbers stand beside the curve
 _TABLE_WIDTH = 44
 _MOST_CURVE, _LEAST_CURVE = 18, 5  # lines
 _MOST_SAMPLE = 400  # characters of a sample that are looked at
-
-
-def duration(seconds: float) -> str:
-    """Return a duration as h:mm:ss or m:ss; "?" if it isn't known."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def view_lines(state: LiveState, width: int, height: int, *, ascii_only: bool) -> list[Text]:

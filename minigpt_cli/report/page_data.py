@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from minigpt_cli.core.console import printable
+from minigpt_cli.core.duration import duration
 from minigpt_cli.core.memory import format_size
 from minigpt_cli.recipe.tables import leaves, to_tables
 from minigpt_cli.report.curves import AXES, Column, Columns, Curve, at_steps, thinned
-from minigpt_cli.report.live_layout import duration
 from minigpt_cli.report.numbers import RunNumbers
 from minigpt_cli.report.run_contents import RunContents
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minigpt_cli.core.console import printable
+from minigpt_cli.core.duration import duration
 from minigpt_cli.core.text_table import text_table
 from minigpt_cli.report.runs import RunSummary
 
@@ -65,7 +66,7 @@ def _numbers(run: RunSummary) -> list[str]:
         step,
         *("-" if loss is None else f"{loss:.4g}" for loss in (run.loss, run.val_loss)),
         "-" if run.tokens is None else _count(run.tokens),
-        "-" if run.seconds is None else _duration(run.seconds),
+        "-" if run.seconds is None else duration(run.seconds),
         "-" if run.time is None else _when(run.time),
     ]
 
@@ -80,14 +81,6 @@ def _count(number: int) -> str:
                 f"{number / size:.3g}{unit}" if number < 999.5 * size else f"{number // size}{unit}"
             )
     raise AssertionError
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 100:
-        return f"{hours // 24}d{hours % 24}h"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _when(seconds: float) -> str:

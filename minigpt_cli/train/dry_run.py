@@ -9,6 +9,7 @@ from minigpt_cli.checkpoint.commit import free_bytes
 from minigpt_cli.checkpoint.saver import check_room
 from minigpt_cli.core.console import log, print_json, print_result, warn
 from minigpt_cli.core.errors import Diverged
+from minigpt_cli.core.files import nearest_existing
 from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.tokenizer import load_tokenizer
 from minigpt_cli.model.cost import parameter_count
@@ -36,7 +37,7 @@ def dry_run(recipe: Recipe, directory: Path, as_json: bool) -> None:
     """
     with open_trial(recipe, directory) as trial:
         world = trial.world
-        size, disk = checkpoint_bytes(trial.context), _existing(directory)
+        size, disk = checkpoint_bytes(trial.context), nearest_existing(directory)
         room = world.run_on_rank0(lambda: check_room(disk, size, recipe.checkpoint), str | None)
         if room is not None:
             warn(room)
@@ -64,10 +65,6 @@ def dry_run(recipe: Recipe, directory: Path, as_json: bool) -> None:
             f"dry run: one sequence forward and backward, loss {loss:.3f}, gradient norm "
             f"{grad_norm:.3f}; nothing was written"
         )
-
-
-def _existing(directory: Path) -> Path:
-    return next(each for each in (directory, *directory.absolute().parents) if each.exists())
 
 
 def _first_sequence(trial: Trial) -> tuple[int, list[list[TextPart]]]:

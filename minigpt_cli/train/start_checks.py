@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.core.errors import UserError
-from minigpt_cli.core.files import os_reason
+from minigpt_cli.core.files import nearest_existing, os_reason
 from minigpt_cli.core.run_dir import (
     CHECKPOINTS,
     FINAL,
@@ -127,7 +127,7 @@ def check_can_create(directory: Path) -> None:
     Raises:
         UserError: it can't.
     """
-    found = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+    found = nearest_existing(directory)
     if not found.is_dir():
         raise UserError(f"{directory}: can't be written to: {found} is not a directory")
     if not os.access(found, os.W_OK | os.X_OK):
