@@ -29,9 +29,9 @@ _FP32, _BOOL, _INT64 = 4, 1, 8  # bytes
 
 # A process that trains on a CPU, above one that has imported torch: the other libraries' modules
 # (55 MB), and the code and buffers of kernels (50 MB).
-_PROCESS_BYTES = 105_000_000
-# glibc's heap: a freed tensor's place is too small for the next tensor of its size, because torch
-# asks for aligned memory. Measured on eight models (benchmarks/LOG.md), for what comes and goes.
+PROCESS_BYTES = 105_000_000
+# What comes and goes leaves holes in glibc's heap, which small objects of Python and C++ keep open:
+# 1.26 to 1.91 times its size on nine models, by chance (benchmarks/LOG.md).
 _HEAP_FACTOR = 1.5
 
 
@@ -185,13 +185,15 @@ def predicted_peak(
 
 
 def process_peak(memory: Memory) -> int:
-    """Return the bytes of a process that trains on a CPU, above one that has imported torch.
+    """Estimate the bytes of a process that trains on a CPU, above one that has imported torch.
+
+    Without the heap's holes it would be ``memory.peak + PROCESS_BYTES``.
 
     Args:
         memory: of its tensors.
     """
     lasting = memory.parameters + memory.optimizer
-    return _PROCESS_BYTES + lasting + round(_HEAP_FACTOR * (memory.peak - lasting))
+    return PROCESS_BYTES + lasting + round(_HEAP_FACTOR * (memory.peak - lasting))
 
 
 def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
