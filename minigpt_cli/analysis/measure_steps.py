@@ -11,10 +11,10 @@ from minigpt_cli.analysis.plan import (
     Duration,
     Plan,
     bytes_needed,
-    usable_memory,
     workload_on,
 )
 from minigpt_cli.analysis.plan_inputs import complete_from_base
+from minigpt_cli.analysis.planned_devices import usable_memory
 from minigpt_cli.core.console import log
 from minigpt_cli.core.memory import is_out_of_memory
 from minigpt_cli.data.loader import Batch
@@ -99,7 +99,7 @@ def measure_steps(recipe: Recipe, plan: Plan) -> list[MeasuredSize]:
             failed = "out of memory"
             found.append(MeasuredSize(size, skipped=failed))
             continue
-        speed = per_rank * plan.sequence_length / seconds
+        speed = per_rank // size * size * plan.sequence_length / seconds
         peak = plan.devices.peak_flops
         mfu = None if peak is None else speed * plan.model.flops_per_token / peak
         found.append(MeasuredSize(size, seconds, speed, mfu))

@@ -17,9 +17,10 @@ from minigpt_cli.analysis.measure_steps import (
     measure_steps,
     measured_duration,
 )
-from minigpt_cli.analysis.plan import Plan, PlannedDevices, make_plan
+from minigpt_cli.analysis.plan import Plan, make_plan
 from minigpt_cli.analysis.plan_advice import find_advice
 from minigpt_cli.analysis.plan_report import plan_as_text, schedule_picture
+from minigpt_cli.analysis.planned_devices import PlannedDevices
 from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
 from minigpt_cli.data.sequences import open_data
 from minigpt_cli.distributed.world import World
