@@ -12,11 +12,14 @@ from typing import IO, Any, NoReturn
 import typer
 
 from minigpt_cli.commands import (
+    doctor,
     eval,
     export,
     finetune_lora,
     plan,
     pretrain,
+    recipes,
+    report,
     resume,
     sample,
     tokenize,
@@ -60,6 +63,9 @@ _add("eval", eval.eval_command, eval.EXAMPLE)
 _add("sample", sample.sample_command, sample.EXAMPLE)
 _add("export", export.export_command, export.EXAMPLE)
 _add("verify", verify.verify_command, verify.EXAMPLE)
+_add("report", report.report_command, report.EXAMPLE)
+_add("doctor", doctor.doctor_command, doctor.EXAMPLE)
+_add("recipes", recipes.recipes_command, recipes.EXAMPLE)
 
 
 def main() -> None:

@@ -65,10 +65,12 @@ def test_runs_without_a_checkout(wheel: Path, tmp_path: Path):
     assert python("-m", "minigpt_cli", "--version") == f"minigpt {__version__}\n"
     assert python(target / "bin/minigpt", "--version") == f"minigpt {__version__}\n"
     assert "finetune-lora" in python("-m", "minigpt_cli", "--help")
+    tiny = (ROOT / "recipes/tiny.toml").read_text()
+    assert python("-m", "minigpt_cli", "recipes", "tiny") == tiny
     code = (
         "import importlib.resources, minigpt_cli, pathlib\n"
         f"assert pathlib.Path(minigpt_cli.__file__).is_relative_to({str(target)!r})\n"
         "print(importlib.resources.files('minigpt_cli.recipes').joinpath('tiny.toml').read_text(),"
         " end='')"
     )
-    assert python("-c", code) == (ROOT / "recipes/tiny.toml").read_text()
+    assert python("-c", code) == tiny

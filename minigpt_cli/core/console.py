@@ -72,8 +72,10 @@ def console() -> "Console":
 
 def log(message: str, style: str | None = None) -> None:
     """Print one or more lines. If the terminal has gone, the work goes on."""
-    with contextlib.suppress(OSError):
-        console().print(printable(message, keep="\n"), style=style, markup=False)
+    from rich.text import Text
+
+    with contextlib.suppress(OSError):  # the style is the text's: it must not color a live view
+        console().print(Text(printable(message, keep="\n"), style=style or ""))
 
 
 def warn(message: str) -> None:

@@ -4,6 +4,7 @@ Every parsed file comes through here, so a broken or hostile one ends in one lin
 of ``error``: ``UserError`` (2) for a user's file, ``Damaged`` (4) for a file that minigpt wrote.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, BinaryIO, Union, get_args, get_origin
 
 from minigpt_cli.core.errors import UserError, first_line
 
@@ -24,33 +25,51 @@ _MAX_DEPTH = 100
 _SURROGATE = re.compile(r"\\u[dD]")  # its escape; json.loads joins pairs
 
 
-def read_bytes(file: Path, error: type[UserError] = UserError, limit: int = MAX_BYTES) -> bytes:
-    """Return the content of a regular file. A pipe or a device would block, or never end.
+@contextlib.contextmanager
+def open_regular(
+    file: Path, error: type[UserError] = UserError, limit: int = MAX_BYTES
+) -> Iterator[BinaryIO]:
+    """Open a regular file to read. A pipe or a device would block, or never end.
 
     Args:
         file: A link is followed.
         error: The type of the errors.
         limit: The most bytes that it may hold.
 
+    Yields:
+        The open file. Errors of the system in the ``with`` block become ``error`` too.
+
     Raises:
         UserError: The file is missing, too large or no regular file, or can't be read.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except ValueError as problem:  # a NUL in the name
+            raise error(f"{file}: can't be read: {problem}") from None
         with open(descriptor, "rb") as stream:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode):
                 raise error(f"{file}: is not a regular file")
             if found.st_size > limit:
                 raise error(f"{file}: is larger than {limit:,} bytes")
-            return stream.read()
+            yield stream
     except FileNotFoundError:
         raise error(f"{file}: no such file") from None
     except IsADirectoryError:
         raise error(f"{file}: is not a regular file") from None
-    except (OSError, ValueError) as problem:  # ValueError: a NUL in the name
-        reason = getattr(problem, "strerror", None) or problem
-        raise error(f"{file}: can't be read: {reason}") from None
+    except OSError as problem:
+        raise error(f"{file}: can't be read: {problem.strerror or problem}") from None
+
+
+def read_bytes(file: Path, error: type[UserError] = UserError, limit: int = MAX_BYTES) -> bytes:
+    """Return the content of a regular file; see ``open_regular``.
+
+    Raises:
+        UserError: The file is missing, too large or no regular file, or can't be read.
+    """
+    with open_regular(file, error, limit) as stream:
+        return stream.read()
 
 
 def read_text(file: Path, error: type[UserError] = UserError, limit: int = MAX_BYTES) -> str:

@@ -41,15 +41,18 @@ def load_recipe(
     """
     path = Path(path)
     if not os.path.lexists(path):
-        raise UserError(f"{path}: no such recipe{_examples()}")
+        raise UserError(f"{path}: no such recipe{_examples(path.name)}")
     text = read_text(path, limit=_MAX_BYTES).removeprefix("\ufeff")  # a byte order mark
     return parse_recipe(text, overrides or [], where=str(path), name=name or path.stem)
 
 
-def _examples() -> str:
-    """Name the folder of the recipes that come with minigpt, if it is there."""
+def _examples(wanted: str) -> str:
+    """Say where the recipes are that come with minigpt, or how to get the one that is wanted."""
     found = importlib.util.find_spec("minigpt_cli.recipes")
     folders = [] if found is None else found.submodule_search_locations or []
+    file = f"{wanted.removesuffix('.toml')}.toml"
+    if any(os.path.isfile(os.path.join(folder, file)) for folder in folders):
+        return f"; minigpt brings one: minigpt recipes {file.removesuffix('.toml')} > {file}"
     return "".join(f"; there are examples in {folder}" for folder in folders)
 
 

@@ -1,22 +1,17 @@
-"""The progress of training: a live line on a terminal, plain lines elsewhere."""
+"""The progress of training: a live view on a terminal, plain lines elsewhere."""
 
-import contextlib
-import math
-from typing import Any
-
-import rich.progress
-from rich.table import Column
+import threading
+import time
+from typing import TYPE_CHECKING, Any
 
 from minigpt_cli.core.console import console, log
+from minigpt_cli.report.live_layout import duration, history_line, view_lines
+from minigpt_cli.report.live_state import LiveState
 
+if TYPE_CHECKING:
+    from rich.text import Text
 
-def duration(seconds: float) -> str:
-    """Return a duration as h:mm:ss or m:ss; "?" if it isn't known."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    from minigpt_cli.report.panel import Panel
 
 
 def step_line(values: dict[str, Any], total: int, seconds_left: float) -> str:
@@ -36,41 +31,50 @@ def step_line(values: dict[str, Any], total: int, seconds_left: float) -> str:
 
 
 class TrainingDisplay:
-    """Shows the last logged step in place on a terminal, and as a line per step elsewhere.
+    """Shows a run's progress.
+
+    On a terminal a view stays at the bottom: curve, bar, numbers, last sample. Each logged step is
+    also a line above it, which remains. Elsewhere there are only these lines. Ranks that print
+    nothing (``set_quiet``) show nothing.
 
     It uses the console of core/console.py, so that log lines appear above it.
     """
 
-    def __init__(self, total: int, done: int):
+    def __init__(self, total: int, clip_norm: float = 0.0):
         """Create a display that isn't shown yet.
 
         Args:
             total: steps in the whole run.
-            done: steps done so far.
+            clip_norm: the largest gradient norm; 0 if gradients aren't clipped.
         """
         self._total = total
-        self._console = console()
-        self._live = self._console.is_terminal
-        # A column of its own wraps on a narrow terminal; by default rich cuts off the time left.
-        text = rich.progress.TextColumn("{task.fields[line]}", table_column=Column())
-        wide = self._console.width >= 130
-        self._progress = rich.progress.Progress(
-            *([text, rich.progress.BarColumn(bar_width=20)] if wide else [text]),
-            console=self._console,
-            disable=not self._live,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=total, completed=done, line="")
+        self._state = LiveState(total, clip_norm)
+        self._lock = threading.Lock()  # the panel draws in a thread
+        self._panel: Panel | None = None
 
     def __enter__(self) -> "TrainingDisplay":
         """Show the display."""
-        self._progress.start()
+        screen, self._state.began = console(), time.monotonic()
+        if screen.is_interactive and not screen.quiet and screen.file.isatty():
+            from minigpt_cli.report.panel import Panel  # here: only a terminal needs it
+
+            self._panel = Panel(screen, self._draw)
+            self._panel.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Remove the display; a terminal that is gone is no error."""
-        with contextlib.suppress(OSError):
-            self._progress.stop()
+        """Remove the view; the lines above it remain."""
+        if self._panel is not None:
+            self._panel.stop()
+            self._panel = None
+
+    def restart(
+        self, step: int, metrics: list[dict[str, Any]], samples: list[dict[str, Any]]
+    ) -> None:
+        """Show a run that goes on from a checkpoint. See ``LiveState.restart``."""
+        with self._lock:
+            self._state.restart(step, metrics, samples)
+        self._update()
 
     def step(self, values: dict[str, Any], seconds_left: float) -> None:
         """Show a logged step.
@@ -79,9 +83,38 @@ class TrainingDisplay:
             values: the step's line of metrics.jsonl.
             seconds_left: an estimate.
         """
-        line = step_line(values, self._total, seconds_left)
-        if self._live:
-            with contextlib.suppress(OSError):
-                self._progress.update(self._task, completed=values["step"], line=line)
+        with self._lock:
+            state = self._state
+            state.step, state.values, state.seconds_left = values["step"], values, seconds_left
+            state.add(values)
+        self._update()
+        if self._panel is None:
+            log(step_line(values, self._total, seconds_left))
         else:
-            log(line)
+            log(history_line(values, console().width))
+
+    def evaluated(self, values: dict[str, Any]) -> None:
+        """Show an evaluation: its line of metrics.jsonl."""
+        with self._lock:
+            self._state.add(values)
+        self._update()
+
+    def sampled(self, prompt: str, completion: str) -> None:
+        """Show a completed prompt."""
+        self._state.sample = prompt + completion
+        self._update()
+
+    def saved(self, step: int) -> None:
+        """Show that a checkpoint has just been saved."""
+        with self._lock:
+            self._state.note_save(step)
+        self._update()
+
+    def _update(self) -> None:
+        if self._panel is not None:
+            self._panel.update()
+
+    def _draw(self, width: int, height: int) -> "list[Text]":
+        ascii_only = not console().encoding.startswith("utf")
+        with self._lock:
+            return view_lines(self._state, width, height, ascii_only=ascii_only)

@@ -49,15 +49,16 @@ class MetricsFile:
         except OSError as error:
             self._warn(error)
 
-    def cut_back(self, step: int, evaluated: bool) -> None:
-        """Call the function ``cut_back``, and go on in the new file.
+    def cut_back(self, step: int, evaluated: bool) -> list[dict[str, Any]]:
+        """Call the function ``cut_back``, and go on in the new file; return the lines in it.
 
         Raises:
             OSError: it can't be written.
         """
-        cut_back(self._run, step, evaluated, self._name)
+        kept = cut_back(self._run, step, evaluated, self._name)
         self.close()
         self._descriptor = self._open()
+        return kept
 
     def close(self) -> None:
         """Close the file."""

@@ -91,13 +91,16 @@ def finish_save(run: Run, must_succeed: bool = False, is_last: bool = False) -> 
     Raises:
         UserError: it failed, and it ``must_succeed``.
     """
-    log_save(run.saver.wait(), must_succeed, is_last)
+    log_save(run, run.saver.wait(), must_succeed, is_last)
 
 
-def log_save(saved: SaveResult | None, must_succeed: bool = False, is_last: bool = False) -> None:
+def log_save(
+    run: Run, saved: SaveResult | None, must_succeed: bool = False, is_last: bool = False
+) -> None:
     """Log the result of a save.
 
     Args:
+        run: whose display shows the checkpoint.
         saved: None if none has ended.
         must_succeed: whether a failure is an error rather than a warning.
         is_last: whether training has ended.
@@ -108,6 +111,7 @@ def log_save(saved: SaveResult | None, must_succeed: bool = False, is_last: bool
     if saved is None:
         return
     if saved.problem is None:
+        run.display.saved(saved.step)
         log(f"saved {saved.path}")
         return
     problem = f"{saved.path}: the checkpoint could not be written: {saved.problem}"

@@ -59,21 +59,22 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
         state.best_val_loss, state.best_step = result.loss, state.step
     state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
     if run.metrics is not None:
-        run.metrics.write(
-            {
-                "step": state.step,
-                "tokens": state.tokens,
-                "val_loss": result.loss,
-                "val_perplexity": result.perplexity,
-                "val_bits_per_byte": result.bits_per_byte,
-            }
-        )
+        values = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "val_loss": result.loss,
+            "val_perplexity": result.perplexity,
+            "val_bits_per_byte": result.bits_per_byte,
+        }
+        run.metrics.write(values)
+        run.display.evaluated(values)
     log(
         f"step {state.step}  validation: loss {result.loss:.4f}  perplexity "
         f"{result.perplexity:.2f}  bits per byte {result.bits_per_byte:.4f}"
         + ("  (best)" if is_best else f"  (best: step {state.best_step})")
     )
     for prompt, completion in run.prompts.complete(run.context.model):
+        run.display.sampled(prompt, completion)
         for line in f"{prompt}{completion}".split("\n"):
             log(f"  | {line}")
         if run.samples is not None:

@@ -8,7 +8,6 @@ from torch import Tensor
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import warn
 from minigpt_cli.distributed.device import peak_memory
-from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.train.guard_report import first_loss_warning, overflow_rate, overflow_warning
 from minigpt_cli.train.run import Run
 
@@ -51,11 +50,10 @@ class StepLog:
         clock: counts the time of steps: not of evaluating, saving and printing.
     """
 
-    def __init__(self, run: Run, display: TrainingDisplay):
-        """Write to the run's metrics.jsonl and to the display."""
+    def __init__(self, run: Run):
+        """Write to the run's metrics.jsonl and to its display."""
         self.clock = Clock()
         self._run = run
-        self._display = display
         self._steps = 0  # since the last one that was logged
         self._has_warned = False  # of fp16's overflows, and their rate is still high
 
@@ -98,7 +96,7 @@ class StepLog:
             self._has_warned = warning is not None
         if run.metrics is not None:
             run.metrics.write(values)
-        self._display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
+        run.display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
         if state.step == 1 and run.recipe.base is None:
             warning = first_loss_warning(numbers[0], context.model.config.vocab_size)
             if warning:

@@ -7,7 +7,6 @@ from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import log
 from minigpt_cli.core.errors import Stopped
 from minigpt_cli.recipe import Recipe
-from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.train.checkpointing import finish_save, log_save, save_checkpoint
 from minigpt_cli.train.evaluation import evaluate_run, is_evaluation_due
 from minigpt_cli.train.finish import write_final
@@ -42,8 +41,8 @@ def fit(run: Run, state: RunState) -> None:
 def _train(run: Run, state: RunState) -> None:
     recipe, total, first = run.recipe, run.recipe.total_steps, state.step
     run.saver.last_saved_step = state.step  # of the process before this one
-    with StopRequest() as stop, TrainingDisplay(total, state.step) as display:
-        steps, saved_at = StepLog(run, display), time.monotonic()
+    with StopRequest() as stop, run.display:
+        steps, saved_at = StepLog(run), time.monotonic()
         if state.step and is_evaluation_due(run, state):  # a signal had stopped it
             evaluate_run(run, state, stop)
             if state.evaluated_step == state.step:
@@ -72,7 +71,7 @@ def _train(run: Run, state: RunState) -> None:
                     continue
                 save_checkpoint(run, state)
                 saved_at = time.monotonic()
-            log_save(run.saver.poll())
+            log_save(run, run.saver.poll())
 
         steps.clock.pause()
         finish_save(run, is_last=True)

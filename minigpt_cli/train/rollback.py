@@ -114,8 +114,11 @@ def _record_rollback(
     assert run.metrics is not None
     assert run.samples is not None
     try:
-        for file in (run.metrics, run.samples):
-            file.cut_back(state.step, evaluated=state.evaluated_step == state.step)
+        evaluated = state.evaluated_step == state.step
+        kept, completed = (
+            file.cut_back(state.step, evaluated) for file in (run.metrics, run.samples)
+        )
+        run.display.restart(state.step, kept, completed)
         write_incident(
             run,
             "rollback",

@@ -20,6 +20,7 @@ from minigpt_cli.distributed.world import World
 from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.recipe import Recipe
+from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.report.metrics import MetricsFile
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import StepContext
@@ -54,6 +55,7 @@ class Run:
         batches: this rank's batches, by step.
         validation: None without a validation split.
         prompts: completed at each evaluation.
+        display: shows the progress.
         metrics, samples: metrics.jsonl and samples.jsonl on rank 0, once everything else is ready;
             else None.
         seconds_before: of training in earlier processes; known on rank 0.
@@ -72,6 +74,7 @@ class Run:
     batches: BatchLoader
     validation: Validation | None
     prompts: Prompts
+    display: TrainingDisplay
     metrics: MetricsFile | None
     samples: MetricsFile | None
     seconds_before: float
@@ -131,6 +134,7 @@ def build_run(
             max_new_tokens=recipe.eval.prompt_tokens,
             dtype=context.dtype,
         ),
+        display=TrainingDisplay(recipe.total_steps, recipe.optimizer.clip_norm),
         metrics=None,
         samples=None,
         seconds_before=0.0,

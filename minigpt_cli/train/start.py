@@ -303,11 +303,12 @@ def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
 def _open_logs(run: Run, state: RunState, resources: ExitStack) -> Run:
     """Cut metrics.jsonl and samples.jsonl back to the state's step, and open them."""
     evaluated = state.evaluated_step == state.step
-    kept, _ = (
+    kept, completed = (
         cut_back(run.directory, state.step or -1, evaluated, name) for name in (METRICS, SAMPLES)
     )
     found = (line.get("seconds") for line in reversed(kept))
     seconds = next((each for each in found if isinstance(each, float)), 0.0)
+    run.display.restart(state.step, kept, completed)
     metrics, samples = (MetricsFile(run.directory, name) for name in (METRICS, SAMPLES))
     resources.callback(metrics.close)
     resources.callback(samples.close)

@@ -39,6 +39,9 @@ SURFACE = {
     },
     "export": COMMON | {"MODEL", "OUT", "--dtype", "--adapter", "--adapter-only", "--json"},
     "verify": COMMON | {"PATH", "--json"},
+    "doctor": COMMON | {"--json"},
+    "recipes": COMMON | {"NAME", "--json"},
+    "report": COMMON | {"RUN", "--out", "-o", "--png", "--json"},
 }  # fmt: skip
 TYPES = re.compile(r"<\w+>|INTEGER|\bFLOAT\b|list\[")
 

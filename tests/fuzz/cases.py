@@ -254,6 +254,8 @@ KINDS = {
         sample run/final {SAMPLE}
         export {STEP} new
         finetune-lora lora.toml -o new --set lora.base=run --set data.path=other
+        report run -o new
+        report run -o new
     """, _files("run/*", f"{STEP}/*", f"{STEP}/*.json", "run/final/*", seal=True)),
     "tuned": Kind(f"{_RECIPES} tuned", 4, f"""
         resume tuned --set train.steps=3
@@ -345,5 +347,6 @@ KINDS = {
         sample base {SAMPLE} --repetition-penalty 1.1 --seed 3 --num-samples 2 --dtype bf16 --json
         sample base --adapter adapter --chat {SAMPLE} --greedy --device cpu
         sample run --prompt-file corpus/0.txt --max-new-tokens 3 --json
+        report run tuned -o new --json
     """, _options, is_users=True),
 }  # fmt: skip

@@ -29,7 +29,8 @@ _IMPORTED = [
     "encodings.utf_8_sig", "minigpt_cli.cli", "minigpt_cli.commands.loading",
     "minigpt_cli.evaluate.loss", "minigpt_cli.generate.text", "minigpt_cli.huggingface.export",
     "minigpt_cli.distributed.launch", "minigpt_cli.train.loop", "minigpt_cli.prepare.from_recipe",
-    "minigpt_cli.train.start", "minigpt_cli.core.status", "numpy.ctypeslib", "numpy.ma",
+    "minigpt_cli.train.start", "minigpt_cli.core.status",
+    "minigpt_cli.report.figure", "minigpt_cli.report.page", "numpy.ctypeslib", "numpy.ma",
     "pydantic.types", "pytest", "rich.status", "safetensors.torch", "tokenizers", "torch._dynamo",
     "torch._inductor.standalone_compile", "torch._numpy", "torch.onnx",
     "transformers.models.auto", "transformers.models.gpt2.modeling_gpt2",
@@ -212,7 +213,9 @@ def _run(
     os.environ.update(variables)
     os.chdir(cwd)
     for standard, file in ((1, output), (2, log)):
-        stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # Ctrl-C reaches the process only if its terminal is open for reading.
+        mode = os.O_RDWR if file.is_relative_to("/dev/pts") else os.O_WRONLY
+        stream = os.open(file, mode | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(stream, standard)
     faulthandler.register(signal.SIGUSR2)
     if user is not None and os.geteuid() == 0:

@@ -43,3 +43,13 @@ def test_memory_is_as_predicted(library: Path):
     assert len(found) == 5
     for name, bytes_ in found.items():
         assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name
+
+
+def test_the_doctor_sees_gpus(library: Path):
+    printed = run(library, "hardware.py", NULLGPU_DEVICES="2")
+    found = {each["what"]: each for each in json.loads(printed)}
+    for name in ("GPU 0", "GPU 1"):
+        assert found[name]["state"] == "ok"
+        assert "H100 80GB HBM3, 85.0 GB of 85.0 GB free, 989 TFLOP/s" in found[name]["found"]
+    assert found["NCCL"]["found"].split(".")[0] == "2"
+    assert (found["bf16"]["state"], found["bf16"]["found"]) == ("ok", "yes")

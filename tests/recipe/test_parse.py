@@ -145,6 +145,12 @@ def test_missing_sections_and_files():
         load_recipe("no/such/recipe.toml")
 
 
+def test_a_name_of_a_shipped_recipe():
+    for given in ("tiny", "nowhere/tiny.toml"):
+        with pytest.raises(UserError, match=r"minigpt recipes tiny > tiny\.toml"):
+            load_recipe(given)
+
+
 def test_a_byte_order_mark_is_of_no_account(tmp_path: Path):
     file = tmp_path / "tiny.toml"
     file.write_text(BASE, encoding="utf-8-sig")
@@ -205,9 +211,8 @@ def test_tokens_are_rounded_up_to_whole_steps():
 def test_every_recipe_loads_and_says_how_to_launch_it(path: Path):
     recipe = load_recipe(path)
     command = "pretrain" if recipe.lora is None else "finetune-lora"
-    header = [line for line in path.read_text().splitlines()[:12] if line.startswith("#")]
+    header = [line for line in path.read_text().splitlines()[:8] if line.startswith("#")]
     assert any(f"minigpt {command} recipes/{path.name}" in line for line in header)
-    assert any("Measured on" in line for line in header)
     assert tomllib.loads(path.read_text())
 
 

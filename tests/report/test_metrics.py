@@ -4,7 +4,8 @@ import time
 from pathlib import Path
 
 from minigpt_cli.report import metrics
-from minigpt_cli.report.live import duration, step_line
+from minigpt_cli.report.live import step_line
+from minigpt_cli.report.live_layout import duration
 
 
 def test_metrics_are_cut_back_to_one_curve(tmp_path: Path):

@@ -14,7 +14,6 @@ from minigpt_cli.checkpoint import store
 from minigpt_cli.core.errors import Diverged
 from minigpt_cli.recipe import GuardSettings, Recipe
 from minigpt_cli.report import metrics
-from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.train.checkpointing import all_finite
 from minigpt_cli.train.guard import MAX_RECORDS, new_guard, watch_step
 from minigpt_cli.train.guard_report import (
@@ -219,8 +218,8 @@ def test_warning_returns_after_the_rate_fell(
 ):
     run, state = start_run(make_recipe("precision.dtype=fp16"), tmp_path)
     zero, shown = torch.zeros(()), ""
-    with run.resources, TrainingDisplay(12, 0) as display:
-        steps = StepLog(run, display)
+    with run.resources, run.display:
+        steps = StepLog(run)
         for step, overflows, warnings in (
             (5000, 51, 1),
             (5010, 60, 1),  # told already

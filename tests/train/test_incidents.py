@@ -18,6 +18,7 @@ from minigpt_cli.data.order import sample_ids
 from minigpt_cli.prepare.sources import Source
 from minigpt_cli.prepare.tokenize import tokenize
 from minigpt_cli.recipe import Recipe
+from minigpt_cli.report.incident_list import list_incidents
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.start import start_run
 from tests.helpers.processes import minigpt
@@ -88,6 +89,11 @@ def test_incident_has_step_and_text(tmp_path: Path, make_recipe: MakeRecipe, sha
             assert window["text"] == text[:200]
             assert len(window["text"]) == 200
         assert crossing
+    (reported,), problems = list_incidents(tmp_path / "run")
+    assert problems == []
+    assert (reported.kind, reported.steps) == ("nonfinite", (7, 8))
+    assert reported.reason.endswith("gradient norm nan, 2 steps were skipped")
+    assert reported.batch[0].endswith(incident["windows"][0]["text"])
 
 
 def test_under_fp16_an_incident_has_the_loss_scale(tmp_path: Path, make_recipe: MakeRecipe):

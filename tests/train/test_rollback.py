@@ -16,6 +16,7 @@ from minigpt_cli.data.loader import Batch
 from minigpt_cli.data.order import sample_ids
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
+from minigpt_cli.report.incident_list import list_incidents
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.run import Run
 from minigpt_cli.train.schedule import lr_factor
@@ -79,6 +80,12 @@ def test_spikes_in_a_row_roll_back(
     assert sorted((each["data_position"], each["step"]) for each in told if each["step"] > 20) == [
         (24, 25), (25, 26), (26, 27), (27, 21), (28, 22),
     ]  # fmt: skip
+    reported, problems = list_incidents(run_dir)
+    assert problems == []
+    assert [each.steps for each in reported if each.kind == "rollback"] == [(20, 27)]
+    steps = [step for each in reported if each.kind == "spike" for step in each.steps]
+    assert sorted(steps) == sorted(each["step"] for each in told)
+    assert all("is above" in each.reason for each in reported if each.kind == "spike")
 
     copy = tmp_path / "copy"
     shutil.copytree(run_dir, copy)
