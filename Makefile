@@ -5,7 +5,7 @@ RUN := runs/tiny
 FAULTS := --kills 200
 FUZZ := --cases 20000 --minutes 10
 
-.PHONY: setup train test faults fuzz old-runs nullgpu check bench clean
+.PHONY: setup train test faults fuzz old-runs nullgpu harness docs docs-test check bench clean
 
 setup: .venv/installed
 
@@ -47,6 +47,31 @@ nullgpu: .venv-nullgpu/installed
 	.venv-nullgpu/bin/pip install --quiet -e . pytest
 	touch $@
 
+# minigpt eval --tasks against the harness's own backend for transformers. lm-eval brings 340 MB, so it
+# has an environment of its own, which sees the packages of .venv.
+harness: .venv-harness/installed
+	OMP_NUM_THREADS=1 .venv-harness/bin/python -m pytest tests/evaluate/test_harness.py
+
+.venv-harness/installed: .venv/installed
+	$(PYTHON) -m venv .venv-harness
+	base=$$(realpath .venv/lib/python3*/site-packages) && cd .venv-harness/lib/python3*/site-packages && \
+		echo "import site; site.addsitedir('$$base')" >base.pth
+	.venv-harness/bin/pip install --quiet -c constraints.txt lm-eval
+	touch $@
+
+# The documentation as a site in build/site, in an environment of its own.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+.venv-docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet -r docs/requirements.txt
+	touch $@
+
+# Every command of README.md and docs/, with small settings.
+docs-test: setup
+	$(BIN)/python scripts/run_docs.py $(PAGES)
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +83,4 @@ bench: setup
 	$(BIN)/python benchmarks/bench_startup.py
 
 clean:
-	rm -rf .venv .venv-nullgpu runs data build *.egg-info
+	rm -rf .venv .venv-nullgpu .venv-harness .venv-docs runs data build *.egg-info

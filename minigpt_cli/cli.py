@@ -16,11 +16,13 @@ from minigpt_cli.commands import (
     eval,
     export,
     finetune_lora,
+    lr_find,
     plan,
     pretrain,
     recipes,
     report,
     resume,
+    runs,
     sample,
     tokenize,
     verify,
@@ -59,9 +61,11 @@ _add("pretrain", pretrain.pretrain_command, pretrain.EXAMPLE)
 _add("plan", plan.plan_command, plan.EXAMPLE)
 _add("resume", resume.resume_command, resume.EXAMPLE)
 _add("finetune-lora", finetune_lora.finetune_lora_command, finetune_lora.EXAMPLE)
+_add("lr-find", lr_find.lr_find_command, lr_find.EXAMPLE)
 _add("eval", eval.eval_command, eval.EXAMPLE)
 _add("sample", sample.sample_command, sample.EXAMPLE)
 _add("export", export.export_command, export.EXAMPLE)
+_add("runs", runs.runs_command, runs.EXAMPLE)
 _add("verify", verify.verify_command, verify.EXAMPLE)
 _add("report", report.report_command, report.EXAMPLE)
 _add("doctor", doctor.doctor_command, doctor.EXAMPLE)

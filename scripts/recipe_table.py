@@ -65,6 +65,8 @@ def _values(hint: Any) -> str:
         return f"{', '.join(most)} or {last}"
     if get_origin(hint) is tuple:
         inner = get_args(hint)
+        if get_origin(inner[0]) is Literal:
+            return f"list of {_values(inner[0])}"
         return f"{'list of' if inner[-1] is ... else len(inner)} {NAMES[inner[0]]}s"
     return NAMES[hint]
 

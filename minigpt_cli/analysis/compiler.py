@@ -26,7 +26,7 @@ except Exception as error:
 
 
 @dataclass(frozen=True)
-class Trial:
+class CompileTrial:
     """A compilation on its way: its process, and the directory of its results."""
 
     process: "subprocess.Popen[str]"
@@ -34,7 +34,7 @@ class Trial:
 
 
 @contextlib.contextmanager
-def trial_compilation() -> Iterator[Trial | OSError]:
+def trial_compilation() -> Iterator[CompileTrial | OSError]:
     """Start a compilation; it and its files are gone when the ``with`` block ends.
 
     Yields:
@@ -67,10 +67,10 @@ def trial_compilation() -> Iterator[Trial | OSError]:
             yield error
             return
         resources.callback(_end, process)
-        yield Trial(process, Path(folder))
+        yield CompileTrial(process, Path(folder))
 
 
-def compiler_finding(trial: Trial | OSError, seconds: float = SECONDS) -> Finding:
+def compiler_finding(trial: CompileTrial | OSError, seconds: float = SECONDS) -> Finding:
     """Wait for the compilation, at most so many seconds."""
     if isinstance(trial, OSError):
         found = f"not tried: {os_reason(trial)} ({trial.filename or 'temporary files'})"

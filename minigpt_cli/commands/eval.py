@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "minigpt eval runs/tiny --text notes.txt"
 
-DATA = "Data"
+DATA, TASKS = "Data", "Tasks of lm-evaluation-harness"
 DEFAULT_LENGTH = 1024  # tokens per sequence if no recipe says how many
 
 Data = Annotated[
@@ -33,8 +33,35 @@ BatchSize = Annotated[int, option("--batch-size", "N", "Sequences per batch.", D
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 ComputeDtype = Annotated[
     Dtype,
-    option("--dtype", None, "Number format of matrix products; auto: as in training.", "Model"),
+    option(
+        "--dtype",
+        None,
+        "Number format of matrix products; auto: as in training; with --tasks fp32.",
+        "Model",
+    ),
 ]
+Tasks = Annotated[
+    str | None,
+    option("--tasks", "NAME,...", "Run these tasks or groups instead of measuring loss.", TASKS),
+]
+TasksDir = Annotated[
+    Path | None,
+    option("--tasks-dir", "DIR", "A directory with tasks of your own, in YAML.", TASKS),
+]
+TrustTasks = Annotated[
+    bool, option("--trust-tasks", "", "Let tasks of --tasks-dir run Python code.", TASKS)
+]
+Limit = Annotated[
+    int | None,
+    option("--limit", "N", "Use the first N samples of each task; default: all.", TASKS, min=1),
+]
+NumFewshot = Annotated[
+    int | None,
+    option(
+        "--num-fewshot", "N", "Examples in each prompt; default: as each task says.", TASKS, min=0
+    ),
+]
+Chat = Annotated[bool, option("--chat", "", "Ask in the form of the model's chat template.", TASKS)]
 
 
 def eval_command(
@@ -43,6 +70,12 @@ def eval_command(
     data: Data = None,
     split: Split = "val",
     text: Text = None,
+    tasks: Tasks = None,
+    tasks_dir: TasksDir = None,
+    trust_tasks: TrustTasks = False,
+    limit: Limit = None,
+    num_fewshot: NumFewshot = None,
+    chat: Chat = False,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: ComputeDtype = "auto",
@@ -50,7 +83,7 @@ def eval_command(
     version: Version = False,
     debug: Debug = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte.
+    """Measure loss, perplexity and bits per byte; or run tasks.
 
     Every token of a dataset's split or of a text is predicted once; in instructions, only those of
     the answers.
@@ -58,11 +91,21 @@ def eval_command(
     nothing_is_saved()
     if text is not None and data is not None:
         raise UserError("--data and --text can't be combined: give one of them")
+    if tasks is not None:
+        if text is not None or data is not None:
+            raise UserError("--tasks can't be combined with --data or --text: tasks have their own")
+        from minigpt_cli.commands.eval_tasks import Request, eval_tasks
+
+        request = Request(tasks, tasks_dir, trust_tasks, limit, num_fewshot, chat)
+        eval_tasks(request, model, adapter, device, dtype, batch_size, as_json)
+        return
+    if tasks_dir or trust_tasks or limit is not None or num_fewshot is not None or chat:
+        raise UserError("--tasks-dir, --limit, --num-fewshot and --chat need --tasks NAME,...")
     from minigpt_cli.commands.loading import each_adapter, load_and_report
 
     trained = load_and_report(model, adapter, device)
     found = _open_data(trained, model, data, split, text)
-    compute = _set_dtype(trained, dtype)
+    compute = set_dtype(trained, dtype)
     results = []
     for each in each_adapter(trained):
         result = _evaluate(trained, found, batch_size, compute)
@@ -132,7 +175,7 @@ def _read(text: Path) -> str:
         raise UserError(f"--text {error}") from None
 
 
-def _set_dtype(trained: "TrainedModel", name: Dtype) -> "torch.dtype":
+def set_dtype(trained: "TrainedModel", name: Dtype) -> "torch.dtype":
     """Return the dtype of matrix products; a dtype that the user named also sets the weights'."""
     from minigpt_cli.model.precision import compute_dtype, weights_dtype
     from minigpt_cli.recipe import PrecisionSettings

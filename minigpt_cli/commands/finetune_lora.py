@@ -5,8 +5,17 @@ from typing import Annotated
 
 import typer
 
-from minigpt_cli.commands.options import Debug, Json, Nproc, Overrides, RunDir, Version
-from minigpt_cli.commands.training import train_recipe
+from minigpt_cli.commands.options import (
+    Debug,
+    DryRun,
+    Json,
+    Nproc,
+    OverfitOneBatch,
+    Overrides,
+    RunDir,
+    Version,
+)
+from minigpt_cli.commands.training import choose_trial, train_recipe
 
 EXAMPLE = "minigpt finetune-lora recipes/shakespeare-lora.toml --set lora.base=runs/shakespeare"
 
@@ -17,6 +26,8 @@ def finetune_lora_command(
     ],
     out: RunDir = None,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
+    overfit_one_batch: OverfitOneBatch = False,
     nproc: Nproc = None,
     as_json: Json = False,
     version: Version = False,
@@ -26,4 +37,5 @@ def finetune_lora_command(
 
     Checkpoints, stopping and resuming work as with pretrain.
     """
-    return train_recipe(recipe, overrides, out, nproc, as_json, lora=True)
+    trial = choose_trial(dry_run, overfit_one_batch, out)
+    return train_recipe(recipe, overrides, out, nproc, as_json, lora=True, trial=trial)

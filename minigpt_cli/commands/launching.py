@@ -25,12 +25,12 @@ def is_launcher(nproc: int | None) -> bool:
     return nproc > 1
 
 
-def launch_ranks(nproc: int | None, run: Path) -> int:
+def launch_ranks(nproc: int | None, run: Path | None) -> int:
     """Run this same command as several processes; return their exit code.
 
     Args:
         nproc: number of ranks.
-        run: the run directory, for status.json and messages.
+        run: the run directory, for status.json and messages; None if there is none.
     """
     from minigpt_cli.distributed.launch import launch
 

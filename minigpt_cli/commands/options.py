@@ -107,6 +107,25 @@ Nproc = Annotated[
         min=1,
     ),
 ]
+DryRun = Annotated[
+    bool,
+    option(
+        "--dry-run",
+        "",
+        "Do all but train: check everything, and print the first sequence. Leaves no run.",
+        RUN,
+    ),
+]
+OverfitOneBatch = Annotated[
+    bool,
+    option(
+        "--overfit-one-batch",
+        "",
+        "Train on one batch until its loss is below 0.1 (exit code 3 after 500 steps). Leaves no "
+        "run.",
+        RUN,
+    ),
+]
 
 ModelPath = Annotated[
     Path,

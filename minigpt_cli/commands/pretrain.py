@@ -5,8 +5,17 @@ from typing import Annotated
 
 import typer
 
-from minigpt_cli.commands.options import Debug, Json, Nproc, Overrides, RunDir, Version
-from minigpt_cli.commands.training import train_recipe
+from minigpt_cli.commands.options import (
+    Debug,
+    DryRun,
+    Json,
+    Nproc,
+    OverfitOneBatch,
+    Overrides,
+    RunDir,
+    Version,
+)
+from minigpt_cli.commands.training import choose_trial, train_recipe
 
 EXAMPLE = "minigpt pretrain recipes/tiny.toml --set train.steps=500"
 
@@ -15,6 +24,8 @@ def pretrain_command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file; see recipes/.")],
     out: RunDir = None,
     overrides: Overrides = None,
+    dry_run: DryRun = False,
+    overfit_one_batch: OverfitOneBatch = False,
     nproc: Nproc = None,
     as_json: Json = False,
     version: Version = False,
@@ -24,4 +35,5 @@ def pretrain_command(
 
     The token dataset is made first if the recipe names a source and the dataset is not there yet.
     """
-    return train_recipe(recipe, overrides, out, nproc, as_json, lora=False)
+    trial = choose_trial(dry_run, overfit_one_batch, out)
+    return train_recipe(recipe, overrides, out, nproc, as_json, lora=False, trial=trial)

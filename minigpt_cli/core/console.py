@@ -6,6 +6,7 @@ rich is imported when the first line is printed: commands that print nothing sta
 import contextlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -86,6 +87,14 @@ def warn(message: str) -> None:
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun: "1 document", "2,000 documents"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def terminal_width() -> int | None:
+    """Return the columns of the terminal that standard output goes to; None if it is none.
+
+    ``COLUMNS`` in the environment wins, as everywhere.
+    """
+    return shutil.get_terminal_size((0, 0)).columns or None
 
 
 def error_line(message: str) -> None:

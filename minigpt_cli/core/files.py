@@ -49,6 +49,22 @@ def create_file(file: Path, content: bytes) -> None:
         stream.write(content)
 
 
+def write_new_file(file: Path, content: bytes) -> None:
+    """Write a file that doesn't exist yet; if that fails, nothing is left.
+
+    Raises:
+        FileExistsError: It exists.
+        OSError: The disk is full or can't be written to.
+    """
+    with file.open("xb") as stream:
+        try:
+            stream.write(content)
+            stream.flush()
+        except OSError:
+            file.unlink(missing_ok=True)
+            raise
+
+
 def sync_to_disk(path: Path) -> None:
     """Flush a file's content, or a directory's list of names, to the disk (fsync).
 

@@ -6,6 +6,8 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from minigpt_cli.core.faq import faq
+
 _ADVICE = (
     "in training, try in this order: a smaller train.micro_batch_size (the result stays the same), "
     "train.activation_checkpointing=true, a shorter train.sequence_length, a smaller model; "
@@ -60,7 +62,9 @@ def describe_out_of_memory(error: BaseException) -> str:
         parts.append(f"{on_gpu[1]} of the GPU are free")
     elif "CUDA" not in text and free is not None:
         parts.append(f"{format_size(free)} are free")
-    return f"out of memory{': ' if parts else ''}{', '.join(parts)}; {_ADVICE}"
+    return (
+        f"out of memory{': ' if parts else ''}{', '.join(parts)}; {_ADVICE} {faq('out-of-memory')}"
+    )
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

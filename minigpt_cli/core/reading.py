@@ -72,6 +72,17 @@ def read_bytes(file: Path, error: type[UserError] = UserError, limit: int = MAX_
         return stream.read()
 
 
+def read_end(file: Path, size: int, error: type[UserError] = UserError) -> bytes:
+    """Return the last ``size`` bytes of a regular file, however large; all of a smaller one.
+
+    Raises:
+        UserError: The file is missing or no regular file, or can't be read.
+    """
+    with open_regular(file, error, limit=1 << 63) as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - size))
+        return stream.read(size)
+
+
 def read_text(file: Path, error: type[UserError] = UserError, limit: int = MAX_BYTES) -> str:
     """Return the UTF-8 text of a regular file; see ``read_bytes``.
 

@@ -11,6 +11,9 @@ SAMPLES = "samples.jsonl"  # completions of [eval] prompts
 TOKENIZER = "tokenizer.json"  # also in each checkpoint, and in a token dataset
 ENVIRONMENT = "environment.json"
 STATUS = "status.json"
+TENSORBOARD = "tensorboard"  # of [log] trackers, as the next two
+WANDB = "wandb"
+TRACKIO = "trackio"
 LOCK = ".lock"
 INCIDENTS = "incidents"
 FINAL = "final"  # the export of the last checkpoint
@@ -21,7 +24,7 @@ STATE = "state.json"
 AUXILIARY_FILES = "huggingface.json"  # of the model that the run started from
 CHECKPOINT_MANIFEST = "manifest.json"
 
-# All that a run writes, except its lock.
+# All that a run writes, except its locks.
 RUN_FILES = (
     RECIPE,
     METRICS,
@@ -29,12 +32,20 @@ RUN_FILES = (
     TOKENIZER,
     ENVIRONMENT,
     STATUS,
+    TENSORBOARD,
+    WANDB,
+    TRACKIO,
     INCIDENTS,
     FINAL,
     CHECKPOINTS,
 )
 
 _STEP = re.compile(r"step-(\d{8,})$")
+
+
+def tracker_lock(run: Path, tracker: str) -> Path:
+    """Return the file that a tracker's process locks: one at a time writes for a run."""
+    return run / f".{tracker}.lock"
 
 
 def checkpoints_dir(run: Path) -> Path:

@@ -7,6 +7,7 @@ import resource
 import torch
 
 from minigpt_cli.core.env_variables import env_int
+from minigpt_cli.core.memory import available_memory
 
 
 def find_device(local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -34,6 +35,15 @@ def device_memory(device: torch.device, local_size: int) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_size
+
+
+def free_memory(device: torch.device, local_size: int) -> int | None:
+    """Return the free bytes of memory that this rank may use; None if the system doesn't say."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free if total else None
+    free_of_all = available_memory()
+    return None if free_of_all is None else free_of_all // local_size
 
 
 def _keep_freed_memory() -> None:

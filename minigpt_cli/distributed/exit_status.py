@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt_cli.core.errors import EXPLAINED_CODES, STOP_CODES
+from minigpt_cli.core.faq import faq
 from minigpt_cli.core.run_dir import checkpoint_step, checkpoints_dir
 
 
@@ -36,17 +37,17 @@ def resume_hint(run: Path | None) -> str:
     """
     found = () if run is None else checkpoints_dir(run).glob("step-*")
     if all(checkpoint_step(path) is None for path in found):
-        return "run the same command again"
-    return f"go on from the last checkpoint with `minigpt resume {run}`"
+        return f"run the same command again {faq('it-hangs')}"
+    return f"go on from the last checkpoint with `minigpt resume {run}` {faq('it-hangs')}"
 
 
-def exit_status(worker: str, returncode: int, run: Path) -> ExitStatus:
+def exit_status(worker: str, returncode: int, run: Path | None) -> ExitStatus:
     """Return how one worker ended.
 
     Args:
         worker: its name in messages.
         returncode: as Popen gives it: the exit code, or minus the signal that killed the worker.
-        run: the run directory, for the message.
+        run: the run directory, for the message; None if there is none.
     """
     if returncode == 0 or returncode in EXPLAINED_CODES:
         return ExitStatus(returncode)

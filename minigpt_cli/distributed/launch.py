@@ -44,7 +44,7 @@ class Timeouts:
     terminated: float = 20  # after that, between SIGTERM and SIGKILL
 
 
-def launch(arguments: list[str], *, nproc: int, run: Path) -> int:
+def launch(arguments: list[str], *, nproc: int, run: Path | None) -> int:
     """Run ``python -m minigpt_cli ARGUMENTS`` as ``nproc`` ranks on this machine.
 
     Call it in the main thread. The workers inherit the environment, standard output and standard
@@ -52,7 +52,8 @@ def launch(arguments: list[str], *, nproc: int, run: Path) -> int:
     takes, and exit with 75 (130 after SIGINT).
 
     Args:
-        run: the run directory. If a worker was killed, its status.json says so.
+        run: the run directory. If a worker was killed, its status.json says so. None if the
+            command makes no run.
 
     Returns:
         The exit code of the command: 0 if all workers returned 0; the code of the first worker that
@@ -66,7 +67,7 @@ def launch(arguments: list[str], *, nproc: int, run: Path) -> int:
 
 
 def launch_command(
-    command: list[str], *, nproc: int, run: Path, timeouts: Timeouts | None = None
+    command: list[str], *, nproc: int, run: Path | None, timeouts: Timeouts | None = None
 ) -> int:
     """Do what ``launch`` does for any command whose processes call ``follow_launcher``."""
     signals: list[int] = []
@@ -86,7 +87,7 @@ def launch_command(
     ignore_signals()
     if status.message:
         error_line(status.message)
-    if status.failed:
+    if status.failed and run is not None:
         _record_failure(run, workers, status)
     return status.code
 
@@ -120,7 +121,7 @@ def _start(command: list[str], nproc: int, workers: list[subprocess.Popen[bytes]
 
 
 def _wait(
-    workers: list[subprocess.Popen[bytes]], signals: list[int], timeouts: Timeouts, run: Path
+    workers: list[subprocess.Popen[bytes]], signals: list[int], timeouts: Timeouts, run: Path | None
 ) -> ExitStatus:
     """Wait until all workers have ended; pass ``signals`` on as they come.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.core.errors import Diverged, UserError
+from minigpt_cli.core.faq import faq
 from minigpt_cli.generate.sampling import NOT_FINITE, SamplingOptions, draw_uniforms, next_tokens
 from minigpt_cli.model.gpt import GPT, KVCache, new_cache
 from minigpt_cli.model.precision import autocast
@@ -64,13 +65,7 @@ def generate(
         if eos_id is None:
             raise UserError("an empty prompt needs a tokenizer with an end-of-text token")
         prompt_ids = [eos_id]
-    known = model.config.vocab_size
-    unknown = next((token for token in prompt_ids if not 0 <= token < known), None)
-    if unknown is not None:
-        raise UserError(
-            f"token {unknown} of the prompt is outside the model's vocabulary of {known}: "
-            "is this the tokenizer it was trained with?"
-        )
+    _check_ids(model, prompt_ids)
     finished = [False] * num_samples if finished is None else finished
     assert len(finished) == num_samples
     uniforms = draw_uniforms(seed, num_samples, max_new_tokens)
@@ -78,7 +73,7 @@ def generate(
         dtype = model.embed_tokens.weight.dtype
     return _decode(
         model,
-        prompt_ids,
+        [prompt_ids],
         options,
         uniforms,
         stop_token_ids | {eos_id},
@@ -89,9 +84,66 @@ def generate(
     )
 
 
+def generate_each(
+    model: GPT,
+    prompts: list[list[int]],
+    options: SamplingOptions,
+    *,
+    max_new_tokens: int,
+    finished: list[bool],
+    seed: int = 0,
+    stop_token_ids: frozenset[int] = frozenset(),
+    dtype: torch.dtype | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue S prompts once each, as one batch; yield once per token.
+
+    A prompt's continuation is what ``generate`` makes of it alone, up to rounding. The other
+    arguments are those of ``generate``.
+
+    Args:
+        prompts: at least one token each; the longest and ``max_new_tokens`` fit into the context.
+        finished: S flags; the caller may set one between steps to end that prompt's text.
+
+    Yields:
+        S entries: the new token of each prompt; None if its text ended earlier.
+
+    Raises:
+        UserError: a token outside the vocabulary. Raised by the call, not by the first step.
+        Diverged: logits are not finite.
+    """
+    assert all(prompts)
+    assert len(finished) == len(prompts)
+    room = model.config.max_position_embeddings - max_new_tokens
+    assert max(map(len, prompts)) <= room, (max(map(len, prompts)), room)
+    for prompt_ids in prompts:
+        _check_ids(model, prompt_ids)
+    return _decode(
+        model,
+        prompts,
+        options,
+        draw_uniforms(seed, len(prompts), max_new_tokens),
+        frozenset(stop_token_ids),
+        True,
+        model.embed_tokens.weight.dtype if dtype is None else dtype,
+        vocab_size,
+        finished,
+    )
+
+
+def _check_ids(model: GPT, prompt_ids: list[int]) -> None:
+    known = model.config.vocab_size
+    unknown = next((token for token in prompt_ids if not 0 <= token < known), None)
+    if unknown is not None:
+        raise UserError(
+            f"token {unknown} of the prompt is outside the model's vocabulary of {known}: "
+            "is this the tokenizer it was trained with?"
+        )
+
+
 def _decode(
     model: GPT,
-    prompt_ids: list[int],
+    prompts: list[list[int]],
     options: SamplingOptions,
     uniforms: Tensor,
     stop_token_ids: frozenset[int | None],
@@ -100,29 +152,36 @@ def _decode(
     vocab_size: int | None,
     finished: list[bool],
 ) -> Iterator[list[int | None]]:
-    """The loop behind ``generate``. uniforms: (S, max_new_tokens), on the CPU."""
+    """The loop behind ``generate``.
+
+    Args:
+        prompts: one for all S samples, or one for each.
+        uniforms: (S, max_new_tokens), on the CPU.
+    """
     samples, max_new_tokens = uniforms.shape
     context = model.config.max_position_embeddings
     device = model.embed_tokens.weight.device
     uniforms = uniforms.to(device, torch.float32 if device.type == "mps" else torch.float64)
-    window = torch.tensor([prompt_ids[-context:]], device=device)  # (B, T)
+    window, padding = _padded([prompt[-context:] for prompt in prompts], device)  # (B, T), (B,)
     seen = None
     if options.repetition_penalty != 1:
-        seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool, device=device)
-        seen[0, torch.tensor(prompt_ids, device=device)] = True
+        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, torch.tensor(prompt, device=device)] = True
     cache: KVCache | None = None
     rows = list(range(samples))  # the sample of each row of the batch
 
     for step in range(max_new_tokens):
         with _evaluating(model, dtype):
             if window.shape[1] > context:
+                assert padding is None
                 window, cache = window[:, -max(1, context // 2) :], None
             if use_cache and cache is None:
                 capacity = min(context, window.shape[1] + max_new_tokens - step)
                 cache = new_cache(model.config, len(window), capacity, device, dtype)
             new_tokens = window if cache is None or not cache.length else window[:, -1:]
-            logits = model(new_tokens, cache=cache, logits_to_keep=1)
-            if step == 0 and samples > 1:
+            logits = model(new_tokens, cache=cache, padding=padding, logits_to_keep=1)
+            if step == 0 and samples > len(prompts):
                 every = torch.zeros(samples, dtype=torch.int64, device=device)
                 logits, window, seen, cache = logits[every], *_take(every, window, seen, cache)
             logits = logits[:, -1, :vocab_size]
@@ -137,7 +196,7 @@ def _decode(
             if NOT_FINITE in chosen:
                 raise Diverged(
                     "the model's logits are not finite: its weights diverged in training, "
-                    "take an earlier checkpoint"
+                    f"take an earlier checkpoint {faq('loss-is-nan')}"
                 )
             if seen is not None:
                 seen.scatter_(1, tokens[:, None], True)
@@ -157,7 +216,17 @@ def _decode(
             with torch.inference_mode():
                 window, seen, cache = _take(keep, window, seen, cache)
                 uniforms = uniforms[keep]
+                padding = None if padding is None else padding[keep]
             rows = [rows[row] for row in alive]
+
+
+def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return the prompts as rows of one length, and the padding before each if there is any."""
+    length = max(map(len, prompts))
+    missing = [length - len(prompt) for prompt in prompts]
+    rows = [[0] * before + prompt for before, prompt in zip(missing, prompts, strict=True)]
+    padding = torch.tensor(missing, device=device) if any(missing) else None
+    return torch.tensor(rows, device=device), padding
 
 
 def _take(

@@ -21,7 +21,7 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.reading import parse_json, read_json
 from minigpt_cli.core.run_dir import RECIPE, TOKENIZER
 from minigpt_cli.data import chat
-from minigpt_cli.data.tokenizer import is_tokenizer, load_tokenizer, vocabulary_size
+from minigpt_cli.data.tokenizer import eos_id, is_tokenizer, load_tokenizer, vocabulary_size
 from minigpt_cli.huggingface.auxiliary_files import (
     GENERATION_CONFIG,
     AuxiliaryFiles,
@@ -152,6 +152,16 @@ def stop_token_ids(base: BaseModel, tokenizer: "Tokenizer") -> frozenset[int]:
         found.append(parse_json(text, GENERATION_CONFIG).get("eos_token_id"))
     ids = [each for ids in found for each in (ids if isinstance(ids, list) else [ids])]
     return frozenset(each for each in ids if isinstance(each, int))
+
+
+def start_token_id(base: BaseModel, tokenizer: "Tokenizer") -> int:
+    """Return the token before a text without context: begin-of-text, or else end-of-text."""
+    with base.auxiliary_files.directory(base.tokenizer) as folder:
+        named = chat.special_tokens(folder)
+    for name in ("bos_token", "eos_token"):
+        if (found := tokenizer.token_to_id(named.get(name, ""))) is not None:
+            return int(found)
+    return eos_id(tokenizer)
 
 
 def weights_fingerprint(base: BaseModel) -> str:

@@ -39,23 +39,27 @@ def causal_attention(
     )
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Compute the attention of the last T of S tokens.
 
     Args:
         q: (B, A, T, D), of the last tokens.
         k, v: (B, K, S, D).
+        mask: (B, 1, T, S) bool, true for visible tokens; None: all earlier tokens are visible.
     """
     tokens, seen = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < tokens < seen:  # is_causal aligns with the first key, not with the last
+    if mask is not None:
+        if tokens > 1:  # as in causal_attention
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    elif 1 < tokens < seen:  # is_causal aligns with the first key, not with the last
         mask = torch.ones(tokens, seen, dtype=torch.bool, device=q.device).tril(seen - tokens)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=mask,
-        is_causal=1 < tokens == seen,
+        is_causal=mask is None and tokens > 1,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 

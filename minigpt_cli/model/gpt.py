@@ -18,6 +18,7 @@ from minigpt_cli.model.attention import cached_attention, causal_attention
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import projected_cross_entropy
 from minigpt_cli.model.norm import Norm
+from minigpt_cli.model.padding import padded_positions, padding_mask
 from minigpt_cli.recipe import RopeScaling
 
 
@@ -175,7 +176,7 @@ class Attention(nn.Module):
             keys[:, :, past:end] = k
             values[:, :, past:end] = v
             k, v = keys[:, :, :end], values[:, :, :end]
-            y = cached_attention(q.to(k.dtype), k, v)
+            y = cached_attention(q.to(k.dtype), k, v, mask)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
         return out
 
@@ -259,6 +260,7 @@ class GPT(nn.Module):
         segment_ids: Tensor | None = None,
         *,
         cache: KVCache | None = None,
+        padding: Tensor | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
         """Compute the sum of the token losses; without targets, the logits.
@@ -269,6 +271,8 @@ class GPT(nn.Module):
             segment_ids: (B, T) int64, the segment of each token in its sequence. Attention stays
                 within a segment, and positions start from 0 in each. Not with a cache.
             cache: keys and values of the earlier tokens; extended in place.
+            padding: (B,) int64, the leading entries of each row that are no tokens: nothing sees
+                them, and positions start from 0 after them. Only with a cache.
             logits_to_keep: number of last positions to compute logits for; 0: all.
 
         Returns:
@@ -285,6 +289,9 @@ class GPT(nn.Module):
         if segment_ids is not None:
             assert cache is None
             positions, mask = segment_positions(segment_ids), segment_mask(segment_ids)
+        if padding is not None:
+            assert cache is not None
+            positions, mask = padded_positions(padding, past, end), padding_mask(padding, past, end)
         if self.config.family == "gpt2":
             x = x + self.embed_positions.weight[positions]
         else:

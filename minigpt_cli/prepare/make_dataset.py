@@ -1,5 +1,6 @@
 """Make a dataset of text or of instructions: for ``minigpt tokenize`` and for recipes."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ def make_dataset(
     shard_tokens: int = SHARD_TOKENS,
     strict: bool = False,
     workers: int | None = None,
+    show: bool = True,
 ) -> DatasetManifest:
     """Make the dataset in ``out``, with progress and a summary on standard error.
 
@@ -46,6 +48,7 @@ def make_dataset(
         shard_tokens: Tokens per file, at most; for text only.
         strict: Refuse malformed lines and records, instead of skipping them.
         workers: Processes that encode text; None means one per core.
+        show: Whether to show progress and the summary.
 
     Returns:
         The dataset's manifest.
@@ -71,7 +74,7 @@ def make_dataset(
             warn=_refuse if strict else warn,
         )
     else:
-        with progress_display() as show:
+        with progress_display() if show else nullcontext() as display:
             manifest = tokenize(
                 source,
                 out,
@@ -81,10 +84,11 @@ def make_dataset(
                 shard_tokens=shard_tokens,
                 strict=strict,
                 workers=workers,
-                progress=show,
+                progress=display,
                 warn=warn,
             )
-    _log_summary(manifest, out)
+    if show:
+        _log_summary(manifest, out)
     return manifest
 
 

@@ -36,7 +36,7 @@ def locked_directory(out: Path, busy: str) -> Iterator[None]:
         UserError: ``out`` holds something else, or another process works there.
         OSError: it can't be written to.
     """
-    _refuse_foreign_files(out)
+    refuse_foreign_files(out)
     with removed_if_empty(out):
         out.mkdir(parents=True, exist_ok=True)
         had_lock = (out / LOCK).exists()
@@ -60,7 +60,12 @@ def remove_stale_lock(out: Path) -> None:
             (out / LOCK).unlink()
 
 
-def _refuse_foreign_files(out: Path) -> None:
+def refuse_foreign_files(out: Path) -> None:
+    """Refuse a directory that holds files which are not a dataset's.
+
+    Raises:
+        UserError: it does.
+    """
     if not out.is_dir():
         return
     for file in sorted(out.iterdir()):

@@ -217,8 +217,8 @@ def _convert(hint: Any, value: Any) -> Any:
         raise TypeError(f"one of {', '.join(options)}{hint_at}")
     if kind is tuple:
         inner = get_args(hint)
-        if isinstance(value, str) and inner == (str, ...):
-            return (value,)
+        if isinstance(value, str) and inner[-1] is ... and _is_text(inner[0]):
+            value = [value]
         if not isinstance(value, list):
             raise TypeError("a list")
         if inner[-1] is ...:
@@ -234,6 +234,10 @@ def _convert(hint: Any, value: Any) -> Any:
         raise TypeError("an integer that fits into 64 bits")
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     raise TypeError(names[hint])
+
+
+def _is_text(hint: Any) -> bool:
+    return hint is str or get_origin(hint) is Literal
 
 
 def _is_no_text(argument: str) -> bool:

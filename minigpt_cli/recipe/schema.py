@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 # Where a value comes from. "base": the config.json of the model that the run starts from.
 Origin = Literal["default", "recipe", "command line", "base"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class DataSource:
     )
     format: Literal["text", "instructions"] = setting(
         "`instructions`: records with `prompt` and `completion`, or `messages`; the loss is on the "
-        "answers (docs/huggingface.md)",
+        "answers (docs/finetune.md)",
         "text",
     )
     chat_template: str | None = setting(
@@ -342,6 +343,9 @@ class GuardSettings:
 @dataclass(frozen=True)
 class LogSettings:
     every_steps: int = setting("log at multiples of this step", 10, POSITIVE)
+    trackers: tuple[TrackerName, ...] = setting(
+        "where metrics go beside `metrics.jsonl` (docs/trackers.md); each needs its extra", ()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,10 @@ def find_problems(recipe: Recipe) -> list[str]:
         *_length_problems(recipe),
         *_data_problems(recipe),
     ]
+    trackers = recipe.log.trackers
+    problems += [
+        f"[log] trackers names {name} twice" for name in {*trackers} if trackers.count(name) > 1
+    ]
     steps, warmup = recipe.train.steps or recipe.train.tokens, recipe.schedule.warmup_steps
     sizes = (steps or 0, recipe.train.global_batch_size, recipe.train.sequence_length)
     if not problems and min(sizes) > 0 and warmup > recipe.total_steps:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.data.sequences import TrainingData
 from minigpt_cli.data.tokenizer import is_tokenizer, load_tokenizer, tokenizer_fingerprint
 from minigpt_cli.distributed.parallel import copy_full_tensor
 from minigpt_cli.distributed.world import World
@@ -18,7 +19,7 @@ from minigpt_cli.huggingface.base_model import (
     with_tokenizer,
 )
 from minigpt_cli.model import lora
-from minigpt_cli.model.gpt import GPT, meta_model
+from minigpt_cli.model.gpt import GPT, initialize_weights, meta_model
 from minigpt_cli.recipe import Recipe
 
 
@@ -98,6 +99,21 @@ def load_recipe_base(recipe: Recipe, base: BaseModel, model: GPT) -> None:
     load_base(base, model, copy_full_tensor)
     if recipe.lora is not None:
         lora.initialize_adapters(model, recipe.train.seed, base.read, copy_full_tensor)
+
+
+def fill_first_weights(
+    recipe: Recipe, base: BaseModel | None, data: TrainingData, model: GPT
+) -> None:
+    """Give a model the weights that training starts from: the base's, or random ones.
+
+    Raises:
+        UserError: the data was made with another tokenizer than the base's.
+    """
+    if base is None:
+        initialize_weights(model, recipe.train.seed, copy_full_tensor)
+        return
+    check_base_tokenizer(recipe.data_path, base, data.fingerprints["tokenizer"])
+    load_recipe_base(recipe, base, model)
 
 
 def check_base_tokenizer(place: str, base: BaseModel, fingerprint: str) -> None:

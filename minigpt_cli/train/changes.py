@@ -7,6 +7,7 @@ from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.environment import environment_changes
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.core.faq import faq
 from minigpt_cli.core.reading import read_json
 from minigpt_cli.core.run_dir import ENVIRONMENT
 from minigpt_cli.recipe import Recipe, changed_settings, setting_names
@@ -116,4 +117,7 @@ def warn_about_environment(directory: Path, now: dict[str, Any]) -> None:
     except UserError:
         return
     if changes := environment_changes(before, now):
-        warn(f"{', '.join(changes)}: results will not be bit-identical")
+        warn(
+            f"{', '.join(changes)}: results will not be bit-identical "
+            f"{faq('differs-after-a-resume')}"
+        )

@@ -13,6 +13,7 @@ from minigpt_cli.checkpoint.state import RunState, state_bytes
 from minigpt_cli.checkpoint.tensors import load_tensors, tensors_of
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import Diverged, UserError
+from minigpt_cli.core.faq import faq
 from minigpt_cli.core.run_dir import AUXILIARY_FILES, RECIPE, STATE, TOKENIZER
 from minigpt_cli.distributed.parallel import to_local
 from minigpt_cli.recipe import dump_recipe
@@ -46,7 +47,7 @@ def save_checkpoint(run: Run, state: RunState, *, must_succeed: bool = False) ->
         raise Diverged(
             f"training diverged: weights or optimizer state are not finite at step {state.step}; "
             f"this step is not saved. {last_good_checkpoint(run)} Try a lower optimizer.lr, or "
-            "optimizer.clip_norm=1"
+            f"optimizer.clip_norm=1 {faq('loss-is-nan')}"
         )
     state.skipped = int(context.guard.overflows.item())
     state.guard = guard_to_json(context.guard, state.step)

@@ -5,6 +5,7 @@ import math
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import log
 from minigpt_cli.core.errors import Diverged
+from minigpt_cli.core.faq import faq
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
 from minigpt_cli.train.checkpointing import finish_save, last_good_checkpoint
 from minigpt_cli.train.run import Run
@@ -51,7 +52,7 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
         raise Diverged(
             f"training diverged: validation loss {result.loss} at step {state.step}; nothing "
             f"after the last checkpoint is saved. {last_good_checkpoint(run)} Try a lower "
-            "optimizer.lr"
+            f"optimizer.lr {faq('loss-is-nan')}"
         )
     state.evaluated_step, state.val_loss = state.step, result.loss
     is_best = state.best_val_loss is None or result.loss < state.best_val_loss
@@ -66,7 +67,7 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
             "val_perplexity": result.perplexity,
             "val_bits_per_byte": result.bits_per_byte,
         }
-        run.metrics.write(values)
+        run.trackers.log(run.metrics.write(values))
         run.display.evaluated(values)
     log(
         f"step {state.step}  validation: loss {result.loss:.4f}  perplexity "
@@ -78,5 +79,6 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
         for line in f"{prompt}{completion}".split("\n"):
             log(f"  | {line}")
         if run.samples is not None:
-            run.samples.write({"step": state.step, "prompt": prompt, "completion": completion})
+            sample = {"step": state.step, "prompt": prompt, "completion": completion}
+            run.trackers.log(run.samples.write(sample))
     return is_best

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from minigpt_cli.core.errors import Diverged
+from minigpt_cli.core.faq import faq
 from minigpt_cli.train.guard import MAX_RECORDS, OVERFLOW_WINDOW, GuardState
 
 # An overflow rate above this is warned about, but only after more overflows than a new run needs to
@@ -86,7 +87,8 @@ def divergence(report: GuardReport, last_good: str) -> Diverged:
     return Diverged(
         f"training diverged: loss or gradient was not finite at step {report.steps[0].step}; its "
         f"update was skipped and nothing after it is saved. {last_good} Try a lower optimizer.lr, "
-        "more schedule.warmup_steps, or precision.dtype=fp32; guard.spike_sigma=6 skips such steps"
+        "more schedule.warmup_steps, or precision.dtype=fp32; guard.spike_sigma=6 skips such steps "
+        f"{faq('loss-is-nan')}"
     )
 
 
@@ -108,24 +110,8 @@ def overflow_warning(rate: float, step: int) -> str | None:
         return None
     return (
         f"fp16 skipped {overflows} of the last {steps:,} steps ({rate:.1%}) because gradients "
-        "overflowed: set precision.dtype to bf16 or fp32, or lower optimizer.lr"
-    )
-
-
-def first_loss_warning(loss: float, vocab_size: int) -> str | None:
-    """Return a warning if the loss before any update is far from a uniform guess's.
-
-    Args:
-        loss: nats per token.
-        vocab_size: of the model; a uniform guess has a loss of ln(vocab_size).
-    """
-    expected = math.log(vocab_size)
-    if math.isfinite(loss) and abs(loss - expected) <= 0.1 * expected + 0.5:
-        return None
-    return (
-        f"the loss before any update is {loss:.3f}; a new model's should be near "
-        f"ln({vocab_size}) = {expected:.3f}. Check model.initializer_range (too large?), "
-        "the dataset's tokenizer, and how targets are shifted"
+        "overflowed: set precision.dtype to bf16 or fp32, or lower optimizer.lr "
+        f"{faq('loss-is-nan')}"
     )
 
 

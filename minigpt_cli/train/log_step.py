@@ -8,7 +8,7 @@ from torch import Tensor
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import warn
 from minigpt_cli.distributed.device import peak_memory
-from minigpt_cli.train.guard_report import first_loss_warning, overflow_rate, overflow_warning
+from minigpt_cli.train.guard_report import overflow_rate, overflow_warning
 from minigpt_cli.train.run import Run
 
 
@@ -95,9 +95,5 @@ class StepLog:
                 warn(warning)
             self._has_warned = warning is not None
         if run.metrics is not None:
-            run.metrics.write(values)
+            run.trackers.log(run.metrics.write(values))
         run.display.step(values, (run.recipe.total_steps - state.step) * seconds_per_step)
-        if state.step == 1 and run.recipe.base is None:
-            warning = first_loss_warning(numbers[0], context.model.config.vocab_size)
-            if warning:
-                warn(warning)

@@ -7,6 +7,7 @@ from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.state import RunState, read_state
 from minigpt_cli.core.console import warn
 from minigpt_cli.core.errors import Diverged, UserError
+from minigpt_cli.core.faq import faq
 from minigpt_cli.core.run_dir import INCIDENTS
 from minigpt_cli.train.checkpointing import last_good_checkpoint, restore_checkpoint
 from minigpt_cli.train.guard_report import BadStep, GuardReport, clear_report, divergence
@@ -44,7 +45,8 @@ def handle_bad_steps(run: Run, state: RunState, report: GuardReport) -> bool:
         where = f" Its batch: {run.directory / file}." if file else ""
         raise divergence(report, last_good_checkpoint(run) + where)
     more = f", and {report.bad - 1} more up to step {_last_step(report)}" if report.bad > 1 else ""
-    warn(f"step {first.step}{more}: update skipped: {_reason(first)}; {file}")
+    section = faq("loss-spikes" if first.is_finite else "loss-is-nan")
+    warn(f"step {first.step}{more}: update skipped: {_reason(first)}; {file} {section}")
     if report.rollback_at:
         _roll_back(run, state, report.rollback_at)
         return True
@@ -74,14 +76,15 @@ def _roll_back(run: Run, state: RunState, step: int) -> None:
     except UserError as error:
         raise Diverged(
             f"training diverged: {in_a_row}, and there is no checkpoint to roll back to ({error}). "
-            "Save earlier, with checkpoint.every_steps, or try a lower optimizer.lr"
+            "Save earlier, with checkpoint.every_steps, or try a lower optimizer.lr "
+            f"{faq('loss-spikes')}"
         ) from None
     if state.rollbacks >= MAX_ROLLBACKS_IN_A_ROW:
         raise Diverged(
             f"training diverged: {in_a_row}, after {state.rollbacks} rollbacks to "
             f"{checkpoint.name} that did not help. Try a lower optimizer.lr, or a larger "
             "guard.rollback_after to skip more steps before a rollback; the data of the spikes is "
-            f"described in {run.directory / INCIDENTS}"
+            f"described in {run.directory / INCIDENTS} {faq('loss-spikes')}"
         )
     for problem in skipped_checkpoints:
         warn(problem)
@@ -100,7 +103,7 @@ def _roll_back(run: Run, state: RunState, step: int) -> None:
         _record_rollback(run, state, step, old_offset, checkpoint)
     warn(
         f"{in_a_row}: rolled back to {checkpoint.name}; the data of steps {state.step + 1} to "
-        f"{step} is skipped; see {INCIDENTS}/"
+        f"{step} is skipped; see {INCIDENTS}/ {faq('loss-spikes')}"
     )
 
 
@@ -113,11 +116,12 @@ def _record_rollback(
             store.set_aside(path)
     assert run.metrics is not None
     assert run.samples is not None
+    evaluated = state.evaluated_step == state.step
     try:
-        evaluated = state.evaluated_step == state.step
         kept, completed = (
             file.cut_back(state.step, evaluated) for file in (run.metrics, run.samples)
         )
+        run.trackers.go_back(state.step, evaluated)
         run.display.restart(state.step, kept, completed)
         write_incident(
             run,

@@ -22,6 +22,7 @@ from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report.live import TrainingDisplay
 from minigpt_cli.report.metrics import MetricsFile
+from minigpt_cli.report.trackers.client import Trackers
 from minigpt_cli.train.samples import Prompts
 from minigpt_cli.train.step import StepContext
 from minigpt_cli.train.trainer import build_context, count_parameters
@@ -58,6 +59,7 @@ class Run:
         display: shows the progress.
         metrics, samples: metrics.jsonl and samples.jsonl on rank 0, once everything else is ready;
             else None.
+        trackers: get the lines of both; none on other ranks.
         seconds_before: of training in earlier processes; known on rank 0.
         saver: writes the checkpoints.
         tokenizer_json: the content of tokenizer.json.
@@ -77,6 +79,7 @@ class Run:
     display: TrainingDisplay
     metrics: MetricsFile | None
     samples: MetricsFile | None
+    trackers: Trackers
     seconds_before: float
     saver: Saver
     tokenizer_json: bytes
@@ -117,7 +120,7 @@ def build_run(
     resources.callback(batches.close)
     _, trained = count_parameters(context.model)
     peak = peak_flops(device_name(world.device))
-    log(_summary(recipe, context, trained, data.train.num_sequences))
+    log(run_summary(recipe, context, data.train.num_sequences))
     return Run(
         recipe=recipe,
         directory=directory,
@@ -137,6 +140,7 @@ def build_run(
         display=TrainingDisplay(recipe.total_steps, recipe.optimizer.clip_norm),
         metrics=None,
         samples=None,
+        trackers=Trackers(),
         seconds_before=0.0,
         saver=resources.enter_context(Saver(directory, world, recipe.checkpoint)),
         tokenizer_json=read_bytes(data.tokenizer_file, limit=MAX_TOKENIZER_BYTES),
@@ -160,13 +164,22 @@ def run_environment(run: Run) -> dict[str, Any]:
     )
 
 
-def _summary(recipe: Recipe, context: StepContext, trained: int, sequences: int) -> str:
-    """Return a summary of model, data and duration, for a person."""
+def run_summary(recipe: Recipe, context: StepContext, sequences: int | None) -> str:
+    """Return a summary of model, data and duration, for a person.
+
+    Args:
+        recipe, context: see ``Run``.
+        sequences: of the training split; None if that isn't known.
+    """
+    _, trained = count_parameters(context.model)
     model, world, train = context.model, context.parallel_dims.world, recipe.train
     micro = context.micro_batch_size
     accumulation = train.global_batch_size // (world.size * micro)
     ranks = f"{world.size} ranks ({context.parallel_dims.strategy}) x " if world.size > 1 else ""
-    epochs = recipe.total_steps * train.global_batch_size / sequences
+    epochs = ""
+    if sequences is not None:
+        share = recipe.total_steps * train.global_batch_size / sequences
+        epochs = f": {share:.2f} epochs of {sequences:,} sequences"
     whole = parameter_count(model.config)
     adapters = ""
     if recipe.lora is not None:
@@ -177,6 +190,5 @@ def _summary(recipe: Recipe, context: StepContext, trained: int, sequences: int)
         f"{model.config.vocab_size:,}; {device_name(world.device)}, "
         f"{str(context.dtype).removeprefix('torch.')}\n"
         f"{recipe.total_steps:,} steps of {train.global_batch_size} x {train.sequence_length} "
-        f"tokens ({ranks}{accumulation} micro-batches of {micro}): {epochs:.2f} epochs of "
-        f"{sequences:,} sequences"
+        f"tokens ({ranks}{accumulation} micro-batches of {micro}){epochs}"
     )

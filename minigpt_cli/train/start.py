@@ -4,7 +4,6 @@ pretrain, finetune-lora and resume differ only here: in the source of weights an
 """
 
 import json
-import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,48 +11,39 @@ from pathlib import Path
 from minigpt_cli.checkpoint import store
 from minigpt_cli.checkpoint.saver import check_room
 from minigpt_cli.checkpoint.state import RunState, read_state
-from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.files import write_atomically
 from minigpt_cli.core.run_dir import (
     CHECKPOINTS,
     ENVIRONMENT,
-    FINAL,
     METRICS,
     RECIPE,
-    RUN_FILES,
     SAMPLES,
-    STATUS,
     TOKENIZER,
     checkpoints_dir,
-    is_checkpoint,
 )
-from minigpt_cli.core.status import read_status
-from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.packing import PackedSequences
 from minigpt_cli.data.sequences import TrainingData, open_data, verify_data
-from minigpt_cli.data.tokenizer import load_tokenizer, vocabulary_size
+from minigpt_cli.distributed.device import free_memory
 from minigpt_cli.distributed.failure import StatusRecord, record_status
-from minigpt_cli.distributed.parallel import copy_full_tensor
 from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.huggingface.auxiliary_files import auxiliary_files_of_checkpoint
 from minigpt_cli.huggingface.base_model import complete_recipe
 from minigpt_cli.huggingface.bounds import check_checkpoint_sizes
 from minigpt_cli.model.config import config_from_recipe
-from minigpt_cli.model.gpt import initialize_weights
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.recipe import (
     DistributedSettings,
     Recipe,
-    changed_settings,
     dump_recipe,
     load_recipe,
 )
 from minigpt_cli.report.metrics import MetricsFile, cut_back
+from minigpt_cli.report.trackers.client import Trackers
 from minigpt_cli.train.base_weights import (
     auxiliary_files_of,
-    check_base_tokenizer,
+    fill_first_weights,
     load_recipe_base,
     model_template_of,
     open_recipe_base,
@@ -67,8 +57,20 @@ from minigpt_cli.train.changes import (
 )
 from minigpt_cli.train.checkpointing import restore_checkpoint
 from minigpt_cli.train.finish import remove_stale_export
+from minigpt_cli.train.preflight import (
+    check_loss,
+    check_memory,
+    checkpoint_bytes,
+    report_preflight,
+)
 from minigpt_cli.train.run import Run, build_run, run_environment
 from minigpt_cli.train.run_lock import run_lock
+from minigpt_cli.train.start_checks import (
+    check_directory,
+    check_earlier_recipe,
+    check_start,
+    check_writable,
+)
 from minigpt_cli.train.trainer import warm_up
 
 
@@ -88,7 +90,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         UserError: the directory already holds a run, or the recipe can't be followed.
     """
     world = start_world(recipe.distributed.timeout_minutes, directory)
-    _check_directory(directory)
+    check_directory(directory)
     base, base_fingerprint = open_recipe_base(recipe, world)
     if base is not None:
         recipe, base = start_from_base(recipe, base)
@@ -96,10 +98,10 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     with ExitStack() as resources:
 
         def lock() -> None:
-            _check_start(recipe, directory)
+            check_start(recipe, directory)
             resources.enter_context(run_lock(directory))
-            _check_start(recipe, directory)  # again: another process may just have left
-            _check_earlier_recipe(recipe, directory)
+            check_start(recipe, directory)  # again: another process may just have left
+            check_earlier_recipe(recipe, directory)
 
         def prepare() -> None:
             _remove_leftovers(directory)
@@ -107,18 +109,22 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
 
         world.run_on_rank0(lock)
         record = _keep_status(directory, world, resources)
+        check_writable(directory, world)
+        trackers = _start_trackers(recipe, world, resources)
         world.run_on_rank0(prepare)
-        data = _open_verified(recipe, world)
+        data = open_verified_data(recipe, world)
+        free = free_memory(world.device, world.local_size)
         run = build_run(recipe, data, directory, world, resources, auxiliary_files)
+        # Before the weights take theirs
+        memory = check_memory(recipe, run.context, free, _is_packed(run))
         record.state = state = RunState(dataset=data.fingerprints)
-        if base is None:
-            initialize_weights(run.context.model, recipe.train.seed, copy_full_tensor)
-        else:
-            check_base_tokenizer(recipe.data_path, base, state.dataset["tokenizer"])
-            load_recipe_base(recipe, base, run.context.model)
-            if recipe.lora is not None:
-                state.dataset["base"] = base_fingerprint
-        return _ready(run, state, resources), state
+        fill_first_weights(recipe, base, data, run.context.model)
+        if recipe.lora is not None:
+            state.dataset["base"] = base_fingerprint
+        _warm_up(run)
+        loss = check_loss(recipe, run.context, data, base)
+        report_preflight(memory, loss, base is not None)
+        return _ready(run, state, resources, trackers), state
 
 
 def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tuple[Run, RunState]:
@@ -143,6 +149,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
     with ExitStack() as resources:
         world.run_on_rank0(lambda: resources.enter_context(run_lock(directory)))
         record = _keep_status(directory, world, resources)
+        check_writable(directory, world)
         world.run_on_rank0(lambda: _remove_leftovers(directory))
         _, checkpoint, manifest, skipped_checkpoints = store.choose(path, world)
         for problem in skipped_checkpoints:
@@ -154,6 +161,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         before = load_recipe(source / RECIPE, name=directory.name)
         recipe = load_recipe(source / RECIPE, overrides, name=directory.name)
         check_changes(before, recipe, allow_changes)
+        trackers = _start_trackers(recipe, world, resources)
         if recipe.total_steps < state.step:
             raise UserError(
                 f"{checkpoint} is at step {state.step} already, but the recipe has only "
@@ -165,12 +173,14 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
             assert base is not None
             recipe = complete_recipe(recipe, base)
             check_base(recipe, state, base_fingerprint)
-        data = _open_verified(recipe, world)
+        data = open_verified_data(recipe, world)
         if base is None:
             config = config_from_recipe(recipe, data.vocab_size)
             check_checkpoint_sizes(config, manifest, str(source / RECIPE))
         auxiliary_files = auxiliary_files_of_checkpoint(checkpoint)
+        free = free_memory(world.device, world.local_size)
         run = build_run(recipe, data, directory, world, resources, auxiliary_files)
+        memory = check_memory(recipe, run.context, free, _is_packed(run))
         if base is not None:
             load_recipe_base(recipe, base, run.context.model)
             data.fingerprints["base"] = base_fingerprint
@@ -179,79 +189,11 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         if world.rank == 0:
             _set_aside_later(directory, state.step)
         warn_about_environment(directory, run_environment(run))
+        _warm_up(run)
+        # The loss is not checked: weights of a later step are compared with their checksums.
+        report_preflight(memory, None, False)
         log(f"resuming {directory} from step {state.step} of {recipe.total_steps}")
-        return _ready(run, state, resources), state
-
-
-def check_recipe_is_elsewhere(recipe_file: Path, directory: Path) -> None:
-    """Refuse a recipe that the run's resolved copy would overwrite.
-
-    Raises:
-        UserError: the recipe lies where the run writes its own.
-    """
-    if recipe_file.resolve() == (directory / RECIPE).resolve():
-        raise UserError(
-            f"{recipe_file} would be overwritten by the run's own copy of it: choose another --out"
-        )
-
-
-def _check_start(recipe: Recipe, directory: Path) -> None:
-    """Check all that can be checked before the data is prepared, which may take hours."""
-    config_from_recipe(recipe, vocab_size=1)  # raises if the model's sizes don't fit together
-    given, path = recipe.data.tokenizer, Path(recipe.data_path)
-    is_there = recipe.data.source is None or is_dataset(path)
-    if not is_there and given is not None and given.path is not None:
-        size, most = vocabulary_size(load_tokenizer(given.path)), recipe.model.vocab_size
-        if most is not None and most < size:
-            raise UserError(
-                f"[model] vocab_size {most} is too small: {given.path} has {size} entries"
-            )
-    _check_directory(directory)
-    _check_files(directory)
-
-
-def _check_files(directory: Path) -> None:
-    """Refuse a directory with files that the run would overwrite.
-
-    A run that died before its first save may start again.
-    """
-    found = {name for name in RUN_FILES if os.path.lexists(directory / name)}
-    if not found:
-        return
-    is_run = read_status(directory).keys() >= {"status", "exit_code", "pid"}
-    early = {STATUS, METRICS, CHECKPOINTS}  # the only ones before the recipe is written
-    if not is_run or FINAL in found or (RECIPE not in found and found - early):
-        name = sorted(found - {STATUS} or found)[0]
-        raise UserError(
-            f"{directory} holds {name}, which the run would overwrite: choose another --out"
-        )
-
-
-def _check_earlier_recipe(recipe: Recipe, directory: Path) -> None:
-    """Refuse other settings than those of the run that died here. Nobody trains here: it is locked.
-
-    Args:
-        recipe: of the new run.
-        directory: holds no checkpoint.
-    """
-    if not (directory / RECIPE).exists():
-        return
-    if changed := changed_settings(load_recipe(directory / RECIPE), recipe):
-        raise UserError(
-            f"{directory} holds a run without a checkpoint and with another {changed[0][0]}: "
-            "delete it, or choose another --out"
-        )
-
-
-def _check_directory(directory: Path) -> None:
-    if is_checkpoint(directory) or directory.name == CHECKPOINTS:
-        raise UserError(f"{directory} belongs to a run's checkpoints: choose another --out")
-    if store.holds_a_checkpoint(directory):
-        at = "".join(f" at step {step}" for step, _ in store.list_steps(directory)[-1:])
-        raise UserError(
-            f"{directory} already holds a run{at}: go on with minigpt resume {directory}, "
-            "or choose another --out"
-        )
+        return _ready(run, state, resources, trackers), state
 
 
 def _timeout_minutes(directory: Path, overrides: list[str]) -> float:
@@ -268,13 +210,27 @@ def _keep_status(directory: Path, world: World, resources: ExitStack) -> StatusR
     return resources.enter_context(record_status(directory))
 
 
+def _start_trackers(recipe: Recipe, world: World, resources: ExitStack) -> Trackers:
+    """Have rank 0 start the trackers' processes, before any work: one may not be installed."""
+    trackers = Trackers()
+    resources.push(trackers.close)
+    world.run_on_rank0(lambda: trackers.start(recipe.log.trackers))
+    return trackers
+
+
 def _remove_leftovers(directory: Path) -> None:
     """Remove half-written files of a killed process."""
     store.remove_stale(directory)
     remove_stale_export(directory)
 
 
-def _open_verified(recipe: Recipe, world: World) -> TrainingData:
+def open_verified_data(recipe: Recipe, world: World) -> TrainingData:
+    """Open the recipe's dataset on every rank, after a comparison with its manifest on rank 0.
+
+    Raises:
+        UserError: there is no dataset, or no sequence to train on in it.
+        Damaged: a file isn't as recorded.
+    """
     if recipe.data.verify:  # it may take minutes, in which the other ranks wait for no collective
         world.run_on_rank0(lambda: verify_data(recipe))
     return open_data(recipe)
@@ -287,25 +243,32 @@ def _set_aside_later(directory: Path, step: int) -> None:
             log(f"{path.name} is later than step {step}, where the run goes on: now {aside.name}")
 
 
-def _ready(run: Run, state: RunState, resources: ExitStack) -> Run:
-    """Warm up, then open the run's files; last, because it changes them."""
-    packed = isinstance(run.batches.sequences, PackedSequences)
-    warm_up(run.context, run.recipe.train.sequence_length, packed)
-    size = bytes_of(tensors_of(run.context.model, run.context.optimizers))
+def _is_packed(run: Run) -> bool:
+    return isinstance(run.batches.sequences, PackedSequences)
+
+
+def _warm_up(run: Run) -> None:
+    warm_up(run.context, run.recipe.train.sequence_length, _is_packed(run))
+
+
+def _ready(run: Run, state: RunState, resources: ExitStack, trackers: Trackers) -> Run:
+    """Check the room on the disk, then open the run's files; last, because it changes them."""
+    size = checkpoint_bytes(run.context)
     if run.world.rank == 0:
         if warning := check_room(run.directory, size, run.recipe.checkpoint):
             warn(warning)
         _write_run_files(run)
-        run = _open_logs(run, state, resources)
+        run = _open_logs(replace(run, trackers=trackers), state, resources)
     return replace(run, resources=resources.pop_all())
 
 
 def _open_logs(run: Run, state: RunState, resources: ExitStack) -> Run:
-    """Cut metrics.jsonl and samples.jsonl back to the state's step, and open them."""
+    """Cut metrics.jsonl and samples.jsonl back to the state's step; open them and the trackers."""
     evaluated = state.evaluated_step == state.step
-    kept, completed = (
+    (kept, dropped), (completed, _) = (
         cut_back(run.directory, state.step or -1, evaluated, name) for name in (METRICS, SAMPLES)
     )
+    run.trackers.begin(run.recipe, run.directory, state.step, evaluated, went_back=bool(dropped))
     found = (line.get("seconds") for line in reversed(kept))
     seconds = next((each for each in found if isinstance(each, float)), 0.0)
     run.display.restart(state.step, kept, completed)

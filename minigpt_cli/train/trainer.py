@@ -4,6 +4,7 @@ import torch
 
 from minigpt_cli.core.console import warn
 from minigpt_cli.core.errors import UserError, first_line
+from minigpt_cli.core.faq import faq
 from minigpt_cli.core.memory import is_out_of_memory
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.device import use_deterministic_kernels
@@ -140,7 +141,10 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
                 raise
             reason = first_line(error)
         if reasons := [each for each in world.all_gather_json(reason, str) if each]:
-            warn(f"torch.compile failed, training goes on without it: {reasons[0]}")
+            warn(
+                f"torch.compile failed, training goes on without it: {reasons[0]} "
+                f"{faq('training-is-slow')}"
+            )
             for layer in model.layers:
                 del layer.forward
         elif world.size > 1:

@@ -2,6 +2,7 @@ import gzip
 import json
 import lzma
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def test_device_and_dtype(run: Path):
     assert rounded == pytest.approx(exact, rel=1e-2)
 
 
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_tasks_without_the_harness(run: Path):
+    refused(2, "pip install 'lm-eval>=0.4.13'", "eval", run, "--tasks", "hellaswag")
+
+
 @pytest.mark.parametrize(
     ("part", "arguments"),
     [
@@ -50,6 +56,8 @@ def test_device_and_dtype(run: Path):
         ("binary.txt holds NUL bytes", ("--text", "{folder}/binary.txt")),
         ("{folder}/empty.txt: the file is empty", ("--text", "{folder}/empty.txt")),
         ("has no split tset, but train, val", ("--split", "tset")),
+        ("--num-fewshot and --chat need --tasks NAME", ("--limit", "3")),
+        ("--tasks can't be combined with --data or --text", ("--tasks", "a", "--text", "b")),
     ],
 )
 def test_bad_options(run: Path, tmp_path: Path, part: str, arguments: tuple[str, ...]):

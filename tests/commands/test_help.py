@@ -15,6 +15,7 @@ from tests.helpers.processes import ROOT, fork, minigpt
 
 COMMON = {"--version", "--debug"}
 TRAINING = COMMON | {"--set", "--nproc", "--nproc-per-node", "--json"}
+TRIALS = {"--dry-run", "--overfit-one-batch"}
 # Scripts use these names: none may go without a deprecation. A new one is added here.
 SURFACE = {
     "tokenize": COMMON | {
@@ -22,15 +23,17 @@ SURFACE = {
         "--split", "--config", "--strict", "--no-strict", "--format", "--chat-template",
         "--val-fraction", "--shard-tokens", "--workers", "--json",
     },
-    "pretrain": TRAINING | {"RECIPE", "--out", "-o"},
+    "pretrain": TRAINING | TRIALS | {"RECIPE", "--out", "-o"},
     "plan": COMMON | {
         "RECIPE", "--set", "--gpus", "--gpu-memory", "--gpu", "--measure", "--mfu", "--json",
     },
     "resume": TRAINING | {"RUN", "--allow-change", "--or-start"},
-    "finetune-lora": TRAINING | {"RECIPE", "--out", "-o"},
+    "finetune-lora": TRAINING | TRIALS | {"RECIPE", "--out", "-o"},
+    "lr-find": TRAINING | {"RECIPE", "--from", "--to", "--steps", "--budget", "--out", "-o"},
     "eval": COMMON | {
-        "MODEL", "--adapter", "--data", "--split", "--text", "--batch-size", "--device", "--dtype",
-        "--json",
+        "MODEL", "--adapter", "--data", "--split", "--text", "--tasks", "--tasks-dir",
+        "--trust-tasks", "--limit", "--num-fewshot", "--chat", "--batch-size", "--device",
+        "--dtype", "--json",
     },
     "sample": COMMON | {
         "MODEL", "--adapter", "--prompt", "--prompt-file", "--chat", "--max-new-tokens",
@@ -38,6 +41,7 @@ SURFACE = {
         "--greedy", "--stop", "--seed", "--device", "--dtype", "--json",
     },
     "export": COMMON | {"MODEL", "OUT", "--dtype", "--adapter", "--adapter-only", "--json"},
+    "runs": COMMON | {"[DIR]", "--json"},
     "verify": COMMON | {"PATH", "--json"},
     "doctor": COMMON | {"--json"},
     "recipes": COMMON | {"NAME", "--json"},

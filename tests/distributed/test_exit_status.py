@@ -54,12 +54,12 @@ def test_first_failure_wins(codes: list[int], merged: int):
 )
 def test_unexplained_end(tmp_path: Path, returncode: int, message: str):
     run = tmp_path / "x"
-    again = ExitStatus(1, f"{message}; run the same command again")
+    again = ExitStatus(1, f"{message}; run the same command again (docs/faq.md: it-hangs)")
     assert exit_status("rank 1", returncode, run) == again
     (run / "checkpoints/.writing-step-00000010").mkdir(parents=True)
     assert exit_status("rank 1", returncode, run) == again
     (run / "checkpoints/step-00000010").mkdir()
-    resume = f"go on from the last checkpoint with `minigpt resume {run}`"
+    resume = f"go on from the last checkpoint with `minigpt resume {run}` (docs/faq.md: it-hangs)"
     assert exit_status("rank 1", returncode, run) == ExitStatus(1, f"{message}; {resume}")
 
 

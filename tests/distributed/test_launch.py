@@ -20,7 +20,7 @@ from tests.helpers.sockets import listening
 from tests.helpers.waiting import wait_until
 
 HERE = Path(__file__).parent
-AGAIN = "run the same command again"  # there is no checkpoint
+AGAIN = "run the same command again (docs/faq.md: it-hangs)"  # there is no checkpoint
 HURRY = {"failed": 0.1, "terminated": 0.1}
 
 Start = Callable[..., subprocess.Popen[str]]
@@ -272,7 +272,7 @@ def test_killed_ranks_are_in_status_json(tmp_path: Path, recipe_file: Path):
     message = launcher.said.splitlines()[-1].removeprefix("minigpt: ")
     assert re.fullmatch(
         r"rank [01] was killed by SIGKILL, probably out of memory; go on from the last checkpoint "
-        f"with `minigpt resume {run}`",
+        rf"with `minigpt resume {run}` \(docs/faq.md: it-hangs\)",
         message,
     )
     assert status.keys() == before.keys()

@@ -176,7 +176,8 @@ def assert_lost(job: Job, node: int, run: Path) -> None:
     print("\n".join(job.said(node)))
     assert len(lost) == 1, job.log(node)
     assert lost[0].startswith("minigpt: the connection to another rank is lost (")
-    assert lost[0].endswith(f"; go on from the last checkpoint with `minigpt resume {run}`")
+    hint = f"; go on from the last checkpoint with `minigpt resume {run}` (docs/faq.md: it-hangs)"
+    assert lost[0].endswith(hint)
 
 
 def assert_failed(run: Path) -> int:

@@ -248,6 +248,7 @@ KINDS = {
         resume run
         verify run
         verify {STEP}
+        runs .
         eval run
         sample run {SAMPLE}
         sample {STEP} {SAMPLE}
@@ -260,6 +261,7 @@ KINDS = {
     "tuned": Kind(f"{_RECIPES} tuned", 4, f"""
         resume tuned --set train.steps=3
         verify {TUNED_STEP}
+        runs tuned --json
         eval tuned
         sample {TUNED_STEP} {SAMPLE}
         sample tuned --chat {SAMPLE}

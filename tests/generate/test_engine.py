@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minigpt_cli.core.errors import Diverged, UserError
-from minigpt_cli.generate.engine import generate
+from minigpt_cli.generate.engine import generate, generate_each
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize_weights
@@ -102,6 +102,35 @@ def test_sample_by_seed_and_number():
     assert five == texts(model, VARIED, seed=1, num_samples=5)
     assert len({tuple(text) for text in five}) == 5
     assert texts(model, VARIED, seed=2) != alone
+
+
+@pytest.mark.parametrize("options", [GREEDY, SamplingOptions(0, repetition_penalty=1.3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_several_lengths_in_one_batch(family, options):
+    """Each is continued as it is alone, also when others have ended and the batch is smaller."""
+    model = small_model(family, context=40)
+    prompts = [[7], PROMPT, [*PROMPT, 9, 2, 6], list(range(16)), PROMPT]
+    alone = [texts(model, options, prompt, max_new_tokens=24)[0] for prompt in prompts]
+    assert len({tuple(text) for text in alone}) == 4
+    eos = alone[0][5]
+    cut = [text[: text.index(eos) + 1] if eos in text else text for text in alone]
+    for stop, expected in ((frozenset(), alone), (frozenset([eos]), cut)):
+        steps = list(
+            generate_each(
+                model, prompts, options, max_new_tokens=24, stop_token_ids=stop,
+                finished=[False] * len(prompts),
+            )
+        )  # fmt: skip
+        together = zip(*steps, strict=True)
+        assert [[t for t in text if t is not None] for text in together] == expected
+    assert cut != alone
+
+
+def test_an_unknown_token_in_one_of_several_prompts():
+    with pytest.raises(UserError, match="token 61 of the prompt"):
+        generate_each(
+            small_model("llama"), [[1], [61]], GREEDY, max_new_tokens=1, finished=[False] * 2
+        )
 
 
 def test_samples_end_at_eos():

@@ -67,7 +67,7 @@ def test_peak_is_the_allocators(family: str, dtype: str, settings: list[str]):
 OTHERS = [
     ({"family": "gpt2", "dtype": "bf16", "hidden": 384, "layers": 4, "batch": 4, "length": 384,
       "optimizer": "adamw"}, [], 12_000),
-    ({"family": "llama", "dtype": "fp32", "hidden": 320, "layers": 4, "batch": 4, "length": 512,
+    ({"family": "llama", "dtype": "fp32", "hidden": 320, "layers": 4, "batch": 2, "length": 512,
       "optimizer": "muon"}, ["train.activation_checkpointing=true"], 5000),
     ({"family": "qwen3", "dtype": "fp32", "hidden": 192, "layers": 8, "batch": 8, "length": 256,
       "optimizer": "adamw"}, ["train.micro_batch_size=4"], 15_000),

@@ -37,14 +37,6 @@ def test_saves_hold_what_was_in_memory(library: Path, tmp_path: Path):
     assert set(found.values()) == {0}, found
 
 
-def test_memory_is_as_predicted(library: Path):
-    """GPT-2 124M: plain, recomputing, in micro-batches; and a llama with Muon."""
-    found = json.loads(run(library, "peak_memory.py"))
-    assert len(found) == 5
-    for name, bytes_ in found.items():
-        assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name
-
-
 def test_the_doctor_sees_gpus(library: Path):
     printed = run(library, "hardware.py", NULLGPU_DEVICES="2")
     found = {each["what"]: each for each in json.loads(printed)}
@@ -53,3 +45,11 @@ def test_the_doctor_sees_gpus(library: Path):
         assert "H100 80GB HBM3, 85.0 GB of 85.0 GB free, 989 TFLOP/s" in found[name]["found"]
     assert found["NCCL"]["found"].split(".")[0] == "2"
     assert (found["bf16"]["state"], found["bf16"]["found"]) == ("ok", "yes")
+
+
+def test_memory_is_as_predicted(library: Path):
+    """GPT-2 124M: plain, recomputing, in micro-batches; and a llama with Muon."""
+    found = json.loads(run(library, "peak_memory.py"))
+    assert len(found) == 5
+    for name, bytes_ in found.items():
+        assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name

@@ -199,13 +199,6 @@ def test_divergence_saves_nothing(tmp_path: Path, make_recipe: MakeRecipe):
     assert [step for step, _ in store.list_steps(tmp_path)] == [4]
 
 
-def test_the_first_loss_is_warned_about(
-    tmp_path: Path, make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
-):
-    fit(*start_run(make_recipe("model.initializer_range=1.0", "train.steps=3"), tmp_path))
-    assert "a new model's should be near ln(320) = 5.768" in capsys.readouterr().err
-
-
 def test_saving_by_the_clock(tmp_path: Path, make_recipe: MakeRecipe):
     recipe = make_recipe("checkpoint.every_minutes=1e-9", "eval.every_steps=100")
     fit(*start_run(recipe, tmp_path))

@@ -12,10 +12,10 @@ from torch import Tensor
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.recipe import GuardSettings
 from minigpt_cli.train.guard import MAX_OVERFLOWS_IN_A_ROW, new_guard
-from minigpt_cli.train.guard_report import divergence, first_loss_warning, read_guard
+from minigpt_cli.train.guard_report import divergence, read_guard
 from minigpt_cli.train.muon import Muon
 from minigpt_cli.train.step import dropout_seed, train_step
-from tests.helpers.steps import CPU, VOCAB, batch, everything, tiny_context
+from tests.helpers.steps import CPU, batch, everything, tiny_context
 
 
 def adamw_by_hand(before: Tensor, grad: Tensor, lr: float, decay: float) -> Tensor:
@@ -171,13 +171,6 @@ def test_no_step_waits_for_the_device():
                 for step in range(1, 12):  # and none that is called off, or after a rollback is due
                     train_step(t, batch(), step, 1.0)
         assert read_guard(watching).rollback_at
-
-
-@pytest.mark.parametrize(("loss", "warns"), [(4.2, False), (4.9, False), (9.0, True), (0.5, True)])
-def test_first_loss_against_uniform_guess(loss: float, warns: bool):
-    warning = first_loss_warning(loss, VOCAB)  # ln(67) = 4.205
-    assert (warning is not None) == warns
-    assert warning is None or "initializer_range" in warning
 
 
 def test_endless_fp16_overflows():
