@@ -18,11 +18,11 @@ from pathlib import Path
 from minigpt_cli.model.config import ModelConfig, model_config
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.model.device_memory import (
-    Workload,
     device_memory_needed,
     optimizer_elements,
 )
 from minigpt_cli.model.traffic import device_traffic
+from minigpt_cli.model.workload import Workload
 
 DOC = Path(__file__).parent.parent / "docs" / "scale.md"
 LENGTH, GLOBAL_BATCH, NODE = 4096, 512, 8

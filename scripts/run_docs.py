@@ -26,9 +26,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = (
-    "curl", "gunzip", "hf", "iconv", "make", "minigpt", "pip", "python", "sbatch", "script", "srun",
+    "curl", "gunzip", "hf", "iconv", "make", "minigpt", "pip", "python", "sbatch", "srun",
     "tensorboard", "torchrun", "trackio", "vllm", "wandb",
 )  # fmt: skip
+NEVER_RUN = {
+    "hf": "it downloads",
+    "make": "its targets are run by themselves",
+    "pip": "it installs",
+    "sbatch": "it needs a cluster",
+    "srun": "it needs a cluster",
+    "tensorboard": "it serves until it is stopped",
+    "trackio": "it serves until it is stopped",
+    "vllm": "it needs a GPU",
+    "wandb": "it needs an account",
+}
 SECONDS = 300  # that a command may take
 
 # Added to commands, so that they end in seconds. Later settings win over earlier ones.
@@ -96,8 +107,9 @@ def _commands(block: list[str], first: int, reason: str | None) -> Iterator[Step
             continue
         command, whole = whole, ""
         if command.split(" ")[0] in PROGRAMS:
-            kind = "command" if reason is None else "not run"
-            yield Step(number, kind, re.sub(r"\s+#\s.*", "", command), reason or "")
+            why = reason or NEVER_RUN.get(command.split(" ")[0], "")
+            kind = "not run" if why else "command"
+            yield Step(number, kind, re.sub(r"\s+#\s.*", "", command), why)
 
 
 def small(command: str) -> str:

@@ -11,10 +11,10 @@ from minigpt_cli.analysis.plan import (
     Duration,
     Plan,
     bytes_needed,
-    usable_memory,
     workload_on,
 )
 from minigpt_cli.analysis.plan_inputs import complete_from_base
+from minigpt_cli.analysis.planned_devices import usable_memory
 from minigpt_cli.core.console import log
 from minigpt_cli.core.memory import is_out_of_memory
 from minigpt_cli.data.loader import Batch
@@ -61,7 +61,7 @@ def candidate_sizes(per_rank: int, own: int) -> list[int]:
 
 
 def measure_steps(recipe: Recipe, plan: Plan) -> list[MeasuredSize]:
-    """Time steps on zeros for each micro-batch size that is predicted to fit this device.
+    """Time steps on random tokens for each micro-batch size that is predicted to fit this device.
 
     Args:
         recipe: as it was loaded.
@@ -100,7 +100,7 @@ def measure_steps(recipe: Recipe, plan: Plan) -> list[MeasuredSize]:
             failed = "out of memory"
             found.append(MeasuredSize(size, skipped=failed))
             continue
-        speed = per_rank * plan.sequence_length / seconds
+        speed = per_rank // size * size * plan.sequence_length / seconds
         peak = plan.devices.peak_flops
         mfu = None if peak is None else speed * plan.model.flops_per_token / peak
         found.append(MeasuredSize(size, seconds, speed, mfu))
@@ -151,10 +151,13 @@ def _seconds_per_step(context: StepContext, length: int, accumulation: int) -> f
 def _timed(context: StepContext, length: int, micro_batches: int) -> Iterator[float]:
     device = context.parallel_dims.world.device
     shape = (micro_batches * context.micro_batch_size, length)
-    zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+    generator = torch.Generator().manual_seed(context.seed)
+    ids = torch.randint(context.model.config.vocab_size, shape, generator=generator).to(device)
     for step in range(_REPEATS + 1):
         began = time.perf_counter()
-        train_step(context, Batch(zeros, zeros, None), step, 1.0)
+        # At a rate of 0: a model that learned these tokens by heart would compute with denormal
+        # numbers, which are slow on a CPU.
+        train_step(context, Batch(ids, ids, None), step, 0.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if step:  # the first one is unlike all others

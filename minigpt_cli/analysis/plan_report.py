@@ -4,7 +4,8 @@ from dataclasses import asdict
 from typing import Any
 
 from minigpt_cli.analysis.measure_steps import MeasuredSize, fastest
-from minigpt_cli.analysis.plan import USABLE, Plan, PlannedModel
+from minigpt_cli.analysis.plan import Plan, PlannedModel
+from minigpt_cli.analysis.planned_devices import USABLE
 from minigpt_cli.core.console import counted
 from minigpt_cli.core.memory import format_size
 from minigpt_cli.core.text_table import text_table
@@ -34,7 +35,7 @@ def plan_as_text(
         parts.append(_memory_text(plan, plan.model))
         parts.append(_disk_text(plan, plan.model))
     else:
-        parts.append(f"Model\n  not known: {plan.model_unknown}")
+        parts.append("Model\n" + _wrapped(f"not known: {plan.model_unknown}", width, "  "))
     parts.append(_time_text(plan, sizes))
     parts.append(f"Schedule: {recipe.schedule.name}\n{schedule_picture(plan, width)}")
     if advice:
@@ -91,7 +92,7 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
     lines = [
         ("device", f"{where}{memory}{kind}{each}, {devices.dtype}"),
         ("data", f"{recipe.data_path}" + ("" if data.train_tokens else " (not there yet)")),
-        ("vocabulary", vocabulary),
+        *([] if plan.model is None else [("vocabulary", vocabulary)]),
         (
             "steps",
             f"{plan.steps:,} of {plan.global_batch_size:,} x {plan.sequence_length:,} tokens "
@@ -143,7 +144,7 @@ def _memory_text(plan: Plan, model: PlannedModel) -> str:
             notes.append("what distributed.strategy=auto means depends on --gpu-memory")
     notes.append("recomp.: with train.activation_checkpointing=true, as peak")
     if on_cpu:
-        notes.append("process: with the heap's fragments and the libraries, beside torch")
+        notes.append("process: with the libraries and the holes of the heap, which vary")
     elif plan.devices.memory is None:
         notes.append("give --gpu-memory to see what fits")
     else:
@@ -228,11 +229,11 @@ def _pairs(lines: list[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in lines)
 
 
-def _wrapped(text: str, width: int) -> str:
+def _wrapped(text: str, width: int, mark: str = "  - ") -> str:
     import textwrap
 
     return textwrap.fill(
-        text, max(width, _LEAST_WIDTH), initial_indent="  - ", subsequent_indent="    ",
+        text, max(width, _LEAST_WIDTH), initial_indent=mark, subsequent_indent=" " * len(mark),
         break_on_hyphens=False, break_long_words=False,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.signals import nothing_is_saved
 
 if TYPE_CHECKING:
-    from minigpt_cli.analysis.plan import PlannedDevices
+    from minigpt_cli.analysis.planned_devices import PlannedDevices
     from minigpt_cli.recipe import Recipe
 
 EXAMPLE = "minigpt plan recipes/tiny.toml --measure"
@@ -93,7 +93,7 @@ def plan_command(
 def _devices(
     recipe: "Recipe", gpus: int | None, memory: int | None, name: str | None
 ) -> "PlannedDevices":
-    from minigpt_cli.analysis.plan import gpu_devices, local_devices
+    from minigpt_cli.analysis.planned_devices import gpu_devices, local_devices
     from minigpt_cli.model.cost import PEAK_FLOPS, peak_flops
 
     if gpus is None and memory is None and name is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from minigpt_cli.core.constants import MUON_ELEMENTS
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cost import count_elements, parameter_shapes
-from minigpt_cli.model.device_memory import Workload
+from minigpt_cli.model.workload import Workload
 
 
 @dataclass(frozen=True)

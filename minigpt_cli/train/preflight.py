@@ -20,7 +20,8 @@ from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.sequences import TrainingData
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
 from minigpt_cli.huggingface.base_model import BaseModel
-from minigpt_cli.model.device_memory import device_memory_needed, process_peak, workload_of
+from minigpt_cli.model.device_memory import device_memory_needed, process_peak
+from minigpt_cli.model.workload import workload_of
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.base_loss import base_loss
 from minigpt_cli.train.step import StepContext

@@ -17,17 +17,18 @@ from minigpt_cli.analysis.measure_steps import (
     measure_steps,
     measured_duration,
 )
-from minigpt_cli.analysis.plan import Plan, PlannedDevices, make_plan
+from minigpt_cli.analysis.plan import Plan, make_plan
 from minigpt_cli.analysis.plan_advice import find_advice
 from minigpt_cli.analysis.plan_report import plan_as_text, schedule_picture
+from minigpt_cli.analysis.planned_devices import PlannedDevices
 from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
 from minigpt_cli.data.sequences import open_data
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model.cost import PEAK_FLOPS
-from minigpt_cli.recipe import Recipe
+from minigpt_cli.recipe import Recipe, load_recipe
 from minigpt_cli.train.trainer import build_context, count_parameters
 from tests.helpers.commands import finished, refused
-from tests.helpers.processes import fork
+from tests.helpers.processes import ROOT, fork
 
 CPU = PlannedDevices("cpu", 1, "a CPU", 10**10, None, "fp32")
 LLAMA_7B = (
@@ -239,3 +240,14 @@ def test_bad_input(recipe_file: Path, part: str, arguments: tuple[str, ...]):
 def test_plans_are_plain_values(make_recipe: Callable[..., Recipe]):
     plan: Plan = make_plan(make_recipe(), CPU)
     assert json.loads(json.dumps(dataclasses.asdict(plan)))["steps"] == 12
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda f: f.stem)
+def test_shipped_recipes(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without data, network and base model, in 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(file)
+    plan = make_plan(recipe, gpus(8))
+    assert (plan.model is None) == (recipe.base is not None)
+    text = plan_as_text(plan, recipe, find_advice(plan, recipe), [], 80)
+    assert max(map(len, text.splitlines())) <= 80

@@ -33,9 +33,9 @@ from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model import attention, norm, precision
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.device_memory import Workload
 from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.model.traffic import Traffic
+from minigpt_cli.model.workload import Workload
 from minigpt_cli.recipe import OptimizerSettings, Recipe
 from minigpt_cli.train.guard import new_guard
 from minigpt_cli.train.optimizer import build_optimizers

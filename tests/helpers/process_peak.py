@@ -1,8 +1,9 @@
 """Train a recipe for two steps; print the process's peak bytes above importing torch, as JSON.
 
-    python -m tests.helpers.process_peak RECIPE_TEXT VOCAB_SIZE [SECTION.KEY=VALUE...]
+    python -m tests.helpers.process_peak KIND RECIPE_TEXT VOCAB_SIZE [SECTION.KEY=VALUE...]
 
-What pretrain does, without data, evaluation and saving.
+What pretrain does, without data, evaluation and saving. KIND is "run", or "no-heap": memory of
+freed tensors then goes back to the system at once, so that the heap has no holes.
 """
 
 import json
@@ -23,18 +24,19 @@ def high_water() -> int:
 AFTER_TORCH = high_water()
 
 
-def main(text: str, vocab_size: int, settings: list[str]) -> None:
+def main(kind: str, text: str, vocab_size: int, settings: list[str]) -> None:
     import minigpt_cli.train.start  # what a real run imports
     from minigpt_cli.distributed.parallel import copy_full_tensor
-    from minigpt_cli.distributed.world import start_world
+    from minigpt_cli.distributed.world import World, start_world
     from minigpt_cli.recipe import parse_recipe
     from tests.helpers.steps_of_recipe import take_steps
 
     assert minigpt_cli.train.start
-    take_steps(parse_recipe(text, settings), vocab_size, start_world(), copy_full_tensor)
+    world = World(0, 1, torch.device("cpu")) if kind == "no-heap" else start_world()
+    take_steps(parse_recipe(text, settings), vocab_size, world, copy_full_tensor)
     print(json.dumps(high_water() - AFTER_TORCH))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:])

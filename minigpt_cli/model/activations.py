@@ -1,0 +1,97 @@
+"""What a forward pass saves for the backward pass, and what the loss needs, by arithmetic."""
+
+from minigpt_cli.model.attention import CPU_MATMUL_TOKENS, QUERY_BLOCK
+from minigpt_cli.model.config import ModelConfig
+from minigpt_cli.model.cost import adapted_layers
+from minigpt_cli.model.cross_entropy import default_chunk_tokens
+from minigpt_cli.model.workload import Workload
+from minigpt_cli.recipe import AdapterSettings
+
+_BOOL, _INT64 = 1, 8  # bytes
+
+
+def norm_bytes(config: ModelConfig, workload: Workload) -> int:
+    """Bytes saved by a norm per token: its input and its statistics."""
+    statistics = 2 if config.family == "gpt2" else 1
+    return (config.hidden_size + statistics) * workload.full_bytes
+
+
+def saved_per_token(config: ModelConfig, workload: Workload) -> int:
+    """Bytes that one block saves for its backward pass, per token."""
+    c, full, compute = config, workload.full_bytes, workload.compute_bytes
+    heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+    saved = 2 * (norm_bytes(c, workload) + c.hidden_size * compute)  # and the norms' results
+    saved += 2 * (heads + kv_heads) * c.head_dim * compute  # q, k, v and attention's result
+    saved += _saved_by_scores(c, workload)
+    if c.family == "qwen3":  # norms of queries and keys
+        saved += (heads + kv_heads) * (c.head_dim + 1) * full
+    saved += (2 if c.family == "gpt2" else 4) * c.intermediate_size * compute  # GELU, SwiGLU
+    if c.dropout:
+        saved += 2 * c.hidden_size * _BOOL
+    if workload.adapter is not None:
+        saved += _saved_by_adapters(c, workload.adapter, workload)
+    return saved
+
+
+def _saved_by_scores(config: ModelConfig, workload: Workload) -> int:
+    """Bytes that attention saves of its scores, per token."""
+    c, length, compute = config, workload.sequence_length, workload.compute_bytes
+    heads, on_cpu = c.num_attention_heads, workload.device_type == "cpu"
+    saved = heads * workload.full_bytes  # flash attention: log-sum-exp
+    if workload.packed:
+        saved += length * compute  # the mask as numbers, for all heads
+        if c.num_key_value_heads < heads:  # keys and values are repeated
+            saved += 2 * (heads - c.num_key_value_heads) * c.head_dim * compute
+    if not on_cpu:
+        return saved
+    if c.dropout:  # the kernel that keeps all weights, with what dropout leaves and its mask
+        return heads * length * (2 * compute + _BOOL)
+    if workload.packed or length > CPU_MATMUL_TOKENS:
+        return saved
+    # The weights of a block of queries, without the keys that come after it.
+    ends = range(QUERY_BLOCK, length + QUERY_BLOCK, QUERY_BLOCK)
+    weights = sum((min(end, length) - end + QUERY_BLOCK) * min(end, length) for end in ends)
+    return heads * weights * compute // length
+
+
+def _saved_by_adapters(config: ModelConfig, adapter: AdapterSettings, workload: Workload) -> int:
+    """Bytes that one block's adapters save, per token, beside the inputs of their layers."""
+    saved = 0
+    for inside, outside in adapted_layers(config, adapter):
+        saved += adapter.rank * workload.compute_bytes
+        if adapter.dropout:
+            saved += inside * (workload.compute_bytes + _BOOL)
+        if adapter.use_dora:
+            saved += outside * (workload.compute_bytes + workload.full_bytes)
+    return saved
+
+
+def saved_outside_blocks(config: ModelConfig, workload: Workload) -> int:
+    """Bytes of the token ids, the last norm, the tables of rotary positions, and the mask."""
+    per_token = (
+        _INT64 + norm_bytes(config, workload) + (config.hidden_size if config.dropout else 0)
+    )
+    if workload.packed:
+        per_token += workload.sequence_length * _BOOL
+    tables = 0
+    if config.family != "gpt2":
+        length = workload.sequence_length
+        rows = min(config.max_position_embeddings, max(4096, 1 << (length - 1).bit_length()))
+        tables = 2 * rows * config.head_dim * workload.full_bytes
+    return workload.tokens * per_token + tables
+
+
+def loss_bytes(config: ModelConfig, workload: Workload) -> int:
+    """Bytes at the loss: the gradients that it makes at once, and a chunk of logits or, backward,
+    those gradients scaled."""
+    full, compute = workload.full_bytes, workload.compute_bytes
+    mixed = compute < full  # a cast is a copy
+    head, hidden = config.vocab_size * config.hidden_size, workload.tokens * config.hidden_size
+    rows = min(default_chunk_tokens(workload.device_type, config.vocab_size), workload.tokens)
+    chunk = rows * config.vocab_size
+    softmax = chunk * (2 * full + mixed * compute)
+    gradient = 0 if workload.adapter is not None else head  # a frozen head has none
+    product = chunk * compute + (gradient + rows * config.hidden_size) * compute
+    forward = max(softmax, product) + mixed * head * compute
+    backward = gradient * (full + mixed * compute)
+    return gradient * full + 2 * hidden * compute + max(forward, backward)
