@@ -61,6 +61,8 @@ def report_command(
     _check_output("-o", out, MARKER, MARKER_WITHIN)
     if png is not None:
         check_matplotlib()
+        if png.resolve() == out.resolve():
+            raise UserError(f"--png {png}: is the page's file; choose another one")
         _check_output("--png", png, PNG_MARKER, PNG_MARKER_WITHIN)
 
     contents = [read_run(path, name) for name, path in found.items()]

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -60,7 +61,7 @@ def write_new_file(file: Path, content: bytes) -> None:
         try:
             stream.write(content)
             stream.flush()
-        except OSError:
+        except BaseException:  # also a signal
             file.unlink(missing_ok=True)
             raise
 
@@ -115,10 +116,14 @@ def locked(file: Path, busy: str) -> Iterator[IO[str]]:
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # a link may lead elsewhere
     with open(os.open(file, flags, 0o666), "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(busy) from None
+        for wait in (0.1, 0.1, 0.0):  # `minigpt runs` holds locks for a moment, to see if it can
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(wait)
+        else:
+            raise UserError(busy)
         if not is_same_file(stream, file):  # another process has just removed or renamed it
             raise UserError(busy)
         yield stream

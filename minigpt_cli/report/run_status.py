@@ -34,8 +34,7 @@ def status_of(run: Path, status: dict[str, Any]) -> str:
 def _is_locked(run: Path) -> bool | None:
     """Return whether a process holds the run's lock; None if that can't be seen.
 
-    The lock is taken for a moment if it is free, and shared, so that this disturbs nobody but a
-    process that starts in this very moment.
+    The lock is taken for a moment if it is free; a process that starts in this moment tries again.
     """
     try:
         descriptor = os.open(run / LOCK, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)

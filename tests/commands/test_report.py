@@ -60,6 +60,8 @@ def test_nothing_else_is_overwritten(work: Path):
     )
     refused(2, f"-o {said}", "report", "runs/one", "-o", "mine.html", cwd=work)
     refused(2, f"--png {said}", "report", "runs/one", "--png", "mine.html", cwd=work)
+    same = ("-o", "x.html", "--png", "./x.html")
+    refused(2, "--png x.html: is the page's file", "report", "runs/one", *same, cwd=work)
     refused(2, "recipe.toml: exists", "report", "runs/one", "-o", "runs/one/recipe.toml", cwd=work)
     assert mine.read_text() == "<html>mine</html>"
     assert not (work / "runs/one/report.html").exists()

@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import IO
 
@@ -111,6 +112,18 @@ def test_a_lock_is_for_one_process_and_ends_with_it(tmp_path: Path):
     other.communicate()
     with locked(file, "taken"):
         assert file.exists()
+
+
+def test_a_lock_that_is_held_for_a_moment_is_waited_for(tmp_path: Path):
+    file = tmp_path / ".lock"
+    file.touch()
+    with file.open() as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)  # as `minigpt runs` does
+        release = threading.Timer(0.05, fcntl.flock, (stream, fcntl.LOCK_UN))
+        release.start()
+        with locked(file, "taken"):
+            pass
+        release.join()
 
 
 def test_the_lock_of_a_removed_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
