@@ -2,17 +2,15 @@
 
 import math
 import shlex
-import sys
 from typing import Any
 
 from minigpt_cli.analysis.lr_find import LrFindings, with_lr
+from minigpt_cli.analysis.picture import Ticks, draw_curve
 from minigpt_cli.analysis.range_test import RangeTest, next_candidate
 from minigpt_cli.core.text_table import text_table
 from minigpt_cli.recipe import Recipe
 
 FORMAT = "minigpt-lr-find-1"
-_HEIGHT = 16  # lines of the picture
-_LEAST_WIDTH, _MOST_WIDTH = 40, 200
 _ROWS = 12  # of the table in the picture's place
 
 
@@ -147,34 +145,17 @@ def loss_curve(test: RangeTest, width: int) -> str:
     """
     if len(test.rates) < 3:
         return "  (it diverged at once)"
-    try:
-        import plotext
-    except ImportError:
-        return _curve_table(test)
     # A loss that explodes would leave one line for everything else.
     low, start = min(test.smoothed), test.smoothed[0]
     most = max(start, low) + 0.5 * max(start - low, 1e-3)
     losses = [min(loss, most) for loss in test.smoothed]
     x = [math.log10(rate) for rate in test.rates]  # plotext's own log scale is for whole decades
     decades = range(math.ceil(x[0]), math.floor(x[-1]) + 1)
-    figure = plotext.figure
-    plotext.terminal.limit(False, False)
-    figure.clear()
-    figure.theme("colorless")
-    figure.plot_size(min(max(width, _LEAST_WIDTH), _MOST_WIDTH), _HEIGHT)
-    if test.steepest is not None:
-        figure.line(math.log10(test.steepest), "vertical", style="dotted")
-    figure.draw(figure.signal(x, losses, marker="braille").lines())
-    if len(decades) > 1:
-        figure.ruler("x").ticks(list(decades), [f"1e{power}" for power in decades])
-    else:
-        figure.ruler("x").ticks([x[0], x[-1]], [f"{test.rates[i]:.1e}" for i in (0, -1)])
-    picture: str = figure.build().string(colorless=True)
-    try:
-        picture.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return _curve_table(test)
-    return picture.rstrip("\n")
+    ticks: Ticks = (decades, [f"1e{power}" for power in decades])
+    if len(decades) < 2:
+        ticks = ([x[0], x[-1]], [f"{test.rates[i]:.1e}" for i in (0, -1)])
+    mark = None if test.steepest is None else math.log10(test.steepest)
+    return draw_curve(x, losses, width, ticks, mark=mark) or _curve_table(test)
 
 
 def _curve_table(test: RangeTest) -> str:

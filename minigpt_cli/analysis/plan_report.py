@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from minigpt_cli.analysis.measure_steps import MeasuredSize, fastest
+from minigpt_cli.analysis.picture import Ticks, draw_curve
 from minigpt_cli.analysis.plan import Plan, PlannedModel
 from minigpt_cli.analysis.planned_devices import USABLE
 from minigpt_cli.core.console import counted
@@ -11,7 +12,7 @@ from minigpt_cli.core.memory import format_size
 from minigpt_cli.core.text_table import text_table
 from minigpt_cli.recipe import Recipe
 
-_HEIGHT, _LEAST_WIDTH, _MOST_WIDTH = 12, 40, 100  # of the picture, in characters
+_LEAST_WIDTH = 40  # of notes, in characters
 _ROWS = 9  # of the schedule's table
 
 
@@ -46,26 +47,15 @@ def plan_as_text(
 
 
 def schedule_picture(plan: Plan, width: int) -> str:
-    """Return the learning rate over the steps as a picture; as a table where plotext is missing."""
-    try:
-        import plotext
-    except ImportError:
-        return _schedule_table(plan)
+    """Return the learning rate over the steps as a picture; a table where that can't be drawn."""
     steps, rates = zip(*plan.schedule, strict=True)
     if len(steps) < 2:
         return _schedule_table(plan)
-    figure = plotext.figure
-    plotext.terminal.limit(False, False)
-    figure.clear()
-    figure.theme("colorless")
-    figure.plot_size(max(_LEAST_WIDTH, min(width, _MOST_WIDTH)), _HEIGHT)
-    figure.draw(figure.signal(list(steps), list(rates), marker="braille").lines())
     marks = [round(steps[-1] * share) for share in (0, 0.25, 0.5, 0.75, 1)]
-    figure.ruler("x").ticks(marks, [f"{mark:,}" for mark in marks])
     top = max(rates)
-    figure.ruler("y").ticks([0, top / 2, top], ["0", f"{top / 2:.2g}", f"{top:.2g}"])
-    picture: str = figure.build().string(colorless=True)
-    return "\n".join(line.rstrip() for line in picture.rstrip("\n").splitlines())
+    x_ticks: Ticks = (marks, [f"{mark:,}" for mark in marks])
+    y_ticks: Ticks = ([0, top / 2, top], ["0", f"{top / 2:.2g}", f"{top:.2g}"])
+    return draw_curve(steps, rates, width, x_ticks, y_ticks) or _schedule_table(plan)
 
 
 def _schedule_table(plan: Plan) -> str:

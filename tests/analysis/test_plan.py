@@ -193,7 +193,7 @@ def test_the_picture_and_its_table(
     plan = make_plan(make_recipe(), CPU)
     for width in (20, 80, 200):
         lines = schedule_picture(plan, width).splitlines()
-        assert len(lines) == 12
+        assert len(lines) == 15
         assert max(map(len, lines)) == max(40, min(width, 100))
     monkeypatch.setitem(sys.modules, "plotext", None)
     table = schedule_picture(plan, 80).splitlines()
