@@ -141,9 +141,10 @@ def _memory_text(plan: Plan, model: PlannedModel) -> str:
             notes.append("* what the recipe's distributed.strategy means here")
         else:
             notes.append("what distributed.strategy=auto means depends on --gpu-memory")
-    notes.append("recomp.: with train.activation_checkpointing=true, as peak")
+    total = "process" if on_cpu else "peak"
+    notes.append(f"recomp.: {total} with train.activation_checkpointing=true")
     if on_cpu:
-        notes.append("process: with the heap's fragments and the libraries, beside torch")
+        notes.append("process: peak, the heap's fragments and kernels' buffers; torch itself is extra")
     elif plan.devices.memory is None:
         notes.append("give --gpu-memory to see what fits")
     else:
@@ -163,11 +164,11 @@ def _disk_text(plan: Plan, model: PlannedModel) -> str:
     ]
     if model.host_copy_bytes and plan.devices.type == "cuda":
         lines.append(
-            ("host memory", f"{format_size(model.host_copy_bytes)} per rank while it is written")
+            ("host memory", f"{format_size(model.host_copy_bytes)} per rank while a checkpoint is written")
         )
     elif model.host_copy_bytes:
         lines.append(
-            ("memory", f"{format_size(model.host_copy_bytes)} more while a save is written")
+            ("memory", f"{format_size(model.host_copy_bytes)} more while a checkpoint is written")
         )
     return "Disk\n" + _pairs(lines)
 
@@ -178,7 +179,7 @@ def _time_text(plan: Plan, sizes: list[MeasuredSize]) -> str:
         reason = (
             "the model isn't known"
             if plan.model is None
-            else "the peak of this device isn't known: --measure takes a few real steps"
+            else "this device's peak isn't known; --measure takes a few real steps"
         )
         text = f"Time\n  not known: {reason}"
     else:
