@@ -144,7 +144,7 @@ def _memory_text(plan: Plan, model: PlannedModel) -> str:
     total = "process" if on_cpu else "peak"
     notes.append(f"recomp.: {total} with train.activation_checkpointing=true")
     if on_cpu:
-        notes.append("process: peak, the heap's fragments and kernels' buffers; torch itself is extra")
+        notes.append("process: peak, the heap's fragments, kernels' buffers; torch itself not")
     elif plan.devices.memory is None:
         notes.append("give --gpu-memory to see what fits")
     else:
