@@ -164,7 +164,10 @@ def _disk_text(plan: Plan, model: PlannedModel) -> str:
     ]
     if model.host_copy_bytes and plan.devices.type == "cuda":
         lines.append(
-            ("host memory", f"{format_size(model.host_copy_bytes)} per rank while a checkpoint is written")
+            (
+                "host memory",
+                f"{format_size(model.host_copy_bytes)} per rank while a checkpoint is written",
+            )
         )
     elif model.host_copy_bytes:
         lines.append(
