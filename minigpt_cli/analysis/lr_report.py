@@ -84,7 +84,7 @@ def advice(recipe: Recipe, recipe_file: str, findings: LrFindings) -> str:
     if most is None:
         lines.append("The best rate is close to those that diverge: take a lower one.")
     else:
-        lines[0] += f" So differences up to {most:.4f} may be chance."
+        lines.append(f"So differences up to {most:.4f} may be chance.")
     untried = next_candidate([each.lr for each in findings.candidates], best.lr)
     if untried is not None:
         where = "lower" if untried < best.lr else "higher"

@@ -132,9 +132,10 @@ def _memory_text(plan: Plan, model: PlannedModel) -> str:
             notes.append("* what the recipe's distributed.strategy means here")
         else:
             notes.append("what distributed.strategy=auto means depends on --gpu-memory")
-    notes.append("recomp.: with train.activation_checkpointing=true, as peak")
+    total = "process" if on_cpu else "peak"
+    notes.append(f"recomp.: {total} with train.activation_checkpointing=true")
     if on_cpu:
-        notes.append("process: with the libraries and the holes of the heap, which vary")
+        notes.append("process: peak, the heap's holes, which vary, and buffers; not torch itself")
     elif plan.devices.memory is None:
         notes.append("give --gpu-memory to see what fits")
     else:
@@ -154,11 +155,14 @@ def _disk_text(plan: Plan, model: PlannedModel) -> str:
     ]
     if model.host_copy_bytes and plan.devices.type == "cuda":
         lines.append(
-            ("host memory", f"{format_size(model.host_copy_bytes)} per rank while it is written")
+            (
+                "host memory",
+                f"{format_size(model.host_copy_bytes)} per rank while a checkpoint is written",
+            )
         )
     elif model.host_copy_bytes:
         lines.append(
-            ("memory", f"{format_size(model.host_copy_bytes)} more while a save is written")
+            ("memory", f"{format_size(model.host_copy_bytes)} more while a checkpoint is written")
         )
     return "Disk\n" + _pairs(lines)
 
@@ -169,7 +173,7 @@ def _time_text(plan: Plan, sizes: list[MeasuredSize]) -> str:
         reason = (
             "the model isn't known"
             if plan.model is None
-            else "the peak of this device isn't known: --measure takes a few real steps"
+            else "this device's peak isn't known; --measure takes a few real steps"
         )
         text = f"Time\n  not known: {reason}"
     else:
@@ -181,7 +185,7 @@ def _time_text(plan: Plan, sizes: list[MeasuredSize]) -> str:
         if sizes:
             mfu = "n/a" if duration.mfu is None else f"{duration.mfu:.1%}"
             lines.append(("MFU", mfu))
-        lines.append(("beside it", "evaluations, saves, and the start"))
+        lines.append(("not included", "evaluations, saves, and the start"))
         text = "Time\n" + _pairs(lines)
     if not sizes:
         return text

@@ -20,7 +20,14 @@ from minigpt_cli.commands.options import (
     Version,
     option,
 )
-from minigpt_cli.core.console import console, print_json, print_result, printable, terminal_width
+from minigpt_cli.core.console import (
+    console,
+    log,
+    print_json,
+    print_result,
+    printable,
+    terminal_width,
+)
 from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.core.files import os_reason, write_new_file
 
@@ -88,6 +95,7 @@ def lr_find_command(
             print_result(printable(text, keep="\n"))
         if out is not None:
             _write(out, result)
+            log(f"{out}: the result as JSON")
     if findings.best is None:
         raise Diverged(
             "all candidates diverged: try a longer schedule.warmup_steps, or lower rates with "

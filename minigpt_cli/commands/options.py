@@ -1,5 +1,6 @@
 """What the commands share: options, the form of ``--help``, and its last paragraphs."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,11 @@ class _PlainParams:
 
 class Command(_PlainParams, TyperCommand):
     """A command. Its integers fit torch's, and no range of them clutters ``--help``."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if self.help:  # a docstring's lines would be kept, and wrapped once more
+            self.help = re.sub(r"(?<!\n)\n(?!\n)", " ", self.help)
 
     def invoke(self, ctx: Any) -> Any:
         for param in self.params:

@@ -70,8 +70,8 @@ def shipped_recipe(name: str) -> tuple[ShippedRecipe, bytes]:
     wanted = Path(name).name.removesuffix(".toml")
     if wanted not in files:
         near = difflib.get_close_matches(wanted, files, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "choose one of them"
-        raise UserError(f"{name}: no such recipe; {hint} (minigpt recipes lists all)")
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UserError(f"{name}: no such recipe; {hint}minigpt recipes lists all")
     return _read(files[wanted]), read_bytes(files[wanted])
 
 

@@ -64,7 +64,7 @@ def _numbers(run: RunSummary) -> list[str]:
     return [
         run.status,
         step,
-        *("-" if loss is None else f"{loss:.4g}" for loss in (run.loss, run.val_loss)),
+        *("-" if loss is None else f"{loss:#.4g}" for loss in (run.loss, run.val_loss)),
         "-" if run.tokens is None else _count(run.tokens),
         "-" if run.seconds is None else duration(run.seconds),
         "-" if run.time is None else _when(run.time),

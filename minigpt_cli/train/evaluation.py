@@ -1,6 +1,7 @@
 """Evaluations within a run: validation loss, the best step so far, completed prompts."""
 
 import math
+import re
 
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import log
@@ -76,7 +77,8 @@ def evaluate_run(run: Run, state: RunState, stop: StopRequest) -> bool:
     )
     for prompt, completion in run.prompts.complete(run.context.model):
         run.display.sampled(prompt, completion)
-        for line in f"{prompt}{completion}".split("\n"):
+        shown = re.sub(r"\n{3,}", "\n\n", f"{prompt}{completion}").rstrip("\n")
+        for line in shown.split("\n"):  # a young model may print nothing but newlines
             log(f"  | {line}")
         if run.samples is not None:
             sample = {"step": state.step, "prompt": prompt, "completion": completion}

@@ -270,6 +270,6 @@ def report_preflight(memory: MemoryCheck, loss: LossCheck | None, has_base: bool
         source = "the base's own" if has_base else "ln of the vocabulary"
         known = "not computed" if loss.expected is None else f"{loss.expected:.3f}"
         parts.append(f"loss {loss.loss:.3f} ({source}: {known})")
-    free = "" if memory.free is None else f" of {format_size(memory.free)} that are free"
+    free = "" if memory.free is None else f" of {format_size(memory.free)} free"
     parts.append(f"memory about {format_size(memory.needed)}{free}")
     log(f"before the first step: {', '.join(parts)}")

@@ -176,6 +176,7 @@ def run_summary(recipe: Recipe, context: StepContext, sequences: int | None) -> 
     micro = context.micro_batch_size
     accumulation = train.global_batch_size // (world.size * micro)
     ranks = f"{world.size} ranks ({context.parallel_dims.strategy}) x " if world.size > 1 else ""
+    batches = "micro-batch" if accumulation == 1 else "micro-batches"
     epochs = ""
     if sequences is not None:
         share = recipe.total_steps * train.global_batch_size / sequences
@@ -190,5 +191,5 @@ def run_summary(recipe: Recipe, context: StepContext, sequences: int | None) -> 
         f"{model.config.vocab_size:,}; {device_name(world.device)}, "
         f"{str(context.dtype).removeprefix('torch.')}\n"
         f"{recipe.total_steps:,} steps of {train.global_batch_size} x {train.sequence_length} "
-        f"tokens ({ranks}{accumulation} micro-batches of {micro}){epochs}"
+        f"tokens ({ranks}{accumulation} {batches} of {micro}){epochs}"
     )
