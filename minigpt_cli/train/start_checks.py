@@ -1,6 +1,7 @@
 """What is checked before a run starts, so that hours of preparing data are not lost."""
 
 import contextlib
+import errno
 import os
 import tempfile
 import time
@@ -158,6 +159,8 @@ def _try_to_write(folder: Path) -> None:
             file.write(b"x")
             file.flush()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the check of the room says what is needed
+            return
         raise UserError(
             f"{folder}: can't be written to: {os_reason(error)}; make it writable, or choose "
             "another --out"

@@ -93,8 +93,11 @@ def test_a_rank_ends_soon_after_rank_0_has_died():
     assert killed == -signal.SIGKILL
     assert code == 1
     (line,) = [line for line in said.splitlines() if line.startswith("minigpt: ")]
+    # There is no checkpoint.
     assert line.startswith("minigpt: the connection to rank 0 is lost (")
-    assert line.endswith("; run the same command again")  # there is no checkpoint
+    assert line.endswith(
+        "; run the same command again (docs/faq.md: it-hangs)"
+    )  # there is no checkpoint
 
 
 @pytest.mark.parametrize("how", ["async", "sync"])

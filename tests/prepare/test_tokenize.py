@@ -519,8 +519,10 @@ def test_two_processes_never_share_a_directory(
             tokenize(corpus, out, tokenizer_path=tokenizer_file)
     run = start(corpus, out, tokenizer_path=tokenizer_file, **SHARDS)
     wait_until(lambda: list(out.glob("*.npy")))
+    run.send_signal(signal.SIGSTOP)  # else it may end before the other process looks
     with pytest.raises(UserError, match="another process is tokenizing"):
         tokenize(corpus, out, tokenizer_path=tokenizer_file, **SHARDS)
+    run.send_signal(signal.SIGCONT)
     run.communicate()
     assert run.returncode == 0
     assert list(verify_dataset(out)) == []
