@@ -192,7 +192,7 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert wide.splitlines()[1].endswith(f"2.500   50.6B  3:01:01  {today}")
     assert max(map(len, narrow.splitlines())) <= 80
     assert narrow.splitlines()[0].startswith("in runs ")
-    assert narrow.splitlines()[1].startswith("a-long-n…-lr3e-4 ")
+    assert narrow.splitlines()[1].startswith("a-long-…-lr3e-4 ")
     assert narrow.splitlines()[3].endswith("12/12  1.500  1.250    3072     1:00   1970-01-02")
     assert "\x1b" not in wide
     assert wide.splitlines()[-1] == "runs/\\x1b[2Jx: the disk is full\\x1b[2J"
