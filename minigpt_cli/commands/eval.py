@@ -1,9 +1,18 @@
 """``minigpt eval``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
-from minigpt_cli.commands.options import Adapters, Debug, Device, Json, ModelPath, Version, option
+from minigpt_cli.commands.options import (
+    Adapters,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    ModelPath,
+    Version,
+    option,
+)
 from minigpt_cli.core.console import console, log, print_json, print_result
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.signals import nothing_is_saved
@@ -30,7 +39,6 @@ Text = Annotated[
     option("--text", "FILE", "A text file, instead of a dataset; may be .gz, .xz or .zst.", DATA),
 ]
 BatchSize = Annotated[int, option("--batch-size", "N", "Sequences per batch.", DATA, min=1)]
-Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 ComputeDtype = Annotated[
     Dtype,
     option(
@@ -101,7 +109,7 @@ def eval_command(
         return
     if tasks_dir or trust_tasks or limit is not None or num_fewshot is not None or chat:
         raise UserError("--tasks-dir, --limit, --num-fewshot and --chat need --tasks NAME,...")
-    from minigpt_cli.commands.loading import each_adapter, load_and_report
+    from minigpt_cli.commands.loading import each_adapter, load_and_report, set_dtype
 
     trained = load_and_report(model, adapter, device)
     found = _open_data(trained, model, data, split, text)
@@ -173,25 +181,6 @@ def _read(text: Path) -> str:
         return read_whole(text)
     except UserError as error:
         raise UserError(f"--text {error}") from None
-
-
-def set_dtype(trained: "TrainedModel", name: Dtype) -> "torch.dtype":
-    """Return the dtype of matrix products; a dtype that the user named also sets the weights'."""
-    from minigpt_cli.model.precision import compute_dtype, weights_dtype
-    from minigpt_cli.recipe import PrecisionSettings
-
-    device = next(trained.model.parameters()).device
-    if name == "auto":
-        recipe = trained.recipe
-        return compute_dtype(PrecisionSettings() if recipe is None else recipe.precision, device)
-    try:
-        dtype = compute_dtype(PrecisionSettings(dtype=name), device)
-    except UserError:
-        raise UserError(
-            f"--dtype {name}: the device has no {name}; use --dtype fp16 or fp32"
-        ) from None
-    trained.model.to(weights_dtype(dtype))
-    return dtype
 
 
 def _evaluate(

@@ -12,7 +12,7 @@ from minigpt_cli.core.console import console, log, print_json, print_result
 from minigpt_cli.core.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from minigpt_cli.commands.eval import Dtype
+    from minigpt_cli.commands.options import Dtype
     from minigpt_cli.huggingface.load import TrainedModel
 
 
@@ -54,8 +54,7 @@ def eval_tasks(
             "--tasks needs lm-evaluation-harness 0.4.13 or newer: pip install 'lm-eval>=0.4.13' "
             f"({first_line(error)})"
         ) from None
-    from minigpt_cli.commands.eval import set_dtype
-    from minigpt_cli.commands.loading import each_adapter, load_and_report
+    from minigpt_cli.commands.loading import each_adapter, load_and_report, set_dtype
 
     found = find_tasks(names, request.tasks_dir, request.trust_tasks)
     trained = load_and_report(model, adapters, device)

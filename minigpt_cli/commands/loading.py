@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 from minigpt_cli.checkpoint.store import list_steps
+from minigpt_cli.commands.options import Dtype
 from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.run_dir import run_of
@@ -14,6 +15,8 @@ from minigpt_cli.distributed.device import find_device
 from minigpt_cli.huggingface.adapter import LoadedAdapter, apply
 from minigpt_cli.huggingface.base_model import BaseModel
 from minigpt_cli.huggingface.load import TrainedModel, load_model
+from minigpt_cli.model.precision import compute_dtype, weights_dtype
+from minigpt_cli.recipe import PrecisionSettings
 
 T = TypeVar("T")
 _ATTEMPTS = 20
@@ -85,3 +88,19 @@ def each_adapter(trained: TrainedModel) -> Iterator[LoadedAdapter | None]:
             trained.model.eval()
             log(f"adapter {adapter.name}")
         yield adapter
+
+
+def set_dtype(trained: TrainedModel, name: Dtype) -> torch.dtype:
+    """Return the dtype of matrix products; a dtype that the user named also sets the weights'."""
+    device = next(trained.model.parameters()).device
+    if name == "auto":
+        recipe = trained.recipe
+        return compute_dtype(PrecisionSettings() if recipe is None else recipe.precision, device)
+    try:
+        dtype = compute_dtype(PrecisionSettings(dtype=name), device)
+    except UserError:
+        raise UserError(
+            f"--dtype {name}: the device has no {name}; use --dtype fp16 or fp32"
+        ) from None
+    trained.model.to(weights_dtype(dtype))
+    return dtype

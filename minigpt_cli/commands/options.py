@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -149,6 +149,7 @@ Adapters = Annotated[
         "Model",
     ),
 ]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Device = Annotated[
     str | None,
     option("--device", "NAME", "cpu, cuda or cuda:1; default: a GPU if there is one.", "Model"),
