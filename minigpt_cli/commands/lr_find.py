@@ -1,7 +1,6 @@
 """``minigpt lr-find``."""
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -29,7 +28,6 @@ from minigpt_cli.core.console import (
     terminal_width,
 )
 from minigpt_cli.core.errors import Diverged, UserError
-from minigpt_cli.core.files import os_reason, write_new_file
 
 EXAMPLE = "minigpt lr-find recipes/tiny.toml --budget 200 -o rates.json"
 
@@ -123,6 +121,10 @@ def _check_out(out: Path) -> None:
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
+    import json
+
+    from minigpt_cli.core.files import os_reason, write_new_file
+
     try:
         write_new_file(out, (json.dumps(result, indent=1) + "\n").encode())
     except FileExistsError:
