@@ -90,3 +90,8 @@ def test_what_is_left_out_is_told(work: Path):
     done = minigpt("report", "runs/one", cwd=work)
     assert done.returncode == 0
     assert "left out: runs/one/environment.json: can't be read" in done.stderr
+
+
+def test_a_status_that_cannot_be_read(work: Path):
+    (work / "runs/one/status.json").write_text("{}")
+    assert finished("report", "runs/one", "-o", "page.html", cwd=work).startswith("page.html: ")
