@@ -20,9 +20,9 @@ train: setup
 	else $(BIN)/minigpt pretrain recipes/tiny.toml --out $(RUN); fi
 	$(BIN)/minigpt sample $(RUN) --prompt '    def __init__(self' --top-p 0.95 --seed 1337 --max-new-tokens 160
 
-# Two files at a time, the longest first; more threads would only compete for the cores.
+# Two files at a time; more threads would only compete for the cores.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Hundreds of kills, signals, full disks and false files; prints a table of the survived ones.
 faults: setup

@@ -29,19 +29,6 @@ with contextlib.suppress(ImportError):  # the GPU's machine has none, and needs 
     hypothesis.settings.load_profile("no deadline")
 
 
-# The files that take longest; they come first, so that no worker is left with one at the end.
-LONGEST = [
-    "distributed/test_two_nodes.py", "distributed/test_parallel.py", "distributed/test_elastic.py",
-    "faults/test_faults.py", "train/test_finetune.py", "distributed/test_world.py", "test_cli.py",
-    "scripts/test_slurm.py", "train/test_compile.py", "train/test_rollback.py",
-]  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {ROOT / "tests" / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path, len(order)))
-
-
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Source code of Python's library, as tokens of a vocabulary of 320."""

@@ -1,4 +1,4 @@
-"""What this machine has for training and what it lacks, each with the command that mends it."""
+"""Look at this machine: what training needs and can use, and the command that mends a lack."""
 
 from pathlib import Path
 

@@ -10,7 +10,6 @@ import torch
 from minigpt_cli.analysis.plan import (
     Duration,
     Plan,
-    bytes_needed,
     workload_on,
 )
 from minigpt_cli.analysis.plan_inputs import complete_from_base
@@ -21,6 +20,7 @@ from minigpt_cli.data.loader import Batch
 from minigpt_cli.distributed.parallel import copy_full_tensor
 from minigpt_cli.distributed.world import start_world
 from minigpt_cli.model.config import config_from_recipe
+from minigpt_cli.model.device_memory import bytes_needed
 from minigpt_cli.model.gpt import initialize_weights
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.step import StepContext, train_step

@@ -13,9 +13,9 @@ from minigpt_cli.model.cost import (
 )
 from minigpt_cli.model.device_memory import (
     Memory,
+    bytes_needed,
     device_memory_needed,
     optimizer_elements,
-    process_peak,
 )
 from minigpt_cli.model.workload import Strategy, Workload, workload_of
 from minigpt_cli.recipe import Recipe
@@ -168,12 +168,6 @@ def workload_on(recipe: Recipe, devices: PlannedDevices, strategy: Strategy) -> 
         shard_size=shard_size_of(recipe),
         compute_bytes=devices.compute_bytes,
     )
-
-
-def bytes_needed(config: ModelConfig, workload: Workload) -> int:
-    """Return the bytes to compare with a device's memory; see ``StrategyMemory``."""
-    memory = device_memory_needed(config, workload)
-    return process_peak(memory) if workload.device_type == "cpu" else memory.peak
 
 
 def _planned_model(recipe: Recipe, data: PlannedData, devices: PlannedDevices) -> PlannedModel:

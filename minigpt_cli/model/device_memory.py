@@ -10,7 +10,6 @@ docs/scale.md has tables of it, docs/plan.md says how close it comes.
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import get_args
 
 from minigpt_cli.core.constants import MUON_ELEMENTS
 from minigpt_cli.model.activations import (
@@ -19,10 +18,10 @@ from minigpt_cli.model.activations import (
     saved_outside_blocks,
     saved_per_token,
 )
-from minigpt_cli.model.config import ModelConfig, config_from_recipe
+from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cost import ParameterShapes, count_elements, parameter_shapes
-from minigpt_cli.model.workload import Strategy, Workload, workload_of
-from minigpt_cli.recipe import AdapterSettings, Recipe
+from minigpt_cli.model.workload import Workload
+from minigpt_cli.recipe import AdapterSettings
 
 # A process that trains on a CPU, above one that has imported torch: the other libraries' modules
 # (55 MB), and the code and buffers of kernels (50 MB).
@@ -46,45 +45,13 @@ class Memory:
     peak: int  # less than the sum: not all of them live at once
 
 
-def predicted_peak(
-    recipe: Recipe,
-    vocab_size: int,
-    world_size: int,
-    device_type: str,
-    *,
-    strategy: str | None = None,
-    shard_size: int | None = None,
-    compute_bytes: int | None = None,
-) -> Memory:
-    """Predict the memory of a recipe's training step on each device.
+def bytes_needed(config: ModelConfig, workload: Workload) -> int:
+    """Return the bytes to compare with a device's memory.
 
-    Args:
-        recipe: with the whole ``[model]``; a base model's sizes are filled in.
-        vocab_size: the tokenizer's.
-        world_size, device_type, compute_bytes: see ``workload_of``.
-        strategy: of ParallelDims; default: the recipe's, where ``auto`` counts as ddp.
-        shard_size: for hsdp, if the recipe has none.
-
-    Returns:
-        Bytes of tensors. What a process holds beside them isn't in it (docs/plan.md).
-
-    Raises:
-        UserError: the model's sizes don't fit together.
+    On a GPU those of its tensors, on a CPU those of the process.
     """
-    if strategy is None:
-        chosen = recipe.distributed.strategy
-        strategy = "single" if world_size == 1 else "ddp" if chosen == "auto" else chosen
-    assert strategy in get_args(Strategy)
-    config = config_from_recipe(recipe, vocab_size)
-    workload = workload_of(
-        recipe,
-        world_size,
-        device_type,
-        strategy,  # type: ignore[arg-type]
-        shard_size=shard_size,
-        compute_bytes=compute_bytes,
-    )
-    return device_memory_needed(config, workload)
+    memory = device_memory_needed(config, workload)
+    return process_peak(memory) if workload.device_type == "cpu" else memory.peak
 
 
 def process_peak(memory: Memory) -> int:

@@ -59,7 +59,7 @@ def check_changes(before: Recipe, after: Recipe, allowed: list[str]) -> None:
         )
     if refused:
         raise UserError(
-            f"{', '.join(refused)} shaped what was already trained; to change it all the same, "
+            f"{', '.join(refused)}: the run was trained with the old value so far; to change it, "
             "add " + " ".join(f"--allow-change {key}" for key in refused)
         )
 

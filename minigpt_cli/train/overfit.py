@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from minigpt_cli.core.console import log
 from minigpt_cli.core.errors import Diverged
+from minigpt_cli.core.faq import faq
 from minigpt_cli.recipe import GuardSettings, Recipe
 from minigpt_cli.train.guard_report import read_guard
 from minigpt_cli.train.step import train_step
@@ -74,7 +75,8 @@ def overfit_one_batch(recipe: Recipe) -> Overfit:
             ):
                 raise Diverged(
                     "one batch makes training diverge: loss or gradient is not finite at step "
-                    f"{step}. Try a lower optimizer.lr, or precision.dtype=fp32"
+                    f"{step}. Try a lower optimizer.lr, or precision.dtype=fp32 "
+                    f"{faq('loss-is-nan')}"
                 )
         return Overfit(step, loss, sequences, time.monotonic() - began)
 
@@ -90,7 +92,7 @@ def describe_overfit(result: Overfit) -> str:
         f"one batch was not learned: its loss is {result.loss:.4f} after {result.steps} steps, and "
         f"should be below {GOAL}. Try another optimizer.lr (ten times higher and lower), a smaller "
         "train.micro_batch_size (fewer sequences to learn), or a larger model; --dry-run shows the "
-        "text that is trained on"
+        f"text that is trained on {faq('loss-is-stuck')}"
     )
 
 

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
 from minigpt_cli.core.console import counted, log, warn
+from minigpt_cli.core.faq import faq
 from minigpt_cli.core.memory import available_memory, format_size
 from minigpt_cli.data.loader import Sequences
 from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.sequences import TrainingData
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
 from minigpt_cli.huggingface.base_model import BaseModel
-from minigpt_cli.model.device_memory import device_memory_needed, process_peak
+from minigpt_cli.model.device_memory import bytes_needed
 from minigpt_cli.model.workload import workload_of
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.base_loss import base_loss
@@ -130,8 +131,7 @@ def predicted_memory(recipe: Recipe, context: StepContext, packed: bool = False)
         compute_bytes=context.dtype.itemsize,
         packed=packed,
     )
-    memory = device_memory_needed(context.model.config, workload)
-    return process_peak(memory) if dims.world.device.type == "cpu" else memory.peak
+    return bytes_needed(context.model.config, workload)
 
 
 def saved_copy_bytes(recipe: Recipe, context: StepContext) -> int:
@@ -165,7 +165,7 @@ def _memory_warning(
     return (
         f"{who} about {format_size(needed)} of {'GPU memory' if on_gpu else 'memory'}, and "
         f"{format_size(free)} are free{share}: it may end out of memory. What needs less: "
-        f"{', '.join(way for way, helps in ways.items() if helps)}"
+        f"{', '.join(way for way, helps in ways.items() if helps)} {faq('out-of-memory')}"
     )
 
 
@@ -210,7 +210,7 @@ def compare_with_guess(loss: float, vocab_size: int) -> LossCheck:
         expected,
         f"the loss before any update is {loss:.3f}; a new model's should be within 10% of "
         f"ln({vocab_size}) = {expected:.3f}. Look at model.initializer_range (too large for this "
-        "model.hidden_size?) and at precision.dtype",
+        f"model.hidden_size?) and at precision.dtype {faq('loss-is-stuck')}",
     )
 
 
@@ -230,7 +230,7 @@ def compare_with_base(loss: float, own: float | None, vocab_size: int, which: st
             own,
             f"the loss before any update is {loss:.3f} on {which}, and the base's own "
             f"is {own:.3f}, in float32 and without adapters: look at precision.dtype (fp16 "
-            "overflows in many models that were trained in bf16)",
+            f"overflows in many models that were trained in bf16) {faq('loss-is-stuck')}",
         )
     if not known < (1 - TOLERANCE) * guess:
         return LossCheck(
@@ -238,7 +238,8 @@ def compare_with_base(loss: float, own: float | None, vocab_size: int, which: st
             own,
             f"the base model's loss is {known:.3f} on {which}; a guess has "
             f"ln({vocab_size}) = {guess:.3f}. Look at the base (is it trained, and the right "
-            "one?), at the text's language, and for chats at data.source.chat_template",
+            "one?), at the text's language, and for chats at data.source.chat_template "
+            f"{faq('loss-is-stuck')}",
         )
     return LossCheck(loss, own)
 

@@ -155,7 +155,7 @@ def check_writable(directory: Path, world: World) -> None:
 
 def _try_to_write(folder: Path) -> None:
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".preflight-") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name: a kill leaves nothing
             file.write(b"x")
             file.flush()
     except OSError as error:

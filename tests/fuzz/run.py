@@ -95,7 +95,7 @@ def _watch(pid: int, is_at_work: Callable[[], bool]) -> str | None:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     try:
-        while not poll.poll(80):  # milliseconds
+        while not poll.poll(20):
             now = time.monotonic()
             if _resident(pid) > memory:
                 return "memory"

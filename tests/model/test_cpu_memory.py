@@ -6,13 +6,15 @@ import sys
 
 import pytest
 
+from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.device_memory import (
     PROCESS_BYTES,
     Memory,
-    predicted_peak,
+    device_memory_needed,
     process_peak,
 )
-from minigpt_cli.recipe import parse_recipe
+from minigpt_cli.model.workload import workload_of
+from minigpt_cli.recipe import Recipe, parse_recipe
 from tests.helpers import measure
 from tests.helpers.processes import ROOT, environment
 
@@ -60,8 +62,14 @@ def test_peak_is_the_allocators(family: str, dtype: str, settings: list[str]):
     if "lora" in settings:
         text, settings = text + LORA, []
     recipe = parse_recipe(text, settings)
-    predicted = predicted_peak(recipe, 1000, 1, "cpu", compute_bytes=4 if dtype == "fp32" else 2)
+    predicted = memory_of(recipe, 1000, dtype)
     assert predicted.peak == pytest.approx(measure.allocated_by_recipe(recipe, 1000), rel=0.06)
+
+
+def memory_of(recipe: Recipe, vocab_size: int, dtype: str) -> Memory:
+    size = 4 if dtype == "fp32" else 2
+    workload = workload_of(recipe, 1, "cpu", "single", compute_bytes=size)
+    return device_memory_needed(config_from_recipe(recipe, vocab_size), workload)
 
 
 OTHERS = [
@@ -87,9 +95,8 @@ def peaks(
         cwd=ROOT, env=environment() | variables, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    size = 4 if sizes["dtype"] == "fp32" else 2
     recipe = parse_recipe(text, settings)
-    return predicted_peak(recipe, vocab_size, 1, "cpu", compute_bytes=size), json.loads(done.stdout)
+    return memory_of(recipe, vocab_size, str(sizes["dtype"])), json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(("sizes", "settings", "vocab_size"), OTHERS)

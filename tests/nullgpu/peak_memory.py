@@ -7,7 +7,9 @@ import torch
 
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.distributed.world import start_world
-from minigpt_cli.model.device_memory import predicted_peak
+from minigpt_cli.model.config import config_from_recipe
+from minigpt_cli.model.device_memory import device_memory_needed
+from minigpt_cli.model.workload import workload_of
 from minigpt_cli.recipe import parse_recipe
 from minigpt_cli.train.step import train_step
 from minigpt_cli.train.trainer import build_context, warm_up
@@ -61,6 +63,8 @@ def allocated(settings: list[str]) -> int:
 torch.backends.cuda.enable_cudnn_sdp(False)  # the null GPU has no cuDNN
 found = {}
 for name, settings in WAYS.items():
-    predicted = predicted_peak(parse_recipe(RECIPE, settings), VOCAB_SIZE, 1, "cuda").peak
-    found[name] = {"predicted": predicted, "allocated": allocated(settings)}
+    recipe = parse_recipe(RECIPE, settings)
+    workload = workload_of(recipe, 1, "cuda", "single")
+    predicted = device_memory_needed(config_from_recipe(recipe, VOCAB_SIZE), workload)
+    found[name] = {"predicted": predicted.peak, "allocated": allocated(settings)}
 print(json.dumps(found))

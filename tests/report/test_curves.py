@@ -129,7 +129,7 @@ def test_few_rows_stay_as_they_are():
 
 
 def test_an_axis_never_goes_back():
-    """Someone edited the file; a chart's axis must ascend all the same."""
+    """In an edited file steps may fall; a chart's axis must still ascend."""
     columns = {"step": np.arange(1.0, 4), "tokens": np.array([5.0, 3, 9])}
     columns |= {"seconds": np.array([1.0, np.nan, 0.5]), "loss": np.ones(3)}
     axes, _ = thinned(columns)

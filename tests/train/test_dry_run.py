@@ -92,7 +92,7 @@ def test_only_the_beginning_of_a_large_source_is_read(tmp_path: Path):
 
 
 def test_chats(tmp_path: Path, license_dataset: Path):
-    """What the loss counts is marked: the answers, and the end of each."""
+    """A mark shows what the loss counts: the answers, and the end of each."""
     _, base = saved_model("llama", tmp_path / "base", license_dataset)
     settings = json.loads((base / "tokenizer_config.json").read_text())
     settings["chat_template"] = OWN_TEMPLATE

@@ -1,4 +1,4 @@
-"""What a tracker is: a function that starts it, and the two that this returns."""
+"""The interface of a tracker: a function starts it, and returns the two that log and finish."""
 
 import os
 import shlex
