@@ -139,8 +139,9 @@ def _dataset(run: RunContents) -> dict[str, str]:
         rows[name] = (
             f"{split.tokens:,} tokens, {split.documents:,} documents, {format_size(split.bytes)}"
         )
-    if run.metrics.training["tokens"].size and manifest.splits["train"].tokens:
-        epochs = np.nanmax(run.metrics.training["tokens"]) / manifest.splits["train"].tokens
+    tokens = run.metrics.training["tokens"]
+    if np.isfinite(tokens).any() and manifest.splits["train"].tokens:
+        epochs = np.nanmax(tokens) / manifest.splits["train"].tokens
         rows["epochs so far"] = f"{epochs:.2f}"
     return rows
 

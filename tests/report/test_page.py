@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minigpt_cli.data.dataset_manifest import read_dataset_manifest
 from minigpt_cli.report.curves import AXES, TRAINED
 from minigpt_cli.report.numbers import numbers_of
 from minigpt_cli.report.page import ASSETS, MARKER, MARKER_WITHIN
@@ -112,6 +113,18 @@ def test_losses_that_are_no_number(tmp_path: Path):
     page = page_of(run)
     assert data_of(page)[0]["training"]["curves"]["loss"]["mean"] == losses
     assert "losses that were no number 1" in text_of(page)
+
+
+def test_epochs_of_the_dataset(tmp_path: Path, license_dataset: Path):
+    run = write_run(tmp_path / "runs/one")
+    shutil.copytree(license_dataset, tmp_path / "data/tiny")
+    tokens = read_dataset_manifest(license_dataset).splits["train"].tokens
+    write_lines(run / "metrics.jsonl", [{"step": 1, "loss": 1.0, "tokens": 3 * tokens}])
+    assert "epochs so far 3.00" in text_of(page_of(run))
+    write_lines(run / "metrics.jsonl", [{"step": 1, "loss": 1.0}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "epochs so far" not in text_of(page_of(run))
 
 
 def test_numbers_beyond_reason(tmp_path: Path):
