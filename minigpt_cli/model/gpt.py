@@ -11,14 +11,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minigpt_cli.core.seed import derived_seed
-from minigpt_cli.model.attention import cached_attention, causal_attention
+from minigpt_cli.model.attention import (
+    cached_attention,
+    causal_attention,
+    has_varlen,
+    segment_boundaries,
+)
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import projected_cross_entropy
 from minigpt_cli.model.norm import Norm
 from minigpt_cli.model.padding import padded_positions, padding_mask
+from minigpt_cli.model.recompute import recomputed
+from minigpt_cli.model.workload import Checkpointing
 from minigpt_cli.recipe import RopeScaling
 
 
@@ -218,6 +224,18 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
+        recompute: Checkpointing = False,
+    ) -> Tensor:
+        if recompute:  # here, so that torch.compile sees it and fuses the recomputation too
+            return recomputed(self._forward, x, rope, mask, keep_products=recompute == "selective")
+        return self._forward(x, rope, mask, cache)
+
+    def _forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         # Cast once: autocast would cast again for each projection.
         dtype = autocast_dtype(x)
@@ -238,7 +256,9 @@ class GPT(nn.Module):
         super().__init__()
         c = config
         self.config = config
-        self.checkpoint_activations = False
+        self.checkpoint_activations: Checkpointing = False
+        # Segments of a packed row, at most. None: they are counted where that matters.
+        self.max_segments: int | None = None
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         if c.family == "gpt2":
             self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
@@ -288,7 +308,7 @@ class GPT(nn.Module):
         positions: slice | Tensor = slice(past, end)
         if segment_ids is not None:
             assert cache is None
-            positions, mask = segment_positions(segment_ids), segment_mask(segment_ids)
+            positions, mask = segment_positions(segment_ids), self._segment_mask(x, segment_ids)
         if padding is not None:
             assert cache is not None
             positions, mask = padded_positions(padding, past, end), padding_mask(padding, past, end)
@@ -298,11 +318,9 @@ class GPT(nn.Module):
             cos, sin = self._rope_table(x, end)
             rope = (cos[positions], sin[positions])
         x = F.dropout(x, self.config.dropout, self.training)
+        recompute = self.checkpoint_activations if self.training else False
         for index, layer in enumerate(self.layers):
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, rope, None, mask, use_reentrant=False)
-            else:
-                x = layer(x, rope, cache.layer(index) if cache is not None else None, mask)
+            x = layer(x, rope, cache.layer(index) if cache is not None else None, mask, recompute)
         if cache is not None:
             cache.length = end
         if logits_to_keep:
@@ -311,6 +329,13 @@ class GPT(nn.Module):
         if targets is not None:
             return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
         return F.linear(x, self.head_weight())
+
+    def _segment_mask(self, x: Tensor, segment_ids: Tensor) -> Tensor:
+        """Return what keeps the segments apart, for ``causal_attention``."""
+        dropout = self.config.dropout if self.training else 0.0
+        if has_varlen(x.device, autocast_dtype(x), self.config.head_dim, dropout):
+            return segment_boundaries(segment_ids, self.max_segments)
+        return segment_mask(segment_ids)
 
     def _rope_table(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Return the table of angles, made once per device.
