@@ -59,7 +59,7 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout:
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
     if usable:
-        import torch.nn.attention.varlen  # noqa: F401  2 s; it registers the operator
+        from torch.nn.attention import varlen  # noqa: F401  2 s; it registers the operator
     return usable
 
 

@@ -1,5 +1,7 @@
 """Build model, optimizers and step from a recipe and a vocabulary size alone."""
 
+import logging
+
 import torch
 
 from minigpt_cli.core.console import warn
@@ -107,6 +109,8 @@ def compile_blocks(model: GPT) -> None:
     from torch._dynamo import config  # a second, so only where it is used
 
     config.optimize_ddp = False  # it would cut a block in two where a bucket of DDP ends
+    # It warns of operations in place where blocks are recomputed; they have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward)
 

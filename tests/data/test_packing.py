@@ -67,6 +67,8 @@ def test_every_document_that_fits_is_in_one_sequence(
             expected.append((tokens[:-1], targets[1:]))
     assert sorted(unpacked(packed, length)) == sorted(expected)
     assert packed.num_documents == len(expected)
+    in_sequences = [len(packed.documents(index)) for index in range(packed.num_sequences)]
+    assert packed.max_segments == max(in_sequences, default=0) + 1
     assert packed.num_too_long == len(lengths) - len(expected)
     positions = sum(len(inputs) for inputs, _ in expected)
     assert packed.fill == (positions / (packed.num_sequences * length) if expected else 0)
