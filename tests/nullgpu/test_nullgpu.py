@@ -24,7 +24,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(library: Path, script: str, *arguments: object, **variables: str) -> str:
     done = subprocess.run(
         [sys.executable, ROOT / "tests/nullgpu" / script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)} | variables,
+        env=os.environ
+        # The null GPU has no virtual addresses.
+        | {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+        | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)} | variables,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
