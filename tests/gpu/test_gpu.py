@@ -150,8 +150,8 @@ def test_segments_by_their_boundaries_are_those_of_the_mask(kv_heads: int):
         return [out, *torch.autograd.grad(out, parts, weights.to(dtype))]
 
     expected = results(segment_mask(ids), torch.float64)
-    for most in (None, 5, 50):
-        found = results(segment_boundaries(ids, most), torch.bfloat16)
+    for count in (None, 7):
+        found = results(segment_boundaries(ids, count), torch.bfloat16)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.02)
 
