@@ -25,6 +25,7 @@ def run(library: Path, script: str, *arguments: object, **variables: str) -> str
     done = subprocess.run(
         [sys.executable, ROOT / "tests/nullgpu" / script, *map(str, arguments)],
         env=os.environ
+        | {"TRITON_LIBCUDA_PATH": str(library.parent)}
         # The null GPU has no virtual addresses.
         | {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
         | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)} | variables,
@@ -75,6 +76,11 @@ def test_packed_rows_need_no_mask(library: Path):
         assert (kept["flash_forward"], kept["with_mask"]) == (4, 0)
         assert kept["products"] == plain["products"] == products
         assert kept["bytes"] < plain["bytes"]
+    compiled = packed(
+        library, "llama", "train.activation_checkpointing=selective", "precision.compile=true"
+    )
+    assert compiled["compilations"] == 1  # with other numbers of segments, too
+    assert (compiled["flash_forward"], compiled["products"]) == (4, 90)
     again = packed(library, "gpt2", "train.activation_checkpointing=true")
     assert again["flash_forward"] == 8
     assert again["products"] == 54 + 4 * 3  # a block's last product isn't needed
