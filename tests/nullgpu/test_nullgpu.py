@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -60,33 +59,30 @@ def test_memory_is_as_predicted(library: Path):
         assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name
 
 
-def packed(library: Path, *arguments: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(run(library, "packed.py", *arguments))
-    assert found["waits"] == 0
-    return found
-
-
 def test_packed_rows_need_no_mask(library: Path):
     """Two blocks, two micro-batches; llama's key heads are fewer than its query heads."""
-    for family, products in (("gpt2", 54), ("llama", 90)):
-        plain = packed(library, family)
-        assert (plain["flash_forward"], plain["flash_backward"]) == (4, 4)
-        assert plain["with_mask"] == 0
-        kept = packed(library, family, "train.activation_checkpointing=selective")
-        assert (kept["flash_forward"], kept["with_mask"]) == (4, 0)
-        assert kept["products"] == plain["products"] == products
-        assert kept["bytes"] < plain["bytes"]
-    compiled = packed(
-        library, "llama", "train.activation_checkpointing=selective", "precision.compile=true"
-    )
-    assert compiled["compilations"] == 1  # with other numbers of segments, too
-    assert (compiled["flash_forward"], compiled["products"]) == (4, 90)
-    again = packed(library, "gpt2", "train.activation_checkpointing=true")
-    assert again["flash_forward"] == 8
-    assert again["products"] == 54 + 4 * 3  # a block's last product isn't needed
-
-
-@pytest.mark.parametrize("setting", ["precision.dtype=fp32", "model.dropout=0.1"])
-def test_packed_rows_that_need_a_mask(library: Path, setting: str):
-    found = packed(library, "gpt2", setting)
-    assert (found["flash_forward"], found["flash_backward"], found["with_mask"]) == (0, 0, 8)
+    found = json.loads(run(library, "packed.py"))
+    assert {name for name, way in found.items() if way["waits"]} == set()
+    launched = {
+        name: (way["flash_forward"], way["flash_backward"], way["with_mask"])
+        for name, way in found.items()
+    }
+    assert launched == {
+        "gpt2": (4, 4, 0),
+        "gpt2, selective": (4, 4, 0),
+        "gpt2, recomputing": (8, 4, 0),
+        "llama": (4, 4, 0),
+        "llama, selective": (4, 4, 0),
+        "llama, selective, compiled": (4, 4, 0),
+        "fp32": (0, 0, 8),
+        "dropout": (0, 0, 8),
+    }
+    products = {name: way["products"] for name, way in found.items()}
+    assert products["gpt2"] == products["gpt2, selective"]
+    assert products["llama"] == products["llama, selective"]
+    assert products["llama"] == products["llama, selective, compiled"]
+    # A block's last product isn't needed again.
+    assert products["gpt2, recomputing"] == products["gpt2"] + 4 * 3
+    assert found["gpt2, selective"]["bytes"] < found["gpt2"]["bytes"]
+    # With other numbers of segments, too
+    assert found["llama, selective, compiled"]["compilations"] == 1
