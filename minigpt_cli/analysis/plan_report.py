@@ -108,7 +108,7 @@ def _model_text(model: PlannedModel) -> str:
 def _memory_text(plan: Plan, model: PlannedModel) -> str:
     on_cpu = plan.devices.type == "cpu"
     header = ["strategy", "weights", "grads", "optim.", "gathered", "activ.", "peak"]
-    header += ["process", "select.", "recomp.", ""] if on_cpu else ["select.", "recomp.", ""]
+    header += ["process", "recomp.", ""] if on_cpu else ["recomp.", ""]
     rows = []
     for each in model.strategies:
         memory = each.memory
@@ -118,7 +118,7 @@ def _memory_text(plan: Plan, model: PlannedModel) -> str:
         ]  # fmt: skip
         if on_cpu:
             sizes.append(each.needed)
-        sizes += [each.needed_selective, each.needed_recomputing]
+        sizes.append(each.needed_recomputing)
         verdict = ""
         if each.fits is not None:
             verdicts = {
@@ -134,7 +134,9 @@ def _memory_text(plan: Plan, model: PlannedModel) -> str:
         else:
             notes.append("what distributed.strategy=auto means depends on --gpu-memory")
     total = "process" if on_cpu else "peak"
-    notes.append(f"select., recomp.: {total} with train.activation_checkpointing=selective, =true")
+    notes.append(f"recomp.: {total} with train.activation_checkpointing=true")
+    if any(not each.fits and each.fits_selective for each in model.strategies):
+        notes.append("select.: fits with train.activation_checkpointing=selective")
     if on_cpu:
         notes.append("process: peak, the heap's holes, which vary, and buffers; not torch itself")
     elif plan.devices.memory is None:
