@@ -8,6 +8,7 @@ from pathlib import Path
 from minigpt_cli.core.console import warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.chat import ModelTemplate
+from minigpt_cli.model.config import padded_vocabulary
 from minigpt_cli.prepare.documents import documents
 from minigpt_cli.prepare.instruction_records import instruction_records
 from minigpt_cli.prepare.make_dataset import make_dataset
@@ -61,7 +62,7 @@ def prepare_sample(
     )
     model = recipe.model
     if tokenizer.train_vocab is not None and model.vocab_size is None:
-        model = replace(model, vocab_size=tokenizer.train_vocab)
+        model = replace(model, vocab_size=padded_vocabulary(tokenizer.train_vocab))
     return replace(recipe, model=model, data=replace(recipe.data, path=str(folder / "data"))), count
 
 

@@ -15,6 +15,7 @@ from minigpt_cli.distributed.device import free_memory
 from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles
 from minigpt_cli.huggingface.base_model import BaseModel
+from minigpt_cli.model.config import with_vocabulary
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.prepare.output import refuse_foreign_files
 from minigpt_cli.prepare.sample_source import prepare_sample
@@ -147,9 +148,11 @@ def _build(
     recipe: Recipe, world: World, base: BaseModel | None, dry: bool, is_sample: bool
 ) -> Trial:
     data = open_verified_data(recipe, world)
+    recipe = with_vocabulary(recipe, data.vocab_size)
     free = free_memory(world.device, world.local_size)
     context = build_context(recipe, data.vocab_size, world)
-    log(run_summary(recipe, context, None if is_sample else data.train.num_sequences))
+    sequences = None if is_sample else data.train.num_sequences
+    log(run_summary(recipe, context, data.vocab_size, sequences))
     packed = isinstance(data.train, PackedSequences)
     memory = check_memory(recipe, context, free, packed)
     fill_first_weights(recipe, base, data, context.model)
