@@ -53,3 +53,13 @@ def test_memory_is_as_predicted(library: Path):
     assert len(found) == 5
     for name, bytes_ in found.items():
         assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name
+
+
+def test_decoding_plans_no_attention(library: Path):
+    """cuDNN makes a plan for each length, and each token has another one."""
+    found = json.loads(run(library, "decode.py"))
+    assert found.pop("by itself") == ["_scaled_dot_product_cudnn_attention"]
+    assert len(found) == 6
+    for name, kernels in found.items():
+        assert kernels, name
+        assert not any("cudnn" in kernel for kernel in kernels), (name, kernels)
