@@ -136,6 +136,9 @@ def _use_sample(recipe: Recipe, folder: Path, files: AuxiliaryFiles) -> Recipe:
     """Each rank makes the same sample for itself: another machine wouldn't see rank 0's."""
     sampled, count = prepare_sample(recipe, folder, model_template_of(recipe, files))
     assert recipe.data.source is not None
+    given = recipe.data.tokenizer
+    if given is not None and given.train_vocab is not None:  # the sample's may be smaller
+        sampled = with_vocabulary(sampled, given.train_vocab)
     noun = "example" if recipe.data.source.format == "instructions" else "document"
     log(
         f"{recipe.data_path} isn't there yet: this looks only at the beginning of its source "
