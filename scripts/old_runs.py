@@ -50,7 +50,7 @@ USES = {
     "eval lora": "eval runs/base --adapter runs/lora --data data/text",
     "eval peft": "eval runs/base --adapter runs/chat/final --data data/text",
     "eval instructions": "eval runs/base --adapter runs/chat --data data/chat",
-    "sample": "sample runs/base --prompt The --temperature 0 --max-new-tokens 8",
+    "sample": "sample runs/base --prompt The --temperature 0 --max-new-tokens 8 --dtype fp32",
     "export muon": "export runs/muon exported/muon",
     "export lora": "export runs/base exported/lora --adapter runs/lora",
     "export peft": "export runs/base exported/peft --adapter runs/chat --adapter-only",

@@ -35,6 +35,7 @@ from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
 from minigpt_cli.huggingface.base_model import BaseModel
 from minigpt_cli.model import precision
+from minigpt_cli.model.config import with_vocabulary
 from minigpt_cli.model.gpt import initialize_weights
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.recipe import Recipe, ScheduleSettings
@@ -239,7 +240,7 @@ def _open(recipe: Recipe, world: World) -> tuple[Recipe, BaseModel | None, Train
     data = open_verified_data(recipe, world)
     if base is not None:
         check_base_tokenizer(recipe.data_path, base, data.fingerprints["tokenizer"])
-    return recipe, base, data
+    return with_vocabulary(recipe, data.vocab_size), base, data
 
 
 def _test_range(bench: _Bench, search: LrSearch) -> RangeTest:

@@ -19,7 +19,7 @@ from minigpt_cli.core.memory import is_out_of_memory
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.distributed.parallel import copy_full_tensor
 from minigpt_cli.distributed.world import start_world
-from minigpt_cli.model.config import config_from_recipe
+from minigpt_cli.model.config import config_from_recipe, with_vocabulary
 from minigpt_cli.model.device_memory import bytes_needed
 from minigpt_cli.model.gpt import initialize_weights
 from minigpt_cli.recipe import Recipe
@@ -70,6 +70,7 @@ def measure_steps(recipe: Recipe, plan: Plan) -> list[MeasuredSize]:
     assert plan.model is not None
     world = start_world(deterministic=recipe.train.deterministic)
     recipe, _ = complete_from_base(recipe)
+    recipe = with_vocabulary(recipe, plan.data.vocab_size)
     micro = plan.micro_batch_size
     single = replace(
         recipe, train=replace(recipe.train, micro_batch_size=micro, global_batch_size=micro)

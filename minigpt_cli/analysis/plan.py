@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from minigpt_cli.analysis.plan_inputs import PlannedData, complete_from_base, planned_data
 from minigpt_cli.analysis.planned_devices import PlannedDevices, usable_memory
 from minigpt_cli.distributed.parallel import auto_strategy, training_state_bytes
-from minigpt_cli.model.config import ModelConfig, config_from_recipe
+from minigpt_cli.model.config import ModelConfig, config_from_recipe, with_vocabulary
 from minigpt_cli.model.cost import (
     flops_per_token,
     parameters_by_part,
@@ -55,6 +55,7 @@ class PlannedModel:
     """The model and what it costs.
 
     Attributes:
+        vocab_size: rows of its embeddings, with padding.
         parts: parameters by part.
         tokens_per_parameter: trained tokens over all parameters.
         checkpoint_bytes: tensors of one checkpoint: weights and optimizer state.
@@ -174,7 +175,7 @@ def workload_on(recipe: Recipe, devices: PlannedDevices, strategy: Strategy) -> 
 
 
 def _planned_model(recipe: Recipe, data: PlannedData, devices: PlannedDevices) -> PlannedModel:
-    config = config_from_recipe(recipe, data.vocab_size)
+    config = config_from_recipe(with_vocabulary(recipe, data.vocab_size), data.vocab_size)
     adapter = None if recipe.lora is None else recipe.lora.adapter
     parts = parameters_by_part(config, adapter)
     whole = sum(parts.values())

@@ -79,6 +79,8 @@ def _summary(plan: Plan, recipe: Recipe) -> str:
         epochs = f"{plan.epochs:.3g} over {about}{data.train_sequences:,} sequences"
     source = "GPT-2's, assumed" if data.vocab_source == "assumed" else data.vocab_source
     vocabulary = f"{data.vocab_size:,} ({source})"
+    if plan.model is not None and plan.model.vocab_size > data.vocab_size:
+        vocabulary += f", padded to {plan.model.vocab_size:,}"
     lines = [
         ("device", f"{where}{memory}{kind}{each}, {devices.dtype}"),
         ("data", f"{recipe.data_path}" + ("" if data.train_tokens else " (not there yet)")),

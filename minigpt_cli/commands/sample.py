@@ -84,7 +84,10 @@ Seed = Annotated[int, option("--seed", "N", "The same seed gives the same text."
 WeightsDtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     option(
-        "--dtype", None, "Number format of the weights; auto: bf16 on a GPU, else fp32.", "Model"
+        "--dtype",
+        None,
+        "Number format of the weights; auto: bf16 on a GPU and on a CPU that has it, else fp32.",
+        "Model",
     ),
 ]
 
@@ -123,6 +126,7 @@ def sample_command(
         start_early()
     from minigpt_cli.commands.loading import each_adapter, load_and_report
     from minigpt_cli.data.tokenizer import eos_id
+    from minigpt_cli.generate.packed import pack_weights
     from minigpt_cli.generate.sampling import SamplingOptions
     from minigpt_cli.generate.text import join_chunks, stream_text
     from minigpt_cli.huggingface.base_model import stop_token_ids
@@ -132,6 +136,8 @@ def sample_command(
     sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty)
     trained = load_and_report(model or newest_run(), adapter, device)
     _set_dtype(trained.model, dtype)
+    if len(trained.adapters) < 2:  # a second adapter may need the weights of other layers
+        pack_weights(trained.model)
     prompt_ids = _chat_ids(trained, prompt) if chat else _text_ids(trained, prompt)
     context = trained.model.config.max_position_embeddings
     if len(prompt_ids) > context:
@@ -195,12 +201,15 @@ def _result(
 
 
 def _set_dtype(model: "GPT", dtype: str) -> None:
-    from minigpt_cli.model.precision import DTYPES
+    import torch
 
-    if dtype == "auto" and next(model.parameters()).device.type == "cuda":
-        dtype = "bf16"
+    from minigpt_cli.model.precision import DTYPES, cpu_has_bf16
+
+    weight = model.embed_tokens.weight
     if dtype != "auto":
         model.to(DTYPES[dtype])
+    elif weight.device.type == "cuda" or (weight.dtype == torch.float32 and cpu_has_bf16()):
+        model.to(torch.bfloat16)  # a model that was trained in float64 stays so on a CPU
 
 
 def _text_ids(trained: "TrainedModel", prompt: str) -> list[int]:

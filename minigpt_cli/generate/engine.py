@@ -8,12 +8,16 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.core.faq import faq
 from minigpt_cli.generate.sampling import NOT_FINITE, SamplingOptions, draw_uniforms, next_tokens
 from minigpt_cli.model.gpt import GPT, KVCache, new_cache
 from minigpt_cli.model.precision import autocast
+
+# Not cuDNN, which torch prefers on an H100: it makes a plan for each new length, so for each token.
+_GPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def generate(
@@ -244,9 +248,12 @@ def _evaluating(model: GPT, dtype: torch.dtype) -> Iterator[None]:
     training = model.training
     weight = model.embed_tokens.weight
     mixed = nullcontext() if dtype == weight.dtype else autocast(dtype, weight.device)
-    model.eval()
+    attention = sdpa_kernel(_GPU_ATTENTION) if weight.device.type == "cuda" else nullcontext()
+    if training:
+        model.eval()
     try:
-        with torch.inference_mode(), mixed:
+        with torch.inference_mode(), mixed, attention:
             yield
     finally:
-        model.train(training)
+        if training:
+            model.train()

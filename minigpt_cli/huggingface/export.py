@@ -21,7 +21,7 @@ from minigpt_cli.core.files import whole_directory
 from minigpt_cli.core.memory import format_size
 from minigpt_cli.core.run_dir import CHECKPOINTS, FINAL, RECIPE, STATE, TOKENIZER, is_checkpoint
 from minigpt_cli.data.chat import TOKENIZER_CONFIG
-from minigpt_cli.data.tokenizer import eos_id, load_tokenizer
+from minigpt_cli.data.tokenizer import eos_id, load_tokenizer, vocabulary_size
 from minigpt_cli.huggingface.adapter import LoadedAdapter
 from minigpt_cli.huggingface.auxiliary_files import GENERATION_CONFIG
 from minigpt_cli.huggingface.base_model import (
@@ -215,7 +215,10 @@ def write_tokenizer(base: BaseModel, folder: Path) -> dict[str, Any]:
     if GENERATION_CONFIG not in files:
         last = token_ids["eos_token_id"]
         padding = {"pad_token_id": last[0] if isinstance(last, list) else last}
-        _write_json(folder / GENERATION_CONFIG, padding | token_ids)
+        # Embeddings without a token, which pad the vocabulary, must not be generated.
+        unused = list(range(vocabulary_size(tokenizer), base.config.vocab_size))
+        suppressed = {"suppress_tokens": unused} if unused else {}
+        _write_json(folder / GENERATION_CONFIG, padding | token_ids | suppressed)
     return token_ids
 
 

@@ -1,7 +1,7 @@
 """The shape of a model, in the names of Hugging Face's ``config.json``."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from minigpt_cli.core.errors import UserError
@@ -9,6 +9,8 @@ from minigpt_cli.recipe import ModelSettings, Recipe, RopeScaling, out_of_range
 
 Family = Literal["gpt2", "llama", "qwen3"]
 T = TypeVar("T")
+
+VOCABULARY_MULTIPLE = 128  # rows of embeddings: GPUs multiply aligned matrices faster
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,35 @@ def _given(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
+def padded_vocabulary(size: int) -> int:
+    """Return the rows of embeddings of a new model whose tokenizer has ``size`` entries."""
+    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def with_vocabulary(recipe: Recipe, vocab_size: int) -> Recipe:
+    """Set ``model.vocab_size`` for a new model, unless the recipe or its base gives it.
+
+    The run's recipe.toml then holds it. A run without it, of an earlier version, has the
+    tokenizer's size, see ``config_from_recipe``.
+
+    Args:
+        recipe: completed by the base model, if it has one.
+        vocab_size: the tokenizer's.
+    """
+    if recipe.model.vocab_size is not None:
+        return recipe
+    return replace(
+        recipe,
+        model=replace(recipe.model, vocab_size=padded_vocabulary(vocab_size)),
+        origin={**recipe.origin, "model.vocab_size": "default"},
+    )
+
+
 def config_from_recipe(recipe: Recipe, vocab_size: int) -> ModelConfig:
     """Build the config of a recipe's ``[model]``.
 
     Args:
-        vocab_size: the tokenizer's.
+        vocab_size: the tokenizer's; the model's too if the recipe doesn't give another one.
 
     Raises:
         UserError: sizes don't fit together, or the vocabulary is smaller than the tokenizer's.
@@ -122,7 +148,8 @@ def config_from_recipe(recipe: Recipe, vocab_size: int) -> ModelConfig:
     if settings["vocab_size"] < vocab_size:
         raise UserError(
             f"[model] vocab_size {settings['vocab_size']} is too small: the tokenizer of "
-            f"{recipe.data_path} has {vocab_size} entries"
+            f"{recipe.data_path} has {vocab_size} entries; leave it out, or set {vocab_size} or "
+            "more"
         )
     return model_config(**settings)
 

@@ -51,7 +51,14 @@ LayerCache = tuple[Tensor, Tensor, int]
 def new_cache(
     config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
 ) -> KVCache:
-    """Make an empty cache for ``batch`` sequences of up to ``capacity`` tokens."""
+    """Make an empty cache for ``batch`` sequences of up to ``capacity`` tokens.
+
+    Args:
+        dtype: of matrix products. On a CPU keys and values are kept in float32 at least, because
+            torch's attention of one token takes 5 times as long in bf16 there.
+    """
+    if device.type == "cpu":
+        dtype = torch.promote_types(dtype, torch.float32)
     shape = (
         config.num_hidden_layers,
         batch,
@@ -182,7 +189,7 @@ class Attention(nn.Module):
             keys[:, :, past:end] = k
             values[:, :, past:end] = v
             k, v = keys[:, :, :end], values[:, :, :end]
-            y = cached_attention(q.to(k.dtype), k, v, mask)
+            y = cached_attention(q.to(k.dtype), k, v, mask).to(q.dtype)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
         return out
 
@@ -264,6 +271,7 @@ class GPT(nn.Module):
         self.norm = Norm(c.hidden_size, c.norm_eps, layer_norm=c.family == "gpt2")
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.packed_head: nn.Module | None = None  # of generate/packed.py
         self._rope: tuple[Tensor, Tensor] | None = None
 
     def head_weight(self) -> Tensor:
@@ -330,7 +338,7 @@ class GPT(nn.Module):
         x = self.norm(x).to(autocast_dtype(x))
         if targets is not None:
             return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
-        return F.linear(x, self.head_weight())
+        return F.linear(x, self.head_weight()) if self.packed_head is None else self.packed_head(x)
 
     def _segment_mask(self, x: Tensor, segment_ids: Tensor, num_segments: int | None) -> Tensor:
         """Return what keeps the segments apart, for ``causal_attention``."""

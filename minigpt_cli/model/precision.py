@@ -36,9 +36,13 @@ def compute_dtype(precision: PrecisionSettings, device: torch.device) -> torch.d
         return DTYPES[precision.dtype]
     if on_gpu:
         return torch.bfloat16 if gpu_has_bf16 else torch.float16
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether this CPU multiplies bf16 natively."""
     capabilities = torch.cpu.get_capabilities()
-    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def compiles(precision: PrecisionSettings, device: torch.device) -> bool:

@@ -31,7 +31,7 @@ def prepare_sample(
 
     Returns:
         (the recipe with this dataset, the number of documents in it). A tokenizer that is trained
-        on so little text may have fewer entries than asked for; the model gets those asked for.
+        on so little text may have fewer entries than asked for.
 
     Raises:
         UserError: the source can't be read, or no dataset can be made of it.
@@ -59,10 +59,7 @@ def prepare_sample(
         workers=1,
         show=False,
     )
-    model = recipe.model
-    if tokenizer.train_vocab is not None and model.vocab_size is None:
-        model = replace(model, vocab_size=tokenizer.train_vocab)
-    return replace(recipe, model=model, data=replace(recipe.data, path=str(folder / "data"))), count
+    return replace(recipe, data=replace(recipe.data, path=str(folder / "data"))), count
 
 
 def _first_records(source: DataSource, most: int) -> Iterator[str]:

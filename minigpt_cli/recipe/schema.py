@@ -163,8 +163,8 @@ class ModelSettings:
         "the longest context", None, LENGTH, unset="`train.sequence_length`"
     )
     vocab_size: int | None = setting(
-        "more than the tokenizer has: the rest is padding, never sampled", None, VOCABULARY,
-        unset="the tokenizer's",
+        "rows of the embeddings; those beyond the tokenizer's tokens are padding, never sampled",
+        None, VOCABULARY, unset="the tokenizer's, rounded up to a multiple of 128",
     )  # fmt: skip
     rope_theta: float | None = setting(
         "base of the rotary angles (llama and qwen3)", None, POSITIVE, unset="10000"

@@ -185,7 +185,7 @@ def check_loss(
         count = data.train.num_sequences
         ids = sample_ids(recipe.train.seed, 0, recipe.train.global_batch_size, count)[:SEQUENCES]
         loss = _model_loss(context, data.train, ids)
-        return compare_with_guess(loss, context.model.config.vocab_size)
+        return compare_with_guess(loss, data.vocab_size, context.model.config.vocab_size)
     sequences = data.train if data.val is None else data.val
     split = "training" if data.val is None else "validation"
     ids = fixed_sequences(sequences.num_sequences, SEQUENCES)
@@ -194,15 +194,21 @@ def check_loss(
     own = world.run_on_rank0(
         lambda: base_loss(base, sequences.gather(ids), world.device), float | None
     )
-    return compare_with_base(
-        loss, own, context.model.config.vocab_size, counted(len(ids), f"{split} sequence")
-    )
+    return compare_with_base(loss, own, data.vocab_size, counted(len(ids), f"{split} sequence"))
 
 
-def compare_with_guess(loss: float, vocab_size: int) -> LossCheck:
-    """Compare a new model's loss with that of a uniform guess, ln(vocab_size)."""
+def compare_with_guess(loss: float, vocab_size: int, rows: int) -> LossCheck:
+    """Compare a new model's loss with that of a uniform guess, ln(vocab_size).
+
+    Args:
+        loss: nats per token.
+        vocab_size: the tokenizer's.
+        rows: of the embeddings. Padding takes part in a new model's guess, until it has learned
+            that it never comes: of a small vocabulary it may be half.
+    """
     expected = math.log(vocab_size)
-    if math.isfinite(loss) and abs(loss - expected) <= TOLERANCE * expected:
+    lowest, highest = (1 - TOLERANCE) * expected, (1 + TOLERANCE) * math.log(rows)
+    if lowest <= loss <= highest:
         return LossCheck(loss, expected)
     return LossCheck(
         loss,

@@ -120,7 +120,7 @@ def build_run(
     resources.callback(batches.close)
     _, trained = count_parameters(context.model)
     peak = peak_flops(device_name(world.device))
-    log(run_summary(recipe, context, data.train.num_sequences))
+    log(run_summary(recipe, context, data.vocab_size, data.train.num_sequences))
     return Run(
         recipe=recipe,
         directory=directory,
@@ -164,11 +164,14 @@ def run_environment(run: Run) -> dict[str, Any]:
     )
 
 
-def run_summary(recipe: Recipe, context: StepContext, sequences: int | None) -> str:
+def run_summary(
+    recipe: Recipe, context: StepContext, vocab_size: int, sequences: int | None
+) -> str:
     """Return a summary of model, data and duration, for a person.
 
     Args:
         recipe, context: see ``Run``.
+        vocab_size: the tokenizer's.
         sequences: of the training split; None if that isn't known.
     """
     _, trained = count_parameters(context.model)
@@ -182,13 +185,15 @@ def run_summary(recipe: Recipe, context: StepContext, sequences: int | None) -> 
         share = recipe.total_steps * train.global_batch_size / sequences
         epochs = f": {share:.2f} epochs of {sequences:,} sequences"
     whole = parameter_count(model.config)
+    rows = model.config.vocab_size
+    padded = f" padded to {rows:,}" if rows > vocab_size else ""
     adapters = ""
     if recipe.lora is not None:
         share = trained / (whole + trained)
         adapters = f" and {trained:,} of adapters, which are trained ({share:.2%})"
     return (
         f"{recipe.model.family}, {whole:,} parameters{adapters}, vocabulary "
-        f"{model.config.vocab_size:,}; {device_name(world.device)}, "
+        f"{vocab_size:,}{padded}; {device_name(world.device)}, "
         f"{str(context.dtype).removeprefix('torch.')}\n"
         f"{recipe.total_steps:,} steps of {train.global_batch_size} x {train.sequence_length} "
         f"tokens ({ranks}{accumulation} {batches} of {micro}){epochs}"

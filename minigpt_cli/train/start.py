@@ -31,7 +31,7 @@ from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.huggingface.auxiliary_files import auxiliary_files_of_checkpoint
 from minigpt_cli.huggingface.base_model import complete_recipe
 from minigpt_cli.huggingface.bounds import check_checkpoint_sizes
-from minigpt_cli.model.config import config_from_recipe
+from minigpt_cli.model.config import config_from_recipe, with_vocabulary
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.recipe import (
     DistributedSettings,
@@ -113,6 +113,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
         trackers = _start_trackers(recipe, world, resources)
         world.run_on_rank0(prepare)
         data = open_verified_data(recipe, world)
+        recipe = with_vocabulary(recipe, data.vocab_size)
         free = free_memory(world.device, world.local_size)
         run = build_run(recipe, data, directory, world, resources, auxiliary_files)
         # Before the weights take theirs

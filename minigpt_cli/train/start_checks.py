@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from minigpt_cli.checkpoint import store
@@ -66,7 +67,8 @@ def check_model(recipe: Recipe) -> None:
         size, most = vocabulary_size(load_tokenizer(given.path)), recipe.model.vocab_size
         if most is not None and most < size:
             raise UserError(
-                f"[model] vocab_size {most} is too small: {given.path} has {size} entries"
+                f"[model] vocab_size {most} is too small: {given.path} has {size} entries; leave "
+                f"it out, or set {size} or more"
             )
 
 
@@ -99,7 +101,10 @@ def check_earlier_recipe(recipe: Recipe, directory: Path) -> None:
     """
     if not (directory / RECIPE).exists():
         return
-    if changed := changed_settings(load_recipe(directory / RECIPE), recipe):
+    earlier = load_recipe(directory / RECIPE)
+    if recipe.model.vocab_size is None and earlier.origin.get("model.vocab_size") == "default":
+        earlier = replace(earlier, model=replace(earlier.model, vocab_size=None))
+    if changed := changed_settings(earlier, recipe):
         raise UserError(
             f"{directory} holds a run without a checkpoint and with another {changed[0][0]}: "
             "delete it, or choose another --out"

@@ -15,6 +15,7 @@ from minigpt_cli.distributed.device import free_memory
 from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles
 from minigpt_cli.huggingface.base_model import BaseModel
+from minigpt_cli.model.config import with_vocabulary
 from minigpt_cli.prepare.from_recipe import prepare_data
 from minigpt_cli.prepare.output import refuse_foreign_files
 from minigpt_cli.prepare.sample_source import prepare_sample
@@ -137,6 +138,9 @@ def _use_sample(recipe: Recipe, folder: Path, files: AuxiliaryFiles) -> Recipe:
     """Each rank makes the same sample for itself: another machine wouldn't see rank 0's."""
     sampled, count = prepare_sample(recipe, folder, model_template_of(recipe, files))
     assert recipe.data.source is not None
+    given = recipe.data.tokenizer
+    if given is not None and given.train_vocab is not None:  # the sample's may be smaller
+        sampled = with_vocabulary(sampled, given.train_vocab)
     noun = "example" if recipe.data.source.format == "instructions" else "document"
     log(
         f"{recipe.data_path} isn't there yet: this looks only at the beginning of its source "
@@ -149,9 +153,11 @@ def _build(
     recipe: Recipe, world: World, base: BaseModel | None, dry: bool, is_sample: bool
 ) -> Trial:
     data = open_verified_data(recipe, world)
+    recipe = with_vocabulary(recipe, data.vocab_size)
     free = free_memory(world.device, world.local_size)
     context = build_context(recipe, data.vocab_size, world)
-    log(run_summary(recipe, context, None if is_sample else data.train.num_sequences))
+    sequences = None if is_sample else data.train.num_sequences
+    log(run_summary(recipe, context, data.vocab_size, sequences))
     packed = isinstance(data.train, PackedSequences)
     memory = check_memory(recipe, context, free, packed)
     fill_first_weights(recipe, base, data, context.model)

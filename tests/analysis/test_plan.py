@@ -24,6 +24,7 @@ from minigpt_cli.analysis.planned_devices import PlannedDevices
 from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
 from minigpt_cli.data.sequences import open_data
 from minigpt_cli.distributed.world import World
+from minigpt_cli.model.config import with_vocabulary
 from minigpt_cli.model.cost import PEAK_FLOPS
 from minigpt_cli.recipe import Recipe, load_recipe
 from minigpt_cli.train.trainer import build_context, count_parameters
@@ -46,11 +47,12 @@ def test_numbers_are_those_of_the_run(make_recipe: Callable[..., Recipe]):
     recipe = make_recipe("optimizer.name=muon")
     plan = make_plan(recipe, CPU)
     data = open_data(recipe)
-    context = build_context(recipe, data.vocab_size, World(0, 1, torch.device("cpu")))
+    padded = with_vocabulary(recipe, data.vocab_size)  # as a start does
+    context = build_context(padded, data.vocab_size, World(0, 1, torch.device("cpu")))
     assert plan.model is not None
     assert plan.model.parameters == sum(plan.model.parts.values())
     assert (plan.model.parameters,) * 2 == count_parameters(context.model)
-    assert plan.data.vocab_size == data.vocab_size
+    assert (plan.data.vocab_size, plan.model.vocab_size) == (320, 384)
     assert plan.data.train_sequences == data.train.num_sequences
     assert plan.data.val_sequences == data.val.num_sequences
     assert plan.tokens == 12 * 8 * 32

@@ -11,6 +11,7 @@ from pathlib import Path
 from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest, write_checkpoint_manifest
 from minigpt_cli.checkpoint.store import list_steps
 from minigpt_cli.core.files import sha256_of
+from minigpt_cli.model.precision import cpu_has_bf16
 from tests.helpers.commands import finished, refused
 from tests.helpers.models import saved_model
 from tests.helpers.processes import command, environment, minigpt
@@ -33,7 +34,8 @@ def test_newest_run_and_seed(run: Path):
 def test_device_and_dtype(run: Path):
     folder = run.parent.parent
     default = finished(*ARGUMENTS, "--device", "cpu", cwd=folder)
-    assert finished(*ARGUMENTS, "--device", "cpu", "--dtype", "fp32", cwd=folder) == default
+    expected = "bf16" if cpu_has_bf16() else "fp32"
+    assert finished(*ARGUMENTS, "--device", "cpu", "--dtype", expected, cwd=folder) == default
     for dtype in ("bf16", "fp16"):
         assert finished(*ARGUMENTS, "--dtype", dtype, cwd=folder).startswith("def ")
 

@@ -229,7 +229,8 @@ def test_dropout_is_off():
 
 @pytest.mark.filterwarnings("error")  # a user would see them at every run
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_autocast_caches_bf16_and_stays_close(family):
+def test_bf16_autocast_stays_close(family):
+    """A CPU keeps keys and values in float32: attention is faster with it there."""
     model = small_model(family, context=64).float()
     calls = []
     model.register_forward_hook(
@@ -237,7 +238,7 @@ def test_bf16_autocast_caches_bf16_and_stays_close(family):
         with_kwargs=True,
     )
     new = texts(model, max_new_tokens=3, dtype=torch.bfloat16)[0]
-    assert [dtype for dtype, _ in calls] == [torch.bfloat16] * 3
+    assert [dtype for dtype, _ in calls] == [torch.float32] * 3
     rounded = calls[-1][1].flatten().float()
     with torch.no_grad():
         exact = GPT.forward(model, torch.tensor([PROMPT + new[:2]]))[0, -1]

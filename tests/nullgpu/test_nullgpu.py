@@ -86,3 +86,13 @@ def test_packed_rows_need_no_mask(library: Path):
     assert found["gpt2, selective"]["bytes"] < found["gpt2"]["bytes"]
     # With other numbers of segments, too
     assert found["llama, selective, compiled"]["compilations"] == 1
+
+
+def test_decoding_plans_no_attention(library: Path):
+    """cuDNN makes a plan for each length, and each token has another one."""
+    found = json.loads(run(library, "decode.py"))
+    assert found.pop("by itself") == ["_scaled_dot_product_cudnn_attention"]
+    assert len(found) == 6
+    for name, kernels in found.items():
+        assert kernels, name
+        assert not any("cudnn" in kernel for kernel in kernels), (name, kernels)

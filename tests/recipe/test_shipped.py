@@ -35,7 +35,7 @@ BASES = {
 
 
 def config_of(name: str) -> tuple[Recipe, ModelConfig]:
-    from minigpt_cli.model.config import config_from_recipe
+    from minigpt_cli.model.config import config_from_recipe, with_vocabulary
 
     recipe = load_recipe(RECIPES[name].file)
     if recipe.base in BASES:
@@ -43,7 +43,8 @@ def config_of(name: str) -> tuple[Recipe, ModelConfig]:
     if recipe.base is not None:
         assert recipe.base == "runs/shakespeare"
         return recipe, config_of("shakespeare")[1]
-    return recipe, config_from_recipe(recipe, VOCABULARIES.get(name, 1))
+    size = VOCABULARIES.get(name, 1)
+    return recipe, config_from_recipe(with_vocabulary(recipe, size), size)
 
 
 def theirs(config: ModelConfig) -> torch.nn.Module:

@@ -41,11 +41,14 @@ def test_the_first_sequence(recipe_file: Path, dataset: Path, tmp_path: Path):
     assert parts == [{"text": text, "tokens": 33, "in_loss": True}]
     assert shown.returncode == 0
     assert shown.stdout.splitlines() == [f"+ | {line}".rstrip() for line in text.split("\n")]
+    assert "vocabulary 320 padded to 384;" in shown.stderr
     assert "nothing was written" in shown.stderr
     assert found["dataset"] == str(dataset)
     assert found["warnings"] == []
-    assert found["first_loss"] == pytest.approx(np.log(320), rel=0.02)
-    assert found["loss"] == pytest.approx(np.log(320), rel=0.1)
+    assert found["vocab_size"] == 384
+    assert found["expected_loss"] == np.log(320)
+    assert found["first_loss"] == pytest.approx(np.log(384), rel=0.02)
+    assert found["loss"] == pytest.approx(np.log(384), rel=0.1)
     assert found["tokens"] == 12 * 8 * 32
 
 

@@ -47,7 +47,7 @@ def test_a_batch_is_not_learned(recipe_file: Path, tmp_path: Path):
     found = json.loads(done.stdout)
     assert (found["learned"], found["steps"]) == (False, 500)
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("minigpt: one batch was not learned: its loss is 5.")
+    assert line.startswith("minigpt: one batch was not learned: its loss is ")
     assert "optimizer.lr" in line
     assert os.listdir(tmp_path) == ["tiny.toml"]
 

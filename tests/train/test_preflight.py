@@ -41,10 +41,18 @@ MakeRecipe = Callable[..., Recipe]
     [(4.2, False), (4.6, False), (4.7, True), (3.7, True), (math.nan, True), (math.inf, True)],
 )
 def test_a_new_model_guesses(loss: float, warns: bool):
-    found = compare_with_guess(loss, 67)
+    found = compare_with_guess(loss, 67, 67)
     assert found.expected == pytest.approx(4.2047, abs=1e-4)
     assert (found.warning is not None) == warns
     assert found.warning is None or "model.initializer_range" in found.warning
+
+
+def test_padding_takes_part_in_the_first_guess():
+    """A tokenizer of characters: 65 of them, and 63 rows of padding; ln(65) = 4.17."""
+    found = compare_with_guess(math.log(128), 65, 128)  # 16% above
+    assert (found.expected, found.warning) == (math.log(65), None)
+    assert compare_with_guess(3.7, 65, 128).warning is not None
+    assert compare_with_guess(5.4, 65, 128).warning is not None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +108,8 @@ def test_checks_change_nothing(make_recipe: MakeRecipe, tmp_path: Path):
     before, state = everything(run.context), torch.get_rng_state()
     found = check_loss(recipe, run.context, open_data(recipe), None)
     assert found.warning is None
-    assert found.loss == pytest.approx(math.log(320), rel=0.02)
+    assert found.loss == pytest.approx(math.log(384), rel=0.02)  # with the padding
+    assert found.expected == math.log(320)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(run.context), strict=True))
     assert torch.equal(state, torch.get_rng_state())
     assert run.context.model.training
