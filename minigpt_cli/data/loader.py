@@ -69,6 +69,17 @@ class Batch(NamedTuple):
     segment_ids: Tensor | None
 
 
+def host_tensor(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Return an array as a tensor on the host; one that a GPU copies while the host goes on.
+
+    Args:
+        array: of any shape; one that isn't contiguous is copied.
+        device: where ``.to(device, non_blocking=True)`` will copy it.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 class BatchLoader:
     """Read the batch of a step; while the caller trains on it, read the next one.
 
@@ -115,12 +126,7 @@ class BatchLoader:
     def _read(self, step: int) -> list[Tensor]:
         ids = sample_ids(self._seed, step, self._global_batch_size, self.sequences.num_sequences)
         gathered = self.sequences.gather(ids[self._local_slice])
-        # Contiguous, or the copy to a GPU would not be asynchronous
-        tensors = [
-            torch.from_numpy(np.ascontiguousarray(each)) for each in gathered if each is not None
-        ]
-        on_gpu = self._device.type == "cuda"
-        return [each.pin_memory() for each in tensors] if on_gpu else tensors
+        return [host_tensor(each, self._device) for each in gathered if each is not None]
 
     def close(self) -> None:
         """End the reading thread."""

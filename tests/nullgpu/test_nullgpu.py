@@ -1,44 +1,23 @@
 """torch's CUDA path on a GPU that computes nothing, see build.py: ``make nullgpu``."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.helpers.processes import ROOT
-from tests.nullgpu.build import build
-
-pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's CUDA wheel")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("nullgpu"))
-
-
-def run(library: Path, script: str, *arguments: object, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/nullgpu" / script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)} | variables,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+from tests.nullgpu.process import script_output
 
 
 def test_saves_hold_what_was_in_memory(library: Path, tmp_path: Path):
     """Copies to pinned memory arrive only when their own stream is waited for."""
-    found = json.loads(run(library, "save.py", tmp_path, NULLGPU_DEVICES="2", NULLGPU_LATE="1"))
+    printed = script_output(library, "save.py", tmp_path, NULLGPU_DEVICES="2", NULLGPU_LATE="1")
+    found = json.loads(printed)
     assert len(found) == 4
     assert set(found.values()) == {0}, found
 
 
 def test_the_doctor_sees_gpus(library: Path):
-    printed = run(library, "hardware.py", NULLGPU_DEVICES="2")
+    printed = script_output(library, "hardware.py", NULLGPU_DEVICES="2")
     found = {each["what"]: each for each in json.loads(printed)}
     for name in ("GPU 0", "GPU 1"):
         assert found[name]["state"] == "ok"
@@ -49,7 +28,7 @@ def test_the_doctor_sees_gpus(library: Path):
 
 def test_memory_is_as_predicted(library: Path):
     """GPT-2 124M: plain, recomputing, in micro-batches; and a llama with Muon."""
-    found = json.loads(run(library, "peak_memory.py"))
+    found = json.loads(script_output(library, "peak_memory.py"))
     assert len(found) == 5
     for name, bytes_ in found.items():
         assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name
