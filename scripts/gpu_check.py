@@ -34,6 +34,9 @@ def run_part(name: str, part: Part, check: Check, write: Callable[[], None]) -> 
             found[what] = result
             failed |= is_failure(result)
             write()
+            if time.monotonic() > check.deadline:
+                found["stopped"], failed = "its time was up", True
+                break
     except Exception as error:  # the other parts still have something to tell
         found["error"], failed = f"{type(error).__name__}: {error}", True
     found["part_seconds"] = round(time.monotonic() - began, 1)

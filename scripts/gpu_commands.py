@@ -16,16 +16,26 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended: its exit code (-9: it was killed), output and seconds."""
+    """A command that has ended.
+
+    Attributes:
+        code: its exit code; -9: it was killed at the deadline.
+        output: what it printed.
+        last_error: the last line of its standard error.
+        seconds: how long it took.
+    """
 
     code: int
     output: str
+    last_error: str
     seconds: float
 
     @property
     def result(self) -> dict[str, Any]:
         """The last line of its output if that is JSON; else how it ended."""
-        ended = {"exit_code": self.code, "seconds": round(self.seconds, 1)}
+        ended: dict[str, Any] = {"exit_code": self.code, "seconds": round(self.seconds, 1)}
+        if self.code:
+            ended["last_error"] = self.last_error[:500]
         last = (self.output.splitlines() or [""])[-1]
         if not self.code and last.startswith("{"):
             ended["result"] = json.loads(last)
@@ -64,7 +74,7 @@ class Check:
 
     def run(self, *command: object, **variables: str) -> Finished:
         """Run a command to its end, or kill it and its children at the deadline."""
-        began = time.monotonic()
+        began, before = time.monotonic(), self.errors.tell()
         process = self.start(*command, **variables)
         try:
             output, _ = process.communicate(timeout=max(1.0, self.deadline - began))
@@ -72,7 +82,8 @@ class Check:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
         text = output.decode(errors="replace")
-        return Finished(process.returncode, text, time.monotonic() - began)
+        said = Path(self.errors.name).read_bytes()[before:].decode(errors="replace").splitlines()
+        return Finished(process.returncode, text, said[-1], time.monotonic() - began)
 
     def python(self, *arguments: object, **variables: str) -> Finished:
         """Run this Python."""
