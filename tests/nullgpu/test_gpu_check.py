@@ -60,11 +60,13 @@ def test_a_killed_check_leaves_what_it_had(library: Path, tmp_path: Path):
 
 
 def test_a_part_ends_at_its_limit(library: Path, tmp_path: Path):
-    process = start(library, tmp_path, "--only", "steps", "--only", "sampling", "--minutes", "0.2")
+    """11 s are enough for some of the 8 commands of ``steps``, which begin by importing torch."""
+    process = start(library, tmp_path, "--only", "steps", "--only", "sampling", "--minutes", "0.18")
     printed, _ = process.communicate()
     assert process.returncode == 1
     found = results(tmp_path)["parts"]
-    assert found["steps"]["vocabulary 50304, compiled"]["exit_code"] == -signal.SIGKILL
+    assert found["steps"]["stopped"] == "its time was up"
+    assert found["steps"]["part_seconds"] < 60
     assert found["sampling"] == {"skipped": "no time was left"}
     assert "steps FAILED" in printed
 
