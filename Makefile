@@ -5,7 +5,7 @@ RUN := runs/tiny
 FAULTS := --kills 200
 FUZZ := --cases 20000 --minutes 10
 
-.PHONY: setup train test faults fuzz old-runs nullgpu harness docs docs-test check bench clean
+.PHONY: setup train test faults fuzz old-runs nullgpu nullgpu-budgets harness docs docs-test check bench clean
 
 setup: .venv/installed
 
@@ -40,6 +40,10 @@ old-runs: setup
 # torch's CUDA path on a GPU that computes nothing; an environment of its own, about 6 GB.
 nullgpu: .venv-nullgpu/installed
 	.venv-nullgpu/bin/pytest tests/nullgpu
+
+# Renew the table of launches and memory after a change that is meant to change it.
+nullgpu-budgets: .venv-nullgpu/installed
+	budgets=$$(.venv-nullgpu/bin/python -m tests.nullgpu.budgets) && echo "$$budgets" >tests/nullgpu/budgets.json
 
 .venv-nullgpu/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-nullgpu

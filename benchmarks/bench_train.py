@@ -1,13 +1,20 @@
 """Time training steps of a model on random tokens; prints one JSON line.
 
 python benchmarks/bench_train.py --batch 8 --sequence-length 256 --hidden 256 --layers 6
+
+On a GPU a step is timed between two CUDA events, and the host doesn't wait for it, as in a run.
 """
 
 import argparse
+import itertools
 import json
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.distributed.device import device_name, find_device
@@ -23,6 +30,55 @@ from minigpt_cli.recipe.schema import (
 )
 from minigpt_cli.train.step import train_step
 from minigpt_cli.train.trainer import build_context, warm_up
+
+WARM_UP_STEPS = 5
+PROFILED_STEPS = 2
+
+
+def step_times(step: Callable[[], Tensor], steps: int, device: torch.device) -> list[float]:
+    """Return the seconds of each step."""
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        events[0].record()
+        for event in events[1:]:
+            step()
+            event.record()
+        torch.cuda.synchronize()
+        return [one.elapsed_time(next_) / 1000 for one, next_ in itertools.pairwise(events)]
+    times = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step().item()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def profiled(step: Callable[[], Tensor], device: torch.device) -> dict[str, Any]:
+    """Return attention's operators, and the kernels that take most of a step: ms and calls."""
+    on_gpu = device.type == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=kinds) as found:
+        for _ in range(PROFILED_STEPS):
+            step().item()
+    events = found.key_averages()
+    kernels = [each for each in events if each.device_type.name == "CUDA"] if on_gpu else events
+    microseconds = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    kernels = sorted(kernels, key=lambda each: -getattr(each, microseconds))
+    return {
+        "attention": sorted(
+            each.key
+            for each in events
+            if each.key.startswith("aten::_scaled_dot_product_") and "backward" not in each.key
+        ),
+        "kernels": [
+            {
+                "name": each.key[:120],
+                "ms": getattr(each, microseconds) / 1000 / PROFILED_STEPS,
+                "calls": each.count / PROFILED_STEPS,
+            }
+            for each in kernels[:25]
+        ],
+    }
 
 
 def main() -> None:
@@ -40,7 +96,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--profile", action="store_true", help="add a table of kernels")
+    parser.add_argument("--cudnn", action=argparse.BooleanOptionalAction, default=True,
+                        help="whether torch may use cuDNN for attention")  # fmt: skip
     a = parser.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(a.cudnn)
 
     recipe = Recipe(
         model=ModelSettings(
@@ -64,13 +124,17 @@ def main() -> None:
     initialize_weights(context.model, recipe.train.seed)
     warm_up(context, a.sequence_length)
     tokens = torch.randint(a.vocab, (a.batch, a.sequence_length + 1), device=device)
-    times = []
-    for step in range(a.steps + 5):
-        began = time.perf_counter()
-        loss, _ = train_step(context, Batch(tokens[:, :-1], tokens[:, 1:], None), step, 1.0)
-        loss.item()
-        times.append(time.perf_counter() - began)
-    median = sorted(times[5:])[a.steps // 2]
+    batch, numbers = Batch(tokens[:, :-1], tokens[:, 1:], None), itertools.count()
+
+    def step() -> Tensor:
+        return train_step(context, batch, next(numbers), 1.0)[0]
+
+    step_times(step, WARM_UP_STEPS, device)
+    began = time.perf_counter()
+    times = step_times(step, a.steps, device)
+    seconds = time.perf_counter() - began
+    peak_memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    median = sorted(times)[a.steps // 2]
     rate = a.batch * a.sequence_length / median
     peak = peak_flops(device_name(device))
     flops = flops_per_token(context.model.config, a.sequence_length)
@@ -84,7 +148,9 @@ def main() -> None:
                 "median_step_seconds": median,
                 "tokens_per_second": rate,
                 "mfu": rate * flops / peak if peak else None,
-                "peak_memory_bytes": torch.cuda.max_memory_allocated() if peak else None,
+                "mean_seconds_by_the_clock": seconds / a.steps,
+                "peak_memory_bytes": peak_memory,
+                **(profiled(step, device) if a.profile else {}),
             }
         )
     )

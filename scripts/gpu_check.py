@@ -3,88 +3,120 @@
 import argparse
 import datetime
 import json
-import platform
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
+from gpu_commands import ROOT, Check, Part
+from gpu_parts import PARTS
 
-ROOT = Path(__file__).parent.parent
+FORMAT = "minigpt-gpu-check-1"
+LEAST_SECONDS = 10  # a part doesn't start with less
 
 
-def run(*command: str, cwd: Path = ROOT) -> tuple[int, str, float]:
-    """(exit code, output, seconds) of a command whose output is shown as it comes."""
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+def is_failure(result: dict[str, Any]) -> bool:
+    """Return whether a command failed, or something compared is not as it must be."""
+    return result.get("exit_code", 0) != 0 or result.get("ok") is False
+
+
+def run_part(name: str, part: Part, check: Check, write: Callable[[], None]) -> bool:
+    """Run one part, note and write each of its results as it comes; return whether it failed."""
+    found = check.results[name] = {}
+    began, failed = time.monotonic(), False
+    try:
+        for what, result in part(check):
+            found[what] = result
+            failed |= is_failure(result)
+            write()
+            if time.monotonic() > check.deadline:
+                found["stopped"], failed = "its time was up", True
+                break
+    except Exception as error:  # the other parts still have something to tell
+        found["error"], failed = f"{type(error).__name__}: {error}", True
+    found["part_seconds"] = round(time.monotonic() - began, 1)
+    write()
+    print(
+        f"gpu_check: {name} {'FAILED' if failed else 'ok'}, {found['part_seconds']} s", flush=True
     )
-    lines = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return process.wait(), "".join(lines), time.perf_counter() - began
+    return failed
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Replace the file at once, so that a kill leaves a whole one."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    new.replace(path)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.sh", description="Check and measure minigpt on this machine's CUDA GPUs."
+    )
+    parser.add_argument("--only", action="append", choices=PARTS, metavar="PART", default=[],
+                        help="run this part only; may be repeated")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the parts, and run none")
+    parser.add_argument("--minutes", type=float, default=10, help="limit of the whole (10)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results",
+                        help="directory of the results")  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the script")
+    return parser.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    out: Path = parser.parse_args().out
+    args = arguments()
+    if args.list:
+        for name, (part, seconds) in PARTS.items():
+            print(f"{name:9} {(part.__doc__ or '').splitlines()[0]} At most {seconds} s.")
+        return 0
+    import torch
+
     if not torch.cuda.is_available():
         print("gpu_check: torch finds no CUDA GPU here", file=sys.stderr)
         return 2
+    end = time.monotonic() + 60 * args.minutes
     device = torch.cuda.get_device_name()
-    results: dict[str, object] = {
+    name = f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-').lower()}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{name}.json"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    results: dict[str, Any] = {
+        "format": FORMAT,
         "device": device,
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
+        "devices": torch.cuda.device_count(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git.stdout.strip(),
+        "small": args.small,
+        "parts": {},
     }
-    minigpt = (sys.executable, "-m", "minigpt_cli")
-
-    code, output, seconds = run(sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-v")
-    results["tests"] = {"exit_code": code, "seconds": seconds, "summary": output.splitlines()[-1]}
-    failed = code != 0
-
-    with tempfile.TemporaryDirectory() as folder:
-        place = ("--set", f"data.path={folder}/data", "--out", f"{folder}/run")
-        code, output, seconds = run(*minigpt, "pretrain", "recipes/tiny.toml", *place)
-        found = re.findall(r"bits per byte ([\d.]+)", output)
-        trained = re.findall(r"([\d.]+) s of training", output)
-        results["tiny"] = {
-            "exit_code": code,
-            "seconds": seconds,
-            "training_seconds": float(trained[-1]) if trained else None,
-            "val_bits_per_byte": float(found[-1]) if found else None,
-        }
-        failed |= code != 0
-        if not code:
-            run(*minigpt, "sample", f"{folder}/run", "--prompt", "def ", "--max-new-tokens", "80")
-
-    for name, arguments in {
-        "gpt2_124m": (),
-        "gpt2_124m_compiled": ("--compile",),
-        "gpt2_124m_not_deterministic": ("--no-deterministic",),
-        "gpt2_124m_compiled_not_deterministic": ("--compile", "--no-deterministic"),
-    }.items():
-        command = (sys.executable, "benchmarks/bench_train.py", "--batch", "32", *arguments)
-        code, output, _ = run(*command)
-        results[name] = json.loads(output.splitlines()[-1]) if not code else {"exit_code": code}
-        failed |= code != 0
-
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-').lower()}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"gpu_check: {'FAILED; ' if failed else ''}results in {path}")
-    return int(failed)
+    failed = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(args.out / f"{name}.log", "wb") as errors,
+    ):
+        for part_name, (part, seconds) in PARTS.items():
+            if args.only and part_name not in args.only:
+                continue
+            left = end - time.monotonic()
+            if left < LEAST_SECONDS:
+                results["parts"][part_name] = {"skipped": "no time was left"}
+                write_json(path, results)
+                continue
+            check = Check(
+                folder=Path(folder), errors=errors, small=args.small,
+                cudnn=os.environ.get("GPU_CHECK_CUDNN") != "0",
+                deadline=time.monotonic() + min(seconds, left), results=results["parts"],
+            )  # fmt: skip
+            if run_part(part_name, part, check, lambda: write_json(path, results)):
+                failed.append(part_name)
+    outcome = f"FAILED: {', '.join(failed)}; " if failed else ""
+    print(f"gpu_check: {outcome}results in {path}, standard error in {path.with_suffix('.log')}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

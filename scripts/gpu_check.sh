@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# One command for a machine with a CUDA GPU and no network: runs the tests marked gpu, trains
-# recipes/tiny.toml, measures a GPT-2 124M step, and writes benchmarks/results/gpu-<device>.json.
+# One command for a machine with CUDA GPUs and no network, 10 minutes in all: driver and topology, the
+# tests marked gpu, GPT-2 124M's step in several ways, a real run, kill -9 and resume, sampling, and
+# with several GPUs the strategies. --list prints the parts, --only PART runs one.
+# Results appear in benchmarks/results/gpu-<device>.json as they come; the standard error of all
+# commands is in the .log beside it.
 # PYTHON: an interpreter with torch >= 2.11 and the other dependencies (`datasets` isn't needed).
+# GPU_CHECK_CUDNN=0: torch doesn't use cuDNN for attention (where there is none).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHONPATH=$PWD exec "${PYTHON:-python3}" scripts/gpu_check.py "$@"

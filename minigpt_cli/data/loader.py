@@ -88,6 +88,23 @@ class Batch(NamedTuple):
             )
 
 
+def host_tensor(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Return an array as a tensor on the host; one that a GPU copies while the host goes on.
+
+    Args:
+        array: of any shape; one that isn't contiguous is copied.
+        device: where ``.to(device, non_blocking=True)`` will copy it.
+    """
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def segment_counts(segment_ids: NDArray[np.int64]) -> list[int]:
+    """Return the number of segments in each of n sequences; ``segment_ids``: int64 [n, T]."""
+    counts: list[int] = (segment_ids.max(axis=1) + 1).tolist()
+    return counts
+
+
 class BatchLoader:
     """Read the batch of a step; while the caller trains on it, read the next one.
 
@@ -140,16 +157,11 @@ class BatchLoader:
         ids = sample_ids(self._seed, step, self._global_batch_size, self.sequences.num_sequences)
         inputs, targets, segment_ids = self.sequences.gather(ids[self._local_slice])
         return Batch(
-            self._on_host(inputs),
-            self._on_host(targets),
-            None if segment_ids is None else self._on_host(segment_ids),
-            None if segment_ids is None else (segment_ids.max(axis=1) + 1).tolist(),
+            host_tensor(inputs, self._device),
+            host_tensor(targets, self._device),
+            None if segment_ids is None else host_tensor(segment_ids, self._device),
+            None if segment_ids is None else segment_counts(segment_ids),
         )
-
-    def _on_host(self, array: NDArray[np.int64]) -> Tensor:
-        """Return a tensor that is copied to the device while the host goes on."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def close(self) -> None:
         """End the reading thread."""

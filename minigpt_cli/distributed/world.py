@@ -63,6 +63,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def all_reduce_numbers(self, *values: float) -> list[float]:
+        """Return the sum of each number over all ranks, in float64, on CPUs."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
     def all_gather_json(
         self, value: T, form: Any, group: dist.ProcessGroup | None = None
     ) -> list[T]:

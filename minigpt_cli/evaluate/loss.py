@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from minigpt_cli.core.constants import IGNORE_INDEX
-from minigpt_cli.data.loader import Gathered, Sequences
+from minigpt_cli.data.loader import Gathered, Sequences, host_tensor, segment_counts
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model.compiled import run_eagerly
 from minigpt_cli.model.gpt import GPT
@@ -73,6 +73,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Compute the loss over batches, without dropout; restore the model's mode afterwards.
 
+    It waits for a GPU once, at the end.
+
     Args:
         batches: inputs, targets (``IGNORE_INDEX`` is left out of the loss) and segment_ids, each
             (n, T).
@@ -93,11 +95,13 @@ def evaluate(
         for batch in batches:
             if stop():
                 return None
-            inputs, targets, *segment_ids = (
-                torch.from_numpy(each).to(device) for each in batch if each is not None
+            inputs, targets, segment_ids = (
+                None if each is None else host_tensor(each, device).to(device, non_blocking=True)
+                for each in batch
             )
+            num_segments = None if batch[2] is None else sum(segment_counts(batch[2]))
             with autocast(dtype, device), run_eagerly(model):
-                total += model(inputs, targets, *segment_ids)
+                total += model(inputs, targets, segment_ids, num_segments)
             counted = batch[1][batch[1] != IGNORE_INDEX]
             tokens += counted.size
             text_bytes += (
@@ -107,8 +111,7 @@ def evaluate(
             )
     finally:
         model.train(training)
-    counts = torch.tensor([tokens, text_bytes], dtype=torch.float64, device=device)
-    sums = torch.cat([total[None], counts])
-    loss, all_tokens, all_bytes = (world.all_reduce_sum(sums) if world else sums).tolist()
+    sums = (total.item(), tokens, text_bytes)
+    loss, all_tokens, all_bytes = world.all_reduce_numbers(*sums) if world else sums
     assert all_tokens, "nothing to evaluate on"
     return Evaluation(loss / all_tokens, int(all_tokens), all_bytes)

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from minigpt_cli.checkpoint import store
+from minigpt_cli.data.loader import Batch
+from minigpt_cli.distributed.world import start_world
 from minigpt_cli.model.attention import causal_attention, has_varlen, segment_boundaries
 from minigpt_cli.model.cost import peak_flops
-from minigpt_cli.model.gpt import segment_mask
+from minigpt_cli.model.gpt import GPT, initialize_weights, segment_mask
 from minigpt_cli.recipe import Recipe
+from minigpt_cli.recipe.schema import LoraSettings
 from minigpt_cli.report import metrics
 from minigpt_cli.train.loop import fit
 from minigpt_cli.train.start import resume_run, start_run
-from minigpt_cli.train.step import train_step
+from minigpt_cli.train.step import StepContext, train_step
+from minigpt_cli.train.trainer import build_context, warm_up
 from tests.helpers.runs import assert_same_run, rewind
 
 pytestmark = [
@@ -59,16 +63,36 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, make_recipe: MakeRecipe,
         watching = [f"guard.spike_sigma={sigma}", "guard.spike_window=8"] if sigma else []
         recipe = make_recipe(f"precision.dtype={dtype}", f"optimizer.name={name}", *watching)
         run, _ = start_run(recipe, tmp_path / f"{dtype}-{sigma}")
-        for step in range(2):
-            train_step(run.context, run.batches(step), step, 1.0)
-        batch = run.batches(2)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            train_step(run.context, batch, 2, 1.0)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            run.resources.close()
+        take_step_without_waits(run.context, run.batches)
+        run.resources.close()
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("way", ["plain", "dropout", "packed", "lora"])
+def test_other_steps_never_wait_for_the_gpu(make_recipe: MakeRecipe, way: str, compiled: str):
+    dropout = ["model.dropout=0.1"] if way == "dropout" else []
+    recipe = make_recipe(f"precision.compile={compiled}", "precision.dtype=bf16", *dropout)
+    if way == "lora":
+        recipe = replace(recipe, lora=LoraSettings(base="unused", rank=4, dropout=0.1))
+    context = build_context(recipe, 384, start_world())
+    initialize_weights(context.model, 0)
+    warm_up(context, 32, packed=way == "packed")
+    tokens = torch.randint(320, (8, 33), device="cuda")
+    segment_ids = torch.arange(32, device="cuda").div(10, rounding_mode="floor").expand(8, 32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], segment_ids if way == "packed" else None)
+    take_step_without_waits(context, lambda step: batch)
+
+
+def take_step_without_waits(context: StepContext, batches: Callable[[int], Batch]) -> None:
+    for step in range(2):
+        train_step(context, batches(step), step, 1.0)
+    batch = batches(2)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_step(context, batch, 2, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -120,8 +144,6 @@ def test_resume_is_bit_exact(tmp_path: Path, make_recipe: MakeRecipe, overrides:
 
 
 def test_a_seed_gives_the_same_weights_on_gpu_and_cpu(tmp_path: Path, make_recipe: MakeRecipe):
-    from minigpt_cli.model.gpt import GPT, initialize_weights
-
     run, _ = start_run(make_recipe(), tmp_path)
     on_cpu = GPT(run.context.model.config)
     initialize_weights(on_cpu, run.recipe.train.seed)

@@ -1,48 +1,23 @@
 """torch's CUDA path on a GPU that computes nothing, see build.py: ``make nullgpu``."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.helpers.processes import ROOT
-from tests.nullgpu.build import build
-
-pytestmark = pytest.mark.skipif(torch.version.cuda is None, reason="needs torch's CUDA wheel")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("nullgpu"))
-
-
-def run(library: Path, script: str, *arguments: object, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/nullgpu" / script, *map(str, arguments)],
-        env=os.environ
-        | {"TRITON_LIBCUDA_PATH": str(library.parent)}
-        # The null GPU has no virtual addresses.
-        | {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
-        | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)} | variables,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+from tests.nullgpu.process import script_output
 
 
 def test_saves_hold_what_was_in_memory(library: Path, tmp_path: Path):
     """Copies to pinned memory arrive only when their own stream is waited for."""
-    found = json.loads(run(library, "save.py", tmp_path, NULLGPU_DEVICES="2", NULLGPU_LATE="1"))
+    printed = script_output(library, "save.py", tmp_path, NULLGPU_DEVICES="2", NULLGPU_LATE="1")
+    found = json.loads(printed)
     assert len(found) == 4
     assert set(found.values()) == {0}, found
 
 
 def test_the_doctor_sees_gpus(library: Path):
-    printed = run(library, "hardware.py", NULLGPU_DEVICES="2")
+    printed = script_output(library, "hardware.py", NULLGPU_DEVICES="2")
     found = {each["what"]: each for each in json.loads(printed)}
     for name in ("GPU 0", "GPU 1"):
         assert found[name]["state"] == "ok"
@@ -53,7 +28,7 @@ def test_the_doctor_sees_gpus(library: Path):
 
 def test_memory_is_as_predicted(library: Path):
     """GPT-2 124M: plain, recomputing all or a part, in micro-batches; and a llama with Muon."""
-    found = json.loads(run(library, "peak_memory.py"))
+    found = json.loads(script_output(library, "peak_memory.py"))
     assert len(found) == 7
     for name, bytes_ in found.items():
         assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name
@@ -61,7 +36,7 @@ def test_memory_is_as_predicted(library: Path):
 
 def test_packed_rows_need_no_mask(library: Path):
     """Two blocks, two micro-batches; llama's key heads are fewer than its query heads."""
-    found = json.loads(run(library, "packed.py"))
+    found = json.loads(script_output(library, "packed.py"))
     assert {name for name, way in found.items() if way["waits"]} == set()
     launched = {
         name: (way["flash_forward"], way["flash_backward"], way["with_mask"])
@@ -90,7 +65,7 @@ def test_packed_rows_need_no_mask(library: Path):
 
 def test_decoding_plans_no_attention(library: Path):
     """cuDNN makes a plan for each length, and each token has another one."""
-    found = json.loads(run(library, "decode.py"))
+    found = json.loads(script_output(library, "decode.py"))
     assert found.pop("by itself") == ["_scaled_dot_product_cudnn_attention"]
     assert len(found) == 6
     for name, kernels in found.items():
