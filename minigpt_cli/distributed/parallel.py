@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minigpt_cli.core.errors import UserError
@@ -171,15 +171,24 @@ def num_shards(parameter: Tensor) -> int:
 
 
 @torch.no_grad()
+def fill_own_rows(parameter: Tensor, rows: Callable[[int, int], Tensor]) -> None:
+    """Fill a parameter, sharded or not; nothing is sent.
+
+    Args:
+        rows: returns the rows from its first argument to its second (exclusive) of the whole
+            parameter. It is asked for those that this rank holds.
+    """
+    begin, (own,) = 0, to_local([parameter])
+    if isinstance(parameter, DTensor):
+        chunk = -(-len(parameter) // num_shards(parameter))  # FSDP2 splits as torch.chunk does
+        shard = parameter.device_mesh.get_local_rank(parameter.device_mesh.ndim - 1)
+        begin = min(shard * chunk, len(parameter))
+    own.copy_(rows(begin, begin + len(own)))
+
+
 def copy_full_tensor(parameter: Tensor, values: Tensor) -> None:
     """Fill a parameter, sharded or not, from its full values."""
-    if isinstance(parameter, DTensor):
-        # Every rank has the full values and takes its shard: nothing is sent.
-        values = distribute_tensor(
-            values.to(parameter.device), parameter.device_mesh, parameter.placements,
-            src_data_rank=None,
-        )  # fmt: skip
-    parameter.copy_(values)
+    fill_own_rows(parameter, lambda begin, end: values[begin:end])
 
 
 def over_whole_matrices(

@@ -19,6 +19,7 @@ from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import projected_cross_entropy
 from minigpt_cli.model.norm import Norm
 from minigpt_cli.model.padding import padded_positions, padding_mask
+from minigpt_cli.model.random_rows import random_rows
 from minigpt_cli.recipe import RopeScaling
 
 
@@ -342,18 +343,27 @@ def copy_values(parameter: Tensor, values: Tensor) -> None:
         parameter.copy_(values)
 
 
+# Returns the rows from the first argument to the second (exclusive) of a parameter.
+Rows = Callable[[int, int], Tensor]
+
+
+def fill_all_rows(parameter: Tensor, rows: Rows) -> None:
+    """Fill a parameter that is not sharded."""
+    copy_values(parameter, rows(0, len(parameter)))
+
+
 def initialize_weights(
-    model: GPT, seed: int, fill: Callable[[Tensor, Tensor], None] = copy_values
+    model: GPT, seed: int, fill: Callable[[Tensor, Rows], None] = fill_all_rows
 ) -> None:
     """Draw the weights: normal with ``initializer_range``, biases 0, norms 1.
 
     Projections that write to the residual stream get ``initializer_range / sqrt(2 layers)``, so
     that its variance does not grow with depth (Radford et al. 2019, section 2.3). Each parameter
-    has its own generator, seeded by (seed, name), so that order, device and sharding don't matter.
+    is drawn from (seed, name), so that order, device and sharding don't matter.
 
     Args:
-        fill: copies the full values (second argument) into a parameter (first argument), which
-            may be sharded.
+        fill: fills a parameter (first argument), which may be sharded, with its rows, of which it
+            asks for those that it needs.
     """
     std = model.config.initializer_range
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
@@ -363,8 +373,13 @@ def initialize_weights(
         elif "norm" in name:
             nn.init.ones_(parameter)
         else:
-            generator = torch.Generator().manual_seed(derived_seed(seed, name))
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            values.normal_(0.0, residual_std if into_residual else std, generator=generator)
-            fill(parameter, values)
+            spread = residual_std if into_residual else std
+            fill(parameter, _normal_rows(parameter.shape, derived_seed(seed, name), spread))
+
+
+def _normal_rows(shape: torch.Size, seed: int, std: float) -> Rows:
+    def draw(values: Tensor, generator: torch.Generator) -> None:
+        values.normal_(0.0, std, generator=generator)
+
+    return lambda begin, end: random_rows(shape, begin, end, seed, draw)
