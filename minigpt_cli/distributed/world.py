@@ -7,7 +7,7 @@ agreeing never waits for a GPU.
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -50,11 +50,27 @@ class World:
 
     def all_reduce_max(self, *values: int) -> list[int]:
         """Return the maximum of each value over all ranks: all see a flag that one rank raises."""
+        return self.start_all_reduce_max(lambda: values)()
+
+    def start_all_reduce_max(self, values: Callable[[], Sequence[int]]) -> Callable[[], list[int]]:
+        """Start ``all_reduce_max``; return a function that waits for its result.
+
+        Other collectives may start meanwhile, in the same order on every rank. If the function is
+        never called, nothing waits.
+
+        Args:
+            values: called at once; in a single process, which asks nobody, for the result.
+        """
         if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return tensor.tolist()
+            return lambda: list(values())
+        tensor = torch.tensor(values(), dtype=torch.int64)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def result() -> list[int]:
+            work.wait()
+            return tensor.tolist()
+
+        return result
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor on the device over all ranks, in place."""
