@@ -7,7 +7,7 @@ Rajbhandari et al. 2020). ``hsdp`` shards within groups of ranks and replicates 
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +35,7 @@ class ParallelDims:
     strategy: str  # single, ddp, zero2, fsdp or hsdp
     world: World
     mesh: DeviceMesh | None = None  # of the sharded strategies
+    whole_gradients: bool = False  # sharded: micro-batches add up whole ones; see gradient_sync
 
     def global_norm(self, grads: list[Tensor]) -> Tensor:
         """Compute the Euclidean norm of the whole gradient, the same on every rank.
@@ -67,8 +68,20 @@ def auto_strategy(state_bytes: int, memory: int) -> Literal["ddp", "fsdp"]:
     return "ddp" if state_bytes <= 0.4 * memory else "fsdp"
 
 
+def holds_whole_gradients(gradient_bytes: int, memory: int) -> bool:
+    """Return whether micro-batches add up whole gradients, which are scattered at the last one.
+
+    It saves the communication of the others, and costs memory.
+
+    Args:
+        gradient_bytes: of the whole gradients.
+        memory: of a rank.
+    """
+    return gradient_bytes < 0.1 * memory
+
+
 def choose_parallel_dims(
-    world: World, strategy: str, shard_size: int | None, state_bytes: int
+    world: World, strategy: str, shard_size: int | None, state_bytes: int, gradient_bytes: int
 ) -> ParallelDims:
     """Choose the strategy and mesh for a recipe's ``[distributed]`` on these ranks.
 
@@ -77,16 +90,20 @@ def choose_parallel_dims(
 
     Args:
         state_bytes: size of the whole training state.
+        gradient_bytes: size of the whole gradients.
 
     Raises:
         UserError: ``shard_size`` doesn't divide the number of ranks.
     """
     if world.size == 1:
         return ParallelDims("single", world)
+    memory = device_memory(world.device, world.local_size)
+    too_large, scatters = world.all_reduce_max(
+        auto_strategy(state_bytes, memory) != "ddp",
+        not holds_whole_gradients(gradient_bytes, memory),
+    )
     if strategy == "auto":
-        chosen = auto_strategy(state_bytes, device_memory(world.device, world.local_size))
-        fits_all = not any(world.all_reduce_max(chosen != "ddp"))
-        strategy = "ddp" if fits_all else "fsdp"
+        strategy = "fsdp" if too_large else "ddp"
     if strategy == "ddp":
         return ParallelDims("ddp", world)
     kind = world.device.type
@@ -97,21 +114,25 @@ def choose_parallel_dims(
                 f"[distributed] shard_size {size} does not divide the {world.size} ranks"
             )
         shape = (world.size // size, size)
-        return ParallelDims(
-            "hsdp", world, init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
-        )
-    return ParallelDims(
-        strategy, world, init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-    )
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    return ParallelDims(strategy, world, mesh, not scatters)
 
 
 def apply_fsdp(
-    model: nn.Module, blocks: nn.ModuleList, dims: ParallelDims, dtype: torch.dtype
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    ends: tuple[nn.Module, nn.Module] | None,
+    dims: ParallelDims,
+    dtype: torch.dtype,
 ) -> None:
     """Shard a model on the meta device in place, if the strategy is a sharded one.
 
     Args:
-        blocks: modules whose parameters are gathered together.
+        blocks: modules whose parameters are gathered together while they run.
+        ends: the embedding and the output projection, where they share no weight: gathered while
+            they run. All other parameters stay gathered from the forward to the backward pass.
         dtype: of matrix products. With bf16 or fp16 the blocks' parameters are gathered in it;
             gradients are reduced in float32.
     """
@@ -127,6 +148,12 @@ def apply_fsdp(
     for block in blocks:
         fully_shard(block, mesh=dims.mesh, mp_policy=policy, reshard_after_forward=not keep)
     # Embeddings in bf16 would move the loss by 1e-3 within 50 steps (benchmarks/LOG.md).
+    if ends is not None:
+        embedding, head = ends
+        fully_shard(embedding, mesh=dims.mesh, reshard_after_forward=True)
+        embedding.set_unshard_in_backward(False)  # type: ignore[operator]  # only rows are added to
+        # The backward pass begins with the head.
+        fully_shard(head, mesh=dims.mesh, reshard_after_forward=False)
     fully_shard(model, mesh=dims.mesh, reshard_after_forward=False)
 
 
@@ -143,13 +170,21 @@ def apply_ddp(model: nn.Module, dims: ParallelDims) -> nn.Module:
     )
 
 
-def gradient_sync(forward: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Return the context for one micro-batch: only the last one reduces gradients."""
+def gradient_sync(
+    forward: nn.Module, dims: ParallelDims, last: bool
+) -> AbstractContextManager[None]:
+    """Return the context for one micro-batch.
+
+    With DDP, and where whole gradients fit, only the last micro-batch reduces them. Elsewhere each
+    one scatters them over the shards, and the last one sums them over hsdp's groups.
+    """
     if isinstance(forward, DistributedDataParallel) and not last:
         return forward.no_sync()
     if isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(last)
-        forward.set_is_last_backward(last)
+        scatters = last or not dims.whole_gradients
+        forward.set_requires_gradient_sync(scatters)
+        forward.set_requires_all_reduce(last)
+        forward.set_is_last_backward(scatters)  # frees what was sent
     return contextlib.nullcontext()
 
 

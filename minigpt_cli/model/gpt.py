@@ -7,6 +7,7 @@ D head dimension, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +229,14 @@ class Block(nn.Module):
         return x + F.dropout(out, self.dropout, self.training)
 
 
+class Head(nn.Linear):
+    """The output projection; a module that runs, so that FSDP gathers its weight only for that."""
+
+    def forward(self, x: Tensor, output: Callable[[Tensor, Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        """Return ``output(x, weight)``."""
+        return output(x, self.weight)
+
+
 class GPT(nn.Module):
     """A decoder-only language model.
 
@@ -246,8 +255,12 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = Norm(c.hidden_size, c.norm_eps, layer_norm=c.family == "gpt2")
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+            self.lm_head = Head(c.hidden_size, c.vocab_size, bias=False)
         self._rope: tuple[Tensor, Tensor] | None = None
+
+    def ends(self) -> tuple[nn.Embedding, Head] | None:
+        """Return the embedding and the output projection; None if they share their weight."""
+        return None if self.config.tie_word_embeddings else (self.embed_tokens, self.lm_head)
 
     def head_weight(self) -> Tensor:
         """Return the output projection, (V, H)."""
@@ -309,9 +322,17 @@ class GPT(nn.Module):
         if logits_to_keep:
             x = x[:, -logits_to_keep:]
         x = self.norm(x).to(autocast_dtype(x))
+        output = partial(self._output, targets=targets)
+        if self.config.tie_word_embeddings:
+            return output(x, self.embed_tokens.weight)
+        logits_or_loss: Tensor = self.lm_head(x, output)
+        return logits_or_loss
+
+    def _output(self, x: Tensor, weight: Tensor, targets: Tensor | None) -> Tensor:
+        """Return the loss, or without targets the logits; weight: the output projection, (V, H)."""
         if targets is not None:
-            return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
-        return F.linear(x, self.head_weight())
+            return projected_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        return F.linear(x, weight)
 
     def _rope_table(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Return the table of angles, made once per device.

@@ -35,7 +35,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> Pat
         if strategy == "hsdp":
             overrides.append("distributed.shard_size=2")
         out = folder / f"{setting}-{strategy}-{ranks}"
-        return {"recipe": str(recipe), "out": str(out), "overrides": overrides}
+        scatters = setting == "scattered"
+        return {
+            "recipe": str(recipe), "out": str(out), "overrides": overrides, "scatters": scatters,
+        }  # fmt: skip
 
     train_many(1, [job(setting, "single", 1) for setting in SETTINGS], folder)
     for ranks, place in ((2, 1), (4, 2)):
@@ -143,9 +146,9 @@ def test_a_rank_draws_only_its_rows(strategy: str):
     for rank in range(3):
         ranks = 3 if strategy == "fsdp" else 6
         with measure.fake_ranks(ranks, rank):
-            dims = choose_parallel_dims(World(rank, ranks, torch.device("cpu")), strategy, 3, 0)
+            dims = choose_parallel_dims(World(rank, ranks, torch.device("cpu")), strategy, 3, 0, 0)
             model = GPT(config)
-            apply_fsdp(model, model.layers, dims, torch.float32)
+            apply_fsdp(model, model.layers, model.ends(), dims, torch.float32)
             with _Largest() as largest:
                 initialize_weights(model, 5, fill_own_rows)
             assert BLOCK < largest.elements <= -(-4000 // 3) * 400
