@@ -2,9 +2,10 @@
 
 The strategies are those of distributed/parallel.py. ``ddp`` keeps everything on every device.
 ``fsdp`` shards weights, gradients and optimizer state, and gathers the weights of one block at a
-time (ZeRO-3, Rajbhandari et al. 2020), also those of an untied embedding or output projection. ``zero2`` keeps gathered weights until the backward pass.
-``hsdp`` is fsdp within groups of ``shard_size`` devices; all groups hold the same. Activations are
-those of eager kernels: flash attention on a GPU, the kernels of model/attention.py on a CPU.
+time (ZeRO-3, Rajbhandari et al. 2020), also those of an untied embedding or output projection.
+``zero2`` keeps gathered weights until the backward pass. ``hsdp`` is fsdp within groups of
+``shard_size`` devices; all groups hold the same. Activations are those of eager kernels: flash
+attention on a GPU, the kernels of model/attention.py on a CPU.
 docs/scale.md has tables of it, docs/plan.md says how close it comes.
 """
 
