@@ -8,7 +8,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,6 +109,29 @@ class World:
             _parse(part[:length].numpy().tobytes(), form, rank)
             for rank, (part, length) in enumerate(zip(parts, lengths, strict=True))
         ]
+
+    def broadcast_json(self, value: T, form: Any) -> T:
+        """Return rank 0's value on every rank.
+
+        Args:
+            value: anything that JSON or a dataclass holds; on the other ranks it isn't used.
+            form: what rank 0 may send; see ``build`` of core/reading.py.
+
+        Raises:
+            RankLost: rank 0 sent something else.
+        """
+        if self.size == 1:
+            return value
+        sent = json.dumps(value, default=asdict).encode() if self.rank == 0 else b""
+        size = torch.tensor([len(sent)])
+        dist.broadcast(size, 0, group=self.control)
+        if not 0 < int(size) <= _LONGEST:
+            raise rank_lost("rank 0", _FOREIGN)
+        buffer = bytearray(sent) if self.rank == 0 else bytearray(int(size))
+        content = torch.frombuffer(buffer, dtype=torch.uint8)
+        dist.broadcast(content, 0, group=self.control)
+        received: T = _parse(content.numpy().tobytes(), form, 0)
+        return received
 
     def run_on_rank0(self, function: Callable[[], T], form: Any = None) -> T:
         """Return what ``function`` returns on rank 0, on every rank.
