@@ -14,7 +14,10 @@ _EVENT = struct.Struct("iIII")  # watch, mask, cookie, length of the name that f
 
 @contextmanager
 def opens_in(directory: Path) -> Iterator[Counter[str]]:
-    """Yield a counter that holds the opens of each file in a directory, after the block."""
+    """Yield a counter that holds the opens of each file in a directory, after the block.
+
+    The kernel counts opens of the same file in a row as one.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     watch = libc.inotify_add_watch(descriptor, os.fsencode(directory), _IN_OPEN)
