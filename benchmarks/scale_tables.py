@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from minigpt_cli.distributed.parallel import holds_whole_gradients
 from minigpt_cli.model.config import ModelConfig, model_config
 from minigpt_cli.model.cost import flops_per_token, parameter_count, peak_flops
 from minigpt_cli.model.device_memory import (
@@ -45,8 +46,9 @@ DISKS = (1e9, 2e9, 10e9)  # bytes/s in all
 COMPUTE = 0.4 * (peak_flops("H100") or 0)  # FLOP/s
 
 
-def workloads() -> Iterator[Workload]:
+def workloads(config: ModelConfig) -> Iterator[Workload]:
     """One sequence per micro-batch; the more GPUs, the fewer micro-batches each."""
+    whole = holds_whole_gradients(4 * parameter_count(config), int(GPUS["80 GB"]))
     for gpus in (8, 64, 512):
         for strategy in ("ddp", "zero2", "fsdp", "hsdp"):
             if strategy == "hsdp" and gpus == NODE:  # nothing to replicate
@@ -54,6 +56,7 @@ def workloads() -> Iterator[Workload]:
             yield Workload(
                 strategy, gpus, micro_batch_size=1, sequence_length=LENGTH,
                 accumulation=GLOBAL_BATCH // gpus, shard_size=NODE if strategy == "hsdp" else None,
+                whole_gradients=whole,
             )  # fmt: skip
 
 
@@ -80,7 +83,7 @@ def models_table() -> str:
 
 def memory_table(config: ModelConfig) -> str:
     rows = []
-    for work in workloads():
+    for work in workloads(config):
         plain = device_memory_needed(config, work)
         recomputing = device_memory_needed(config, replace(work, activation_checkpointing=True))
         parts = (
@@ -103,7 +106,7 @@ def memory_table(config: ModelConfig) -> str:
 
 def traffic_table(config: ModelConfig) -> str:
     rows = []
-    for work in workloads():
+    for work in workloads(config):
         sent = device_traffic(config, work)
         muon = device_traffic(config, replace(work, optimizer="muon")).all_to_all
         # A ring through all nodes leaves each once; hsdp's rings between nodes are one per GPU.
@@ -152,7 +155,7 @@ def fake_ranks_table(config: ModelConfig) -> str:
     from tests.helpers import measure
 
     rows = []
-    for work in workloads():
+    for work in workloads(config):
         if work.world_size == NODE:
             continue
         # DDP's second pass would arrange its buckets anew, which needs tensors with storage.
@@ -189,9 +192,13 @@ def allocator_table() -> str:
         Workload(
             strategy, 4, micro_batch_size=2, sequence_length=512, accumulation=accumulation,
             shard_size=2 if strategy == "hsdp" else None, activation_checkpointing=recompute,
+            whole_gradients=whole,
         )
         for strategy in ("ddp", "zero2", "fsdp", "hsdp")
-        for accumulation, recompute in ((1, False), (1, True), (2, False))
+        for accumulation, whole, recompute in (
+            (1, False, False), (1, False, True), (2, False, False), (2, True, False)
+        )
+        if not (whole and strategy == "ddp")
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         real = measure.steps_of_real_ranks(config, jobs, Path(folder), watch=True)
@@ -202,14 +209,15 @@ def allocator_table() -> str:
         assert ranks[0].optimizer == expected.optimizer
         alone = measure.allocated_by_a_rank(config, work)
         rows.append([
-            work.strategy, work.accumulation, "yes" if work.activation_checkpointing else "no",
+            work.strategy, work.accumulation, "yes" if work.whole_gradients else "no",
+            "yes" if work.activation_checkpointing else "no",
             mb(expected.peak), mb(alone), off(expected.peak / alone),
             " ".join(mb(rank.peak) for rank in ranks),
         ])  # fmt: skip
         print(*rows[-1], flush=True)
     return markdown(
-        ["strategy", "micro-batches", "recomputing", "expected, MB", "allocated, MB", "",
-         "allocated by 4 real ranks, MB"],
+        ["strategy", "micro-batches", "whole gradients", "recomputing", "expected, MB",
+         "allocated, MB", "", "allocated by 4 real ranks, MB"],
         rows,
     )  # fmt: skip
 

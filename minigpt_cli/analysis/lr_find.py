@@ -30,7 +30,7 @@ from minigpt_cli.data.dataset_manifest import is_dataset
 from minigpt_cli.data.loader import BatchLoader
 from minigpt_cli.data.packing import PackedSequences
 from minigpt_cli.data.sequences import TrainingData
-from minigpt_cli.distributed.parallel import copy_full_tensor
+from minigpt_cli.distributed.parallel import fill_own_rows
 from minigpt_cli.distributed.world import World, start_world
 from minigpt_cli.evaluate.loss import evaluate, fixed_sequences, sequence_batches
 from minigpt_cli.huggingface.base_model import BaseModel
@@ -341,7 +341,7 @@ def _evaluate(bench: _Bench, context: StepContext) -> float | None:
 def _fill(bench: _Bench, recipe: Recipe) -> None:
     """Give the model its initial weights."""
     if bench.base is None:
-        initialize_weights(bench.context.model, recipe.train.seed, copy_full_tensor)
+        initialize_weights(bench.context.model, recipe.train.seed, fill_own_rows)
     else:
         load_recipe_base(recipe, bench.base, bench.context.model)
 

@@ -17,7 +17,7 @@ from minigpt_cli.analysis.planned_devices import usable_memory
 from minigpt_cli.core.console import log
 from minigpt_cli.core.memory import is_out_of_memory
 from minigpt_cli.data.loader import Batch
-from minigpt_cli.distributed.parallel import copy_full_tensor
+from minigpt_cli.distributed.parallel import fill_own_rows
 from minigpt_cli.distributed.world import start_world
 from minigpt_cli.model.config import config_from_recipe, with_vocabulary
 from minigpt_cli.model.device_memory import bytes_needed
@@ -77,7 +77,7 @@ def measure_steps(recipe: Recipe, plan: Plan) -> list[MeasuredSize]:
     )
     config = config_from_recipe(recipe, plan.data.vocab_size)
     context = build_context(single, plan.data.vocab_size, world)
-    initialize_weights(context.model, recipe.train.seed, copy_full_tensor)
+    initialize_weights(context.model, recipe.train.seed, fill_own_rows)
     per_rank = max(1, plan.global_batch_size // plan.devices.count)
     found = []
     failed: str | None = None

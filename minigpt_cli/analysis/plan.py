@@ -4,7 +4,11 @@ from dataclasses import dataclass, replace
 
 from minigpt_cli.analysis.plan_inputs import PlannedData, complete_from_base, planned_data
 from minigpt_cli.analysis.planned_devices import PlannedDevices, usable_memory
-from minigpt_cli.distributed.parallel import auto_strategy, training_state_bytes
+from minigpt_cli.distributed.parallel import (
+    auto_strategy,
+    holds_whole_gradients,
+    training_state_bytes,
+)
 from minigpt_cli.model.config import ModelConfig, config_from_recipe, with_vocabulary
 from minigpt_cli.model.cost import (
     flops_per_token,
@@ -200,7 +204,7 @@ def _planned_model(recipe: Recipe, data: PlannedData, devices: PlannedDevices) -
         flops_per_token=per_token,
         total_flops=per_token * tokens,
         tokens_per_parameter=tokens / whole,
-        strategies=_strategies(recipe, config, devices, training_state_bytes(whole, trained)),
+        strategies=_strategies(recipe, config, devices, whole, trained),
         checkpoint_bytes=checkpoint,
         checkpoints_at_once=at_once,
         export_bytes=export,
@@ -210,8 +214,9 @@ def _planned_model(recipe: Recipe, data: PlannedData, devices: PlannedDevices) -
 
 
 def _strategies(
-    recipe: Recipe, config: ModelConfig, devices: PlannedDevices, state_bytes: int
+    recipe: Recipe, config: ModelConfig, devices: PlannedDevices, whole: int, trained: int
 ) -> list[StrategyMemory]:
+    memory = devices.memory
     names: list[Strategy] = ["single"]
     chosen: str | None = "single"
     if devices.count > 1:
@@ -221,12 +226,15 @@ def _strategies(
         if devices.count % size == 0 and (devices.count > size or chosen == "hsdp"):
             names.append("hsdp")
         if chosen == "auto":
-            memory = devices.memory
+            state_bytes = training_state_bytes(whole, trained)
             chosen = None if memory is None else auto_strategy(state_bytes, memory)
     usable = usable_memory(devices)
     found = []
     for name in names:
         work = workload_on(recipe, devices, name)
+        if memory is not None:
+            fits = holds_whole_gradients(trained * work.full_bytes, memory)
+            work = replace(work, whole_gradients=fits)
         needed, less, least = (
             bytes_needed(config, each)
             for each in (

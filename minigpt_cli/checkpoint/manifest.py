@@ -51,6 +51,18 @@ class CheckpointManifest:
     tensors: dict[str, TensorEntry]
     val_loss: float | None
 
+    def __post_init__(self) -> None:
+        """Check the names of the files.
+
+        Raises:
+            ValueError: A checkpoint holds no file of this name.
+        """
+        for name in self.files:
+            if Path(name).name != name or name in ("", ".", ".."):
+                raise ValueError(f"it names a file outside its checkpoint: {name!r:.80}")
+            if not name.endswith(".safetensors") and name not in _SMALL_FILES:
+                raise ValueError(f"it names {name}, which no checkpoint holds")
+
     @property
     def tensor_files(self) -> list[str]:
         """The names of the safetensors files."""
@@ -99,11 +111,6 @@ def read_checkpoint_manifest(checkpoint: Path) -> CheckpointManifest:
         manifest: CheckpointManifest = build(CheckpointManifest, raw)
     except (KeyError, ValueError) as error:
         raise Damaged(f"{file}: is not a manifest ({error})") from None
-    for name in manifest.files:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise Damaged(f"{checkpoint}: the manifest names a file outside it: {name!r:.80}")
-        if not name.endswith(".safetensors") and name not in _SMALL_FILES:
-            raise Damaged(f"{checkpoint}: the manifest names {name}, which no checkpoint holds")
     if checkpoint_step(checkpoint) not in (None, manifest.step):
         raise Damaged(f"{checkpoint}: its manifest is of step {manifest.step}")
     return manifest

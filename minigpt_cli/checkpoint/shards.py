@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+# Name of a tensor -> (number of the file, first row, count of rows) of each part that isn't empty.
+ShardIndex = dict[str, list[tuple[int, int, int]]]
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -43,6 +45,22 @@ def whole_reader(
         return whole
 
     return read
+
+
+def read_shard_index(directory: Path, files: list[str]) -> ShardIndex:
+    """Find out which rows of each tensor are in which file. Only the files' headers are read.
+
+    Args:
+        directory: A verified checkpoint.
+        files: The names of its safetensors files.
+    """
+    index: ShardIndex = {}
+    for number, file in enumerate(files):
+        for name, (_, begin, sizes) in _shards_in(directory / file).items():
+            if math.prod(sizes):
+                place = (number, begin[0], sizes[0]) if sizes else (number, 0, 1)
+                index.setdefault(name, []).append(place)
+    return index
 
 
 def mismatched_shards(directory: Path, files: list[str], recorded: dict[str, Any]) -> list[str]:

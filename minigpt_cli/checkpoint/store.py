@@ -44,57 +44,83 @@ def holds_a_checkpoint(run: Path) -> bool:
     return bool(list_steps(run)) or any(checkpoints_dir(run).glob(f"{REPLACED}step-*"))
 
 
-def verify(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+def verify(checkpoint: Path) -> list[str]:
     """Compare a checkpoint's files with its manifest.
 
     Args:
         checkpoint: Its directory.
-        rank: This rank, 0 to ``ranks`` - 1.
-        ranks: The number of ranks that share the work: each computes checksums of some files.
 
     Returns:
         A line for each problem; an empty list for a valid checkpoint.
     """
-    try:
-        manifest = read_checkpoint_manifest(checkpoint)
-    except Damaged as error:
-        return [str(error)]
-    problems = []
-    for number, (name, entry) in enumerate(manifest.files.items()):
-        path = checkpoint / name
-        try:
-            if path.is_symlink() or not path.is_file():
-                problems.append(f"{path}: missing")
-            elif (size := path.stat().st_size) != entry["bytes"]:
-                problems.append(f"{path}: {size} bytes, {entry['bytes']} were written")
-            elif number % ranks == rank and sha256_of(path) != entry["sha256"]:
-                problems.append(f"{path}: its content is not what was written (sha256 differs)")
-        except OSError as error:
-            problems.append(f"{path}: can't be read: {os_reason(error)}")
-    # DCP reads every safetensors file that it finds, so an extra file is damage too.
-    for path in sorted(checkpoint.iterdir()):
-        if path.name != CHECKPOINT_MANIFEST and path.name not in manifest.files:
-            problems.append(f"{path}: is not in the manifest")
-    if not problems and rank == 0:
-        problems = invalid_state(checkpoint, manifest.step, manifest.files)
-        problems += mismatched_shards(checkpoint, manifest.tensor_files, manifest.tensors)
-    return problems
+    return verify_on_all_ranks(checkpoint, None)[1]
 
 
-def verify_on_all_ranks(checkpoint: Path, world: World | None) -> list[str]:
-    """Verify a checkpoint with the work shared between the ranks; see ``verify``.
+def verify_on_all_ranks(
+    checkpoint: Path, world: World | None
+) -> tuple[CheckpointManifest | None, list[str]]:
+    """Verify a checkpoint; see ``verify``. Rank 0 looks at the files, all ranks compute checksums.
 
     Args:
         checkpoint: Its directory.
         world: All its ranks must call; None: this process does all the work.
 
     Returns:
-        The same list on every rank.
+        The manifest, None if it is damaged, and the problems; the same on every rank.
     """
-    if world is None:
-        return verify(checkpoint)
-    answers = world.all_gather_json(verify(checkpoint, world.rank, world.size), list[str])
-    return sorted({problem for answer in answers for problem in answer})
+    rank, ranks = (0, 1) if world is None else (world.rank, world.size)
+    found = _look(checkpoint) if rank == 0 else (None, [])
+    if world is not None:
+        found = world.broadcast_json(found, tuple[CheckpointManifest | None, list[str]])
+    manifest, problems = found
+    if manifest is None or problems:
+        return manifest, problems
+    problems = _changed_files(checkpoint, manifest, rank, ranks)
+    if rank == 0 and not problems:
+        problems = invalid_state(checkpoint, manifest.step, manifest.files)
+        problems += mismatched_shards(checkpoint, manifest.tensor_files, manifest.tensors)
+    if world is not None:
+        answers = world.all_gather_json(problems, list[str])
+        problems = sorted({problem for answer in answers for problem in answer})
+    return manifest, problems
+
+
+def _look(checkpoint: Path) -> tuple[CheckpointManifest | None, list[str]]:
+    """Read the manifest and compare the directory with it, without reading other files."""
+    try:
+        manifest = read_checkpoint_manifest(checkpoint)
+    except Damaged as error:
+        return None, [str(error)]
+    problems = []
+    for name, entry in manifest.files.items():
+        path = checkpoint / name
+        try:
+            if path.is_symlink() or not path.is_file():
+                problems.append(f"{path}: missing")
+            elif (size := path.stat().st_size) != entry["bytes"]:
+                problems.append(f"{path}: {size} bytes, {entry['bytes']} were written")
+        except OSError as error:
+            problems.append(f"{path}: can't be read: {os_reason(error)}")
+    # An extra file is damage too.
+    for path in sorted(checkpoint.iterdir()):
+        if path.name != CHECKPOINT_MANIFEST and path.name not in manifest.files:
+            problems.append(f"{path}: is not in the manifest")
+    return manifest, problems
+
+
+def _changed_files(
+    checkpoint: Path, manifest: CheckpointManifest, rank: int, ranks: int
+) -> list[str]:
+    """Compare the checksums of this rank's share of the files."""
+    problems = []
+    for name, entry in list(manifest.files.items())[rank::ranks]:
+        path = checkpoint / name
+        try:
+            if sha256_of(path) != entry["sha256"]:
+                problems.append(f"{path}: its content is not what was written (sha256 differs)")
+        except OSError as error:
+            problems.append(f"{path}: can't be read: {os_reason(error)}")
+    return problems
 
 
 def require_valid(checkpoint: Path, world: World | None = None) -> CheckpointManifest:
@@ -103,11 +129,12 @@ def require_valid(checkpoint: Path, world: World | None = None) -> CheckpointMan
     Raises:
         Damaged: It doesn't; the message lists all problems.
     """
-    if problems := verify_on_all_ranks(checkpoint, world):
+    manifest, problems = verify_on_all_ranks(checkpoint, world)
+    if manifest is None or problems:
         raise Damaged(
             "; ".join(problems) + ". Use another checkpoint of the run; minigpt verify shows which"
         )
-    return read_checkpoint_manifest(checkpoint)
+    return manifest
 
 
 def newest_valid(
@@ -133,9 +160,9 @@ def newest_valid(
         names = [name for name in sent if checkpoint_step(Path(name)) is not None]
     for name in reversed(names):
         checkpoint = checkpoints_dir(run) / name
-        problems = verify_on_all_ranks(checkpoint, world)
-        if not problems:
-            return checkpoint, read_checkpoint_manifest(checkpoint), skipped
+        manifest, problems = verify_on_all_ranks(checkpoint, world)
+        if manifest is not None and not problems:
+            return checkpoint, manifest, skipped
         if world is None and not checkpoint.exists():
             continue  # the run has just pruned it
         skipped.append(f"{name} skipped: {'; '.join(problems)}")

@@ -22,6 +22,15 @@ from torch.distributed.checkpoint import (
     HuggingFaceStorageWriter,
     SavePlan,
 )
+from torch.distributed.checkpoint._hf_utils import _HFStorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,8 +39,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from minigpt_cli.checkpoint.manifest import TensorEntry
+from minigpt_cli.checkpoint.manifest import CheckpointManifest, TensorEntry
+from minigpt_cli.checkpoint.shards import ShardIndex, read_shard_index
 from minigpt_cli.core.errors import UserError
+from minigpt_cli.distributed.world import World
 
 # Frozen weights belong to the base model and are not saved.
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
@@ -149,34 +160,63 @@ def is_file_of(name: str, rank: int) -> bool:
 
 
 def read_tensors(
-    directory: Path, tensors: dict[str, Tensor], recorded: dict[str, TensorEntry]
+    directory: Path,
+    tensors: dict[str, Tensor],
+    manifest: CheckpointManifest,
+    world: World | None = None,
 ) -> None:
-    """Fill ``tensors`` in place from a checkpoint; other ranks need not be there.
+    """Fill ``tensors`` in place from a checkpoint.
 
     Args:
         directory: A verified checkpoint, saved by any number of ranks.
         tensors: The tensors to fill; DTensors get their shards.
-        recorded: The manifest's tensors.
+        manifest: Of the checkpoint.
+        world: All its ranks must call: rank 0 reads the files' headers for all. None: this process
+            does.
 
     Raises:
         UserError: A tensor is missing in the checkpoint, or has another shape or dtype.
         OSError: The files can't be read.
     """
     for name, tensor in tensors.items():
-        wanted = tensor_entry(tensor)
+        wanted, recorded = tensor_entry(tensor), manifest.tensors
         if recorded.get(name) != wanted:
             raise UserError(
                 f"{directory}: {name}: expected {wanted['dtype']} {wanted['shape']}, but the "
                 f"checkpoint holds {recorded.get(name) or 'no such tensor'}: "
                 "it belongs to another model, optimizer or precision"
             )
+    index: ShardIndex = {}
+    if world is None or world.rank == 0:
+        index = read_shard_index(directory, manifest.tensor_files)
+    if world is not None:
+        index = world.broadcast_json(index, ShardIndex)
+    metadata = _dcp_metadata(directory, manifest, index)
     reader, planner = HuggingFaceStorageReader(str(directory)), DefaultLoadPlanner()
-    metadata = reader.read_metadata()
     planner.set_up_planner(tensors, metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     plan = reader.prepare_local_plan(planner.create_local_plan())
     (plan,) = reader.prepare_global_plan(planner.create_global_plan([plan]))
     reader.read_data(planner.finish_plan(plan), planner).wait()
+
+
+def _dcp_metadata(directory: Path, manifest: CheckpointManifest, index: ShardIndex) -> Metadata:
+    """Return what ``HuggingFaceStorageReader.read_metadata`` reads from all files' headers."""
+    files = [str(directory / name) for name in manifest.tensor_files]
+    tensors: dict[str, TensorStorageMetadata] = {}
+    places: dict[MetadataIndex, _HFStorageInfo] = {}
+    for name, parts in index.items():
+        entry = manifest.tensors[name]
+        shape, dtype = entry["shape"], getattr(torch, entry["dtype"])
+        chunks = []
+        for file, first, rows in parts:
+            offsets = torch.Size([first, *(0 for _ in shape[1:])] if shape else [])
+            sizes = torch.Size([rows, *shape[1:]] if shape else [])
+            chunks.append(ChunkStorageMetadata(offsets, sizes))
+            places[MetadataIndex(name, offsets)] = _HFStorageInfo(files[file], sizes, dtype)
+        properties = TensorProperties(dtype=dtype)
+        tensors[name] = TensorStorageMetadata(properties, torch.Size(shape), chunks)
+    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta())
 
 
 def tensor_entry(tensor: Tensor) -> TensorEntry:
@@ -191,17 +231,19 @@ def bytes_of(tensors: dict[str, Tensor]) -> int:
 
 def load_tensors(
     directory: Path,
-    recorded: dict[str, TensorEntry],
+    manifest: CheckpointManifest,
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
+    world: World,
 ) -> None:
-    """Fill a model and its optimizers from a checkpoint; other ranks need not be there.
+    """Fill a model and its optimizers from a checkpoint; every rank calls it.
 
     Args:
         directory: A verified checkpoint, saved by any number of ranks.
-        recorded: The manifest's tensors.
+        manifest: Of the checkpoint.
         model: May be sharded; its frozen weights stay as they are.
         optimizers: All optimizers of the model.
+        world: The ranks.
 
     Raises:
         UserError: The checkpoint doesn't hold exactly the tensors of ``tensors_of``.
@@ -211,11 +253,11 @@ def load_tensors(
     weights = get_model_state_dict(model, options=_OPTIONS)
     wanted = {WEIGHTS_PREFIX + name: tensor for name, tensor in weights.items()}
     wanted |= {OPTIMIZER_PREFIX + name: v for name, v in moments.items() if isinstance(v, Tensor)}
-    if extra := sorted(recorded.keys() - wanted.keys()):
+    if extra := sorted(manifest.tensors.keys() - wanted.keys()):
         raise UserError(
             f"{directory}: holds tensors that this model and optimizer don't have ({extra[0]} and "
             f"{len(extra) - 1} more): it belongs to another recipe"
         )
-    read_tensors(directory, wanted, recorded)
+    read_tensors(directory, wanted, manifest, world)
     model.load_state_dict(weights, strict=False)  # the names were compared above
     set_optimizer_state_dict(model, optimizers, moments, options=_OPTIONS)

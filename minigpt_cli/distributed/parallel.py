@@ -7,7 +7,7 @@ Rajbhandari et al. 2020). ``hsdp`` shards within groups of ranks and replicates 
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minigpt_cli.core.errors import UserError
@@ -35,6 +35,7 @@ class ParallelDims:
     strategy: str  # single, ddp, zero2, fsdp or hsdp
     world: World
     mesh: DeviceMesh | None = None  # of the sharded strategies
+    whole_gradients: bool = False  # sharded: micro-batches add up whole ones; see gradient_sync
 
     def global_norm(self, grads: list[Tensor]) -> Tensor:
         """Compute the Euclidean norm of the whole gradient, the same on every rank.
@@ -67,8 +68,20 @@ def auto_strategy(state_bytes: int, memory: int) -> Literal["ddp", "fsdp"]:
     return "ddp" if state_bytes <= 0.4 * memory else "fsdp"
 
 
+def holds_whole_gradients(gradient_bytes: int, memory: int) -> bool:
+    """Return whether micro-batches add up whole gradients, which are scattered at the last one.
+
+    It saves the communication of the others, and costs memory.
+
+    Args:
+        gradient_bytes: of the whole gradients.
+        memory: of a rank.
+    """
+    return gradient_bytes < 0.1 * memory
+
+
 def choose_parallel_dims(
-    world: World, strategy: str, shard_size: int | None, state_bytes: int
+    world: World, strategy: str, shard_size: int | None, state_bytes: int, gradient_bytes: int
 ) -> ParallelDims:
     """Choose the strategy and mesh for a recipe's ``[distributed]`` on these ranks.
 
@@ -77,16 +90,20 @@ def choose_parallel_dims(
 
     Args:
         state_bytes: size of the whole training state.
+        gradient_bytes: size of the whole gradients.
 
     Raises:
         UserError: ``shard_size`` doesn't divide the number of ranks.
     """
     if world.size == 1:
         return ParallelDims("single", world)
+    memory = device_memory(world.device, world.local_size)
+    too_large, scatters = world.all_reduce_max(
+        auto_strategy(state_bytes, memory) != "ddp",
+        not holds_whole_gradients(gradient_bytes, memory),
+    )
     if strategy == "auto":
-        chosen = auto_strategy(state_bytes, device_memory(world.device, world.local_size))
-        fits_all = not any(world.all_reduce_max(chosen != "ddp"))
-        strategy = "ddp" if fits_all else "fsdp"
+        strategy = "fsdp" if too_large else "ddp"
     if strategy == "ddp":
         return ParallelDims("ddp", world)
     kind = world.device.type
@@ -97,21 +114,25 @@ def choose_parallel_dims(
                 f"[distributed] shard_size {size} does not divide the {world.size} ranks"
             )
         shape = (world.size // size, size)
-        return ParallelDims(
-            "hsdp", world, init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
-        )
-    return ParallelDims(
-        strategy, world, init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-    )
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    return ParallelDims(strategy, world, mesh, not scatters)
 
 
 def apply_fsdp(
-    model: nn.Module, blocks: nn.ModuleList, dims: ParallelDims, dtype: torch.dtype
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    ends: tuple[nn.Module, nn.Module] | None,
+    dims: ParallelDims,
+    dtype: torch.dtype,
 ) -> None:
     """Shard a model on the meta device in place, if the strategy is a sharded one.
 
     Args:
-        blocks: modules whose parameters are gathered together.
+        blocks: modules whose parameters are gathered together while they run.
+        ends: the embedding and the output projection, where they share no weight: gathered while
+            they run. All other parameters stay gathered from the forward to the backward pass.
         dtype: of matrix products. With bf16 or fp16 the blocks' parameters are gathered in it;
             gradients are reduced in float32.
     """
@@ -127,6 +148,12 @@ def apply_fsdp(
     for block in blocks:
         fully_shard(block, mesh=dims.mesh, mp_policy=policy, reshard_after_forward=not keep)
     # Embeddings in bf16 would move the loss by 1e-3 within 50 steps (benchmarks/LOG.md).
+    if ends is not None:
+        embedding, head = ends
+        fully_shard(embedding, mesh=dims.mesh, reshard_after_forward=True)
+        embedding.set_unshard_in_backward(False)  # type: ignore[operator]  # only rows are added to
+        # The backward pass begins with the head.
+        fully_shard(head, mesh=dims.mesh, reshard_after_forward=False)
     fully_shard(model, mesh=dims.mesh, reshard_after_forward=False)
 
 
@@ -143,13 +170,21 @@ def apply_ddp(model: nn.Module, dims: ParallelDims) -> nn.Module:
     )
 
 
-def gradient_sync(forward: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Return the context for one micro-batch: only the last one reduces gradients."""
+def gradient_sync(
+    forward: nn.Module, dims: ParallelDims, last: bool
+) -> AbstractContextManager[None]:
+    """Return the context for one micro-batch.
+
+    With DDP, and where whole gradients fit, only the last micro-batch reduces them. Elsewhere each
+    one scatters them over the shards, and the last one sums them over hsdp's groups.
+    """
     if isinstance(forward, DistributedDataParallel) and not last:
         return forward.no_sync()
     if isinstance(forward, FSDPModule):
-        forward.set_requires_gradient_sync(last)
-        forward.set_is_last_backward(last)
+        scatters = last or not dims.whole_gradients
+        forward.set_requires_gradient_sync(scatters)
+        forward.set_requires_all_reduce(last)
+        forward.set_is_last_backward(scatters)  # frees what was sent
     return contextlib.nullcontext()
 
 
@@ -171,15 +206,24 @@ def num_shards(parameter: Tensor) -> int:
 
 
 @torch.no_grad()
+def fill_own_rows(parameter: Tensor, rows: Callable[[int, int], Tensor]) -> None:
+    """Fill a parameter, sharded or not; nothing is sent.
+
+    Args:
+        rows: returns the rows from its first argument to its second (exclusive) of the whole
+            parameter. It is asked for those that this rank holds.
+    """
+    begin, (own,) = 0, to_local([parameter])
+    if isinstance(parameter, DTensor):
+        chunk = -(-len(parameter) // num_shards(parameter))  # FSDP2 splits as torch.chunk does
+        shard = parameter.device_mesh.get_local_rank(parameter.device_mesh.ndim - 1)
+        begin = min(shard * chunk, len(parameter))
+    own.copy_(rows(begin, begin + len(own)))
+
+
 def copy_full_tensor(parameter: Tensor, values: Tensor) -> None:
     """Fill a parameter, sharded or not, from its full values."""
-    if isinstance(parameter, DTensor):
-        # Every rank has the full values and takes its shard: nothing is sent.
-        values = distribute_tensor(
-            values.to(parameter.device), parameter.device_mesh, parameter.placements,
-            src_data_rank=None,
-        )  # fmt: skip
-    parameter.copy_(values)
+    fill_own_rows(parameter, lambda begin, end: values[begin:end])
 
 
 def over_whole_matrices(

@@ -8,8 +8,8 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,11 +51,27 @@ class World:
 
     def all_reduce_max(self, *values: int) -> list[int]:
         """Return the maximum of each value over all ranks: all see a flag that one rank raises."""
+        return self.start_all_reduce_max(lambda: values)()
+
+    def start_all_reduce_max(self, values: Callable[[], Sequence[int]]) -> Callable[[], list[int]]:
+        """Start ``all_reduce_max``; return a function that waits for its result.
+
+        Other collectives may start meanwhile, in the same order on every rank. If the function is
+        never called, nothing waits.
+
+        Args:
+            values: called at once; in a single process, which asks nobody, for the result.
+        """
         if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control)
-        return tensor.tolist()
+            return lambda: list(values())
+        tensor = torch.tensor(values(), dtype=torch.int64)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def result() -> list[int]:
+            work.wait()
+            return tensor.tolist()
+
+        return result
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor on the device over all ranks, in place."""
@@ -102,6 +118,29 @@ class World:
             _parse(part[:length].numpy().tobytes(), form, rank)
             for rank, (part, length) in enumerate(zip(parts, lengths, strict=True))
         ]
+
+    def broadcast_json(self, value: T, form: Any) -> T:
+        """Return rank 0's value on every rank.
+
+        Args:
+            value: anything that JSON or a dataclass holds; on the other ranks it isn't used.
+            form: what rank 0 may send; see ``build`` of core/reading.py.
+
+        Raises:
+            RankLost: rank 0 sent something else.
+        """
+        if self.size == 1:
+            return value
+        sent = json.dumps(value, default=asdict).encode() if self.rank == 0 else b""
+        size = torch.tensor([len(sent)])
+        dist.broadcast(size, 0, group=self.control)
+        if not 0 < int(size) <= _LONGEST:
+            raise rank_lost("rank 0", _FOREIGN)
+        buffer = bytearray(sent) if self.rank == 0 else bytearray(int(size))
+        content = torch.frombuffer(buffer, dtype=torch.uint8)
+        dist.broadcast(content, 0, group=self.control)
+        received: T = _parse(content.numpy().tobytes(), form, 0)
+        return received
 
     def run_on_rank0(self, function: Callable[[], T], form: Any = None) -> T:
         """Return what ``function`` returns on rank 0, on every rank.

@@ -2,9 +2,10 @@
 
 The strategies are those of distributed/parallel.py. ``ddp`` keeps everything on every device.
 ``fsdp`` shards weights, gradients and optimizer state, and gathers the weights of one block at a
-time (ZeRO-3, Rajbhandari et al. 2020). ``zero2`` keeps gathered weights until the backward pass.
-``hsdp`` is fsdp within groups of ``shard_size`` devices; all groups hold the same. Activations are
-those of eager kernels: flash attention on a GPU, the kernels of model/attention.py on a CPU.
+time (ZeRO-3, Rajbhandari et al. 2020), also those of an untied embedding or output projection.
+``zero2`` keeps gathered weights until the backward pass. ``hsdp`` is fsdp within groups of
+``shard_size`` devices; all groups hold the same. Activations are those of eager kernels: flash
+attention on a GPU, the kernels of model/attention.py on a CPU.
 docs/scale.md has tables of it, docs/plan.md says how close it comes.
 """
 
@@ -72,7 +73,7 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
 
     On top come the CUDA context, the communication library's buffers and the allocator's fragments.
     """
-    c, w, full, compute = config, workload, workload.full_bytes, workload.compute_bytes
+    c, w, full = config, workload, workload.full_bytes
     layers, shapes = c.num_hidden_layers, parameter_shapes(c, w.adapter)
     block, outside = count_elements(shapes.block), count_elements(shapes.outside)
     whole = layers * block + outside
@@ -82,18 +83,9 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
     parameters = shard * full + _frozen_bytes(c, w, shapes)
     optimizer = optimizer_elements(c, w.optimizer, w.shards, w.adapter) * full
 
-    frozen_block = count_elements(shapes.frozen_linear + shapes.frozen_norms) * compute
-    outside_blocks = (outside + count_elements(shapes.frozen_outside)) * full
-    if not w.sharded:
-        # Autocast's copies of the blocks' matrices live until the backward pass has used them.
-        gathered = layers * count_elements(shapes.matrices) * compute if compute < full else 0
-    elif w.strategy == "zero2":
-        gathered = outside_blocks + (layers + 1) * (block * compute + frozen_block)
-    else:  # a block at a time; what is outside the blocks stays, and in float32
-        gathered = outside_blocks + block * compute + frozen_block
-
-    # FSDP adds up whole gradients until the last micro-batch lets it scatter them.
-    gradients = (whole if not w.sharded or w.accumulation > 1 else shard) * full
+    gathered = _gathered(c, w, shapes)
+    has_whole = not w.sharded or (w.accumulation > 1 and w.whole_gradients)
+    gradients = (whole if has_whole else shard) * full
     saved, entering = w.tokens * saved_per_token(c, w), w.tokens * c.hidden_size * full
     kept, recomputed = saved, 0
     if w.activation_checkpointing:
@@ -108,9 +100,14 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
     # DDP's buckets always live; elsewhere a step begins without gradients.
     early = gradients if w.strategy == "ddp" or w.accumulation > 1 else 0
     leaving = block * full if w.sharded else 0  # a block's gradients, copied to be scattered
-    first_leaving = 0 if early else leaving  # a copy takes the place of what was added up
+    # The copy takes the place of what was added up.
+    first_leaving = 0 if early and has_whole else leaving
+    has_own_head = w.sharded and not c.tie_word_embeddings and w.adapter is None  # with a gradient
+    own_head = c.vocab_size * c.hidden_size if has_own_head else 0
+    head_leaving = 0 if has_whole else own_head * full
     moments = (
-        early + activations + max(loss, backward),  # forward turns into backward
+        early + activations + loss + gathered.at_loss - gathered.backward,
+        early + activations + backward + head_leaving,  # the last block
         early
         + activations
         - kept
@@ -118,11 +115,41 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
         + backward
         + first_leaving,  # a block later
         gradients + kept + backward - _coming(w, shapes) + leaving,  # the last block to be passed
-        gradients + outside * full * (2 if w.sharded else 1),  # the embeddings
+        gradients + (outside - own_head) * full * (2 if w.sharded else 1),  # the embeddings
     )
-    update = gradients + _optimizer_scratch(w, shapes, layers) - gathered
-    peak = parameters + optimizer + gathered + max(*moments, update)
-    return Memory(parameters, gradients, optimizer, gathered, activations, loss, backward, peak)
+    update = gradients + _optimizer_scratch(w, shapes, layers)
+    peak = parameters + optimizer + max(gathered.backward + max(moments), update)
+    most = max(gathered.at_loss, gathered.backward)
+    return Memory(parameters, gradients, optimizer, most, activations, loss, backward, peak)
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Bytes of weights for computing."""
+
+    at_loss: int
+    backward: int  # in the backward pass of the blocks, without the next block's
+
+
+def _gathered(config: ModelConfig, workload: Workload, shapes: ParameterShapes) -> _Gathered:
+    """Weights for computing: a block's in the compute dtype, those outside the blocks in full."""
+    c, w, layers = config, workload, config.num_hidden_layers
+    if not w.sharded:
+        # Autocast's copies of the blocks' matrices live until the backward pass has used them.
+        copies = layers * count_elements(shapes.matrices) * w.compute_bytes
+        copies = copies if w.compute_bytes < w.full_bytes else 0
+        return _Gathered(copies, copies)
+    block = shapes.block + shapes.frozen_linear + shapes.frozen_norms
+    one_block = count_elements(block) * w.compute_bytes
+    blocks = layers * one_block if w.strategy == "zero2" else 0  # that stay for the backward pass
+    outside = count_elements(shapes.outside + shapes.frozen_outside) * w.full_bytes
+    if c.tie_word_embeddings:
+        return _Gathered(outside + blocks + one_block, outside + blocks + one_block)
+    # FSDP keeps the buffer in which weights arrived until the next ones have: the head's at the
+    # loss. The embedding has gone by then.
+    head = c.vocab_size * c.hidden_size * w.full_bytes
+    rest = outside - 2 * head
+    return _Gathered(rest + 2 * head + blocks, rest + (blocks or one_block))
 
 
 def optimizer_elements(
@@ -167,8 +194,9 @@ def _backward_of_block(config: ModelConfig, workload: Workload, shapes: Paramete
             + (matrix * full if compute < full else 0)
             + (head if waits and not accumulated else 0)
         )
-    # The head's gradient waits for the end.
-    return passing + head + _coming(workload, shapes)
+    # A tied head's gradient waits for the embedding's.
+    waiting = head if c.tie_word_embeddings else 0
+    return passing + waiting + _coming(workload, shapes)
 
 
 def _coming(workload: Workload, shapes: ParameterShapes) -> int:

@@ -7,6 +7,7 @@ D head dimension, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import projected_cross_entropy
 from minigpt_cli.model.norm import Norm
 from minigpt_cli.model.padding import padded_positions, padding_mask
+from minigpt_cli.model.random_rows import random_rows
 from minigpt_cli.model.recompute import recomputed
 from minigpt_cli.model.workload import Checkpointing
 from minigpt_cli.recipe import RopeScaling
@@ -252,6 +254,14 @@ class Block(nn.Module):
         return x + F.dropout(out, self.dropout, self.training)
 
 
+class Head(nn.Linear):
+    """The output projection; a module that runs, so that FSDP gathers its weight only for that."""
+
+    def forward(self, x: Tensor, output: Callable[[Tensor, Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        """Return ``output(x, weight)``."""
+        return output(x, self.weight)
+
+
 class GPT(nn.Module):
     """A decoder-only language model.
 
@@ -270,9 +280,13 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = Norm(c.hidden_size, c.norm_eps, layer_norm=c.family == "gpt2")
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+            self.lm_head = Head(c.hidden_size, c.vocab_size, bias=False)
         self.packed_head: nn.Module | None = None  # of generate/packed.py
         self._rope: tuple[Tensor, Tensor] | None = None
+
+    def ends(self) -> tuple[nn.Embedding, Head] | None:
+        """Return the embedding and the output projection; None if they share their weight."""
+        return None if self.config.tie_word_embeddings else (self.embed_tokens, self.lm_head)
 
     def head_weight(self) -> Tensor:
         """Return the output projection, (V, H)."""
@@ -336,9 +350,17 @@ class GPT(nn.Module):
         if logits_to_keep:
             x = x[:, -logits_to_keep:]
         x = self.norm(x).to(autocast_dtype(x))
+        output = partial(self._output, targets=targets)
+        if self.config.tie_word_embeddings:
+            return output(x, self.embed_tokens.weight)
+        logits_or_loss: Tensor = self.lm_head(x, output)
+        return logits_or_loss
+
+    def _output(self, x: Tensor, weight: Tensor, targets: Tensor | None) -> Tensor:
+        """Return the loss, or without targets the logits; weight: the output projection, (V, H)."""
         if targets is not None:
-            return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
-        return F.linear(x, self.head_weight()) if self.packed_head is None else self.packed_head(x)
+            return projected_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        return F.linear(x, weight) if self.packed_head is None else self.packed_head(x)
 
     def _segment_mask(self, x: Tensor, segment_ids: Tensor, num_segments: int | None) -> Tensor:
         """Return what keeps the segments apart, for ``causal_attention``."""
@@ -379,18 +401,27 @@ def copy_values(parameter: Tensor, values: Tensor) -> None:
         parameter.copy_(values)
 
 
+# Returns the rows from the first argument to the second (exclusive) of a parameter.
+Rows = Callable[[int, int], Tensor]
+
+
+def fill_all_rows(parameter: Tensor, rows: Rows) -> None:
+    """Fill a parameter that is not sharded."""
+    copy_values(parameter, rows(0, len(parameter)))
+
+
 def initialize_weights(
-    model: GPT, seed: int, fill: Callable[[Tensor, Tensor], None] = copy_values
+    model: GPT, seed: int, fill: Callable[[Tensor, Rows], None] = fill_all_rows
 ) -> None:
     """Draw the weights: normal with ``initializer_range``, biases 0, norms 1.
 
     Projections that write to the residual stream get ``initializer_range / sqrt(2 layers)``, so
     that its variance does not grow with depth (Radford et al. 2019, section 2.3). Each parameter
-    has its own generator, seeded by (seed, name), so that order, device and sharding don't matter.
+    is drawn from (seed, name), so that order, device and sharding don't matter.
 
     Args:
-        fill: copies the full values (second argument) into a parameter (first argument), which
-            may be sharded.
+        fill: fills a parameter (first argument), which may be sharded, with its rows, of which it
+            asks for those that it needs.
     """
     std = model.config.initializer_range
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
@@ -400,8 +431,13 @@ def initialize_weights(
         elif "norm" in name:
             nn.init.ones_(parameter)
         else:
-            generator = torch.Generator().manual_seed(derived_seed(seed, name))
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            values.normal_(0.0, residual_std if into_residual else std, generator=generator)
-            fill(parameter, values)
+            spread = residual_std if into_residual else std
+            fill(parameter, _normal_rows(parameter.shape, derived_seed(seed, name), spread))
+
+
+def _normal_rows(shape: torch.Size, seed: int, std: float) -> Rows:
+    def draw(values: Tensor, generator: torch.Generator) -> None:
+        values.normal_(0.0, std, generator=generator)
+
+    return lambda begin, end: random_rows(shape, begin, end, seed, draw)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.core.seed import derived_seed
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.gpt import GPT, Rows
 from minigpt_cli.model.hf_names import huggingface_name
+from minigpt_cli.model.random_rows import random_rows
 from minigpt_cli.recipe import AdapterSettings
 
 ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
@@ -146,27 +147,37 @@ def initialize_adapters(
     model: GPT,
     seed: int,
     read: Callable[[str], Tensor],
-    fill: Callable[[Tensor, Tensor], None],
+    fill: Callable[[Tensor, Rows], None],
 ) -> None:
     """Draw A as PEFT does (Kaiming uniform, a = sqrt(5)) and set B to 0.
 
-    DoRA's lengths start as those of the base's rows. Each A has its own generator, seeded by
-    (seed, name), so that sharding doesn't matter.
+    DoRA's lengths start as those of the base's rows. Each A is drawn from (seed, name), so that
+    sharding doesn't matter.
 
     Args:
         read: returns the full values of a parameter of the base.
         fill: see ``gpt.initialize_weights``.
     """
     for name, layer in adapted(model).items():
-        generator = torch.Generator().manual_seed(derived_seed(seed, f"{name}.lora_A"))
-        bound = 1 / math.sqrt(layer.in_features)
-        values = torch.empty(layer.lora_A.shape).uniform_(-bound, bound, generator=generator)
-        fill(layer.lora_A, values)
-        fill(layer.lora_B, torch.zeros(layer.lora_B.shape))
+        a_seed, bound = derived_seed(seed, f"{name}.lora_A"), 1 / math.sqrt(layer.in_features)
+        fill(layer.lora_A, _uniform_rows(layer.lora_A.shape, a_seed, bound))
+        nn.init.zeros_(layer.lora_B)
         if layer.lora_magnitude_vector is not None:
             # First in the dtype of the model's copy, which may be rounded.
             weight = read(f"{name}.weight").to(layer.weight.dtype)
-            fill(layer.lora_magnitude_vector, weight.to(layer.lora_A.dtype).norm(dim=1))
+            lengths = weight.to(layer.lora_A.dtype).norm(dim=1)
+            fill(layer.lora_magnitude_vector, _rows_of(lengths))
+
+
+def _uniform_rows(shape: torch.Size, seed: int, bound: float) -> Rows:
+    def draw(values: Tensor, generator: torch.Generator) -> None:
+        values.uniform_(-bound, bound, generator=generator)
+
+    return lambda begin, end: random_rows(shape, begin, end, seed, draw)
+
+
+def _rows_of(values: Tensor) -> Rows:
+    return lambda begin, end: values[begin:end]
 
 
 def merge_weight(

@@ -38,10 +38,11 @@ def device_traffic(config: ModelConfig, workload: Workload) -> Traffic:
     if w.sharded:  # the blocks again for the backward pass, but for zero2
         times = 1 if w.strategy == "zero2" else 2
         gathered = times * c.num_hidden_layers * block * w.compute_bytes + outside * w.full_bytes
+    scatters = 1 if w.whole_gradients else w.accumulation
     replicas = w.world_size // w.shards
     return Traffic(
         all_gather=w.accumulation * others * gathered,
-        reduce_scatter=others * shard * w.full_bytes,
+        reduce_scatter=scatters * others * shard * w.full_bytes,
         all_reduce=2 * (replicas - 1) * shard * w.full_bytes // replicas,
         all_to_all=_muon_traffic(c, w.shards) if w.optimizer == "muon" else 0,
     )

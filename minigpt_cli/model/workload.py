@@ -17,7 +17,9 @@ class Workload:
 
     Attributes:
         micro_batch_size: sequences per forward pass of a device.
-        accumulation: micro-batches per device and step; only the last one synchronises.
+        accumulation: micro-batches per device and step.
+        whole_gradients: sharded: micro-batches add up whole gradients, and the last one scatters
+            them; otherwise each one does.
         shard_size: hsdp: devices that hold the model between them.
         compute_bytes: of matrix products: 2 for bf16 and fp16, 4 for fp32, 8 for fp64.
         device_type: "cuda" or "cpu", whose kernels differ.
@@ -30,6 +32,7 @@ class Workload:
     micro_batch_size: int
     sequence_length: int
     accumulation: int = 1
+    whole_gradients: bool = False
     shard_size: int | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     compute_bytes: int = 2
@@ -70,6 +73,7 @@ def workload_of(
     strategy: Strategy,
     *,
     shard_size: int | None = None,
+    whole_gradients: bool = False,
     compute_bytes: int | None = None,
     packed: bool | None = None,
 ) -> Workload:
@@ -80,6 +84,7 @@ def workload_of(
         world_size: number of devices.
         device_type: "cuda" or "cpu".
         strategy: hsdp needs a ``shard_size``, here or in the recipe.
+        whole_gradients: see ``Workload``.
         compute_bytes: of matrix products; by default the recipe's dtype, ``auto`` being bf16.
         packed: whether sequences hold several examples; by default if the recipe says so.
     """
@@ -95,6 +100,7 @@ def workload_of(
         micro_batch_size=micro,
         sequence_length=train.sequence_length,
         accumulation=max(1, train.global_batch_size // (world_size * micro)),
+        whole_gradients=whole_gradients,
         shard_size=(shard_size or recipe.distributed.shard_size) if strategy == "hsdp" else None,
         optimizer=recipe.optimizer.name,
         compute_bytes=compute_bytes,

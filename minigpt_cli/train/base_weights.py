@@ -7,7 +7,7 @@ from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.sequences import TrainingData
 from minigpt_cli.data.tokenizer import is_tokenizer, load_tokenizer, tokenizer_fingerprint
-from minigpt_cli.distributed.parallel import copy_full_tensor
+from minigpt_cli.distributed.parallel import copy_full_tensor, fill_own_rows
 from minigpt_cli.distributed.world import World
 from minigpt_cli.huggingface.auxiliary_files import AuxiliaryFiles, chat_template, files_beside
 from minigpt_cli.huggingface.base_model import (
@@ -98,7 +98,7 @@ def load_recipe_base(recipe: Recipe, base: BaseModel, model: GPT) -> None:
     """Load the base's weights into a model, and initialize its adapters if it has any."""
     load_base(base, model, copy_full_tensor)
     if recipe.lora is not None:
-        lora.initialize_adapters(model, recipe.train.seed, base.read, copy_full_tensor)
+        lora.initialize_adapters(model, recipe.train.seed, base.read, fill_own_rows)
 
 
 def fill_first_weights(
@@ -110,7 +110,7 @@ def fill_first_weights(
         UserError: the data was made with another tokenizer than the base's.
     """
     if base is None:
-        initialize_weights(model, recipe.train.seed, copy_full_tensor)
+        initialize_weights(model, recipe.train.seed, fill_own_rows)
         return
     check_base_tokenizer(recipe.data_path, base, data.fingerprints["tokenizer"])
     load_recipe_base(recipe, base, model)

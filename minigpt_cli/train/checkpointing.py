@@ -80,7 +80,8 @@ def restore_checkpoint(
         manifest: of the checkpoint.
         state: of the checkpoint, as ``read_state`` returned it.
     """
-    load_tensors(checkpoint, manifest.tensors, context.model, context.optimizers)
+    world = context.parallel_dims.world
+    load_tensors(checkpoint, manifest, context.model, context.optimizers, world)
     if state.scaler:
         context.scaler.load_state_dict(state.scaler)
     restore_guard(context.guard, state.guard, state.step, state.skipped)

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 
 from minigpt_cli.checkpoint.state import RunState
 from minigpt_cli.core.console import log
@@ -47,14 +48,16 @@ def _train(run: Run, state: RunState) -> None:
             evaluate_run(run, state, stop)
             if state.evaluated_step == state.step:
                 save_checkpoint(run, state)
-        signum, _ = _agree(run, stop, saved_at)
+        signum, _ = _ask(run, stop, saved_at)()
         while not is_finished(recipe, state) and not signum:
             steps.begin_step()
+            answer = _ask(run, stop, saved_at)  # the ranks agree while the step is computed
             batch = run.batches(state.step + state.data_offset)
             factor = lr_factor(recipe.schedule, total, state.step + 1)
             loss, grad_norm = train_step(run.context, batch, state.step, factor)
             state.step += 1
             state.tokens += recipe.tokens_per_step
+            signum, save_by_time = answer()
 
             log_due = state.step in (1, total) or state.step % recipe.log.every_steps == 0
             evaluation_due = is_evaluation_due(run, state)
@@ -65,7 +68,8 @@ def _train(run: Run, state: RunState) -> None:
                 continue
             if evaluation_due and evaluate_run(run, state, stop) and recipe.checkpoint.keep_best:
                 save_due = True
-            signum, save_by_time = _agree(run, stop, saved_at)
+            if evaluation_due or state.step == total:  # a signal ends an evaluation
+                signum, save_by_time = _ask(run, stop, saved_at)()
             if save_due or save_by_time:
                 if _rolls_back(run, state, steps.clock):
                     continue
@@ -100,16 +104,21 @@ def _is_multiple(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _agree(run: Run, stop: StopRequest, saved_at: float) -> tuple[int, bool]:
-    """Return (the signal that came to any rank or 0, whether the clock says to save).
+def _ask(run: Run, stop: StopRequest, saved_at: float) -> Callable[[], list[int]]:
+    """Ask all ranks whether to stop or to save; the function that is returned waits for the answer.
+
+    The answer is [the signal that came to any rank or 0, whether any rank's clock says to save].
 
     Args:
         saved_at: the time of the last save.
     """
     minutes = run.recipe.checkpoint.every_minutes
-    is_time = bool(minutes) and time.monotonic() - saved_at >= 60 * minutes
-    signum, save_by_time = run.world.all_reduce_max(stop.signum or 0, is_time)
-    return signum, bool(save_by_time)
+
+    def own_values() -> tuple[int, bool]:
+        is_time = bool(minutes) and time.monotonic() - saved_at >= 60 * minutes
+        return stop.signum or 0, is_time
+
+    return run.world.start_all_reduce_max(own_values)
 
 
 def _rolls_back(run: Run, state: RunState, clock: Clock) -> bool:

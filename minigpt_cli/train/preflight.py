@@ -126,6 +126,7 @@ def predicted_memory(recipe: Recipe, context: StepContext, packed: bool = False)
         dims.world.device.type,
         dims.strategy,  # type: ignore[arg-type]
         shard_size=dims.mesh["shard"].size() if dims.strategy == "hsdp" and dims.mesh else None,
+        whole_gradients=dims.whole_gradients,
         compute_bytes=context.dtype.itemsize,
         packed=packed,
     )

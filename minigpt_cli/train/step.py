@@ -73,7 +73,7 @@ def train_step(
         if c.dropout:
             global_index = world.rank * len(micro_batches) + index
             torch.manual_seed(dropout_seed(c.seed, step, global_index))
-        with gradient_sync(c.forward, last=index == len(micro_batches) - 1):
+        with gradient_sync(c.forward, c.parallel_dims, last=index == len(micro_batches) - 1):
             with precision.autocast(c.dtype, device):
                 part = c.forward(*arguments) / valid
             c.scaler.scale(part).backward()

@@ -53,7 +53,7 @@ def build_context(recipe: Recipe, vocab_size: int, world: World) -> StepContext:
     model.checkpoint_activations = recipe.train.activation_checkpointing
     if compiles:
         compile_blocks(model)
-    parallel.apply_fsdp(model, model.layers, dims, dtype)
+    parallel.apply_fsdp(model, model.layers, model.ends(), dims, dtype)
     model.to_empty(device=world.device)
     model.train()
     return StepContext(
@@ -175,6 +175,12 @@ def _common_dtype(recipe: Recipe, world: World) -> torch.dtype:
 
 
 def _choose_dims(recipe: Recipe, model: GPT, world: World) -> ParallelDims:
-    state_bytes = parallel.training_state_bytes(*count_parameters(model))
+    whole, trained = count_parameters(model)
     settings = recipe.distributed
-    return parallel.choose_parallel_dims(world, settings.strategy, settings.shard_size, state_bytes)
+    return parallel.choose_parallel_dims(
+        world,
+        settings.strategy,
+        settings.shard_size,
+        state_bytes=parallel.training_state_bytes(whole, trained),
+        gradient_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
+    )

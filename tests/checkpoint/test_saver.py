@@ -46,12 +46,12 @@ def small(step: int) -> dict[str, bytes]:
 
 
 def read(checkpoint: Path) -> dict[str, torch.Tensor]:
-    recorded = store.require_valid(checkpoint).tensors
+    manifest = store.require_valid(checkpoint)
     found = {
         name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
-        for name, entry in recorded.items()
+        for name, entry in manifest.tensors.items()
     }
-    read_tensors(checkpoint, found, recorded)
+    read_tensors(checkpoint, found, manifest)
     return found
 
 

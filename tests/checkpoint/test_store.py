@@ -51,7 +51,7 @@ def test_commit_reads_back(tmp_path: Path):
     assert manifest.val_loss == 1.25
     assert manifest.tensors["optimizer.state.a.exp_avg"] == {"dtype": "bfloat16", "shape": [3, 4]}
     read = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
-    read_tensors(path, read, manifest.tensors)
+    read_tensors(path, read, manifest)
     assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
     assert read_state(path).step == 500
     assert [name for name in os.listdir(path.parent) if name.startswith(".")] == []
@@ -210,14 +210,14 @@ def test_pickle_in_the_manifest(tmp_path: Path):
 
 def test_other_tensors(tmp_path: Path):
     path = save(tmp_path, 1)
-    recorded = read_checkpoint_manifest(path).tensors
+    manifest = read_checkpoint_manifest(path)
     for wanted in (
         {"weights.a": torch.zeros(4, 3)},
         {"weights.a": torch.zeros(3, 4, dtype=torch.float64)},
         {"weights.b": torch.zeros(3, 4)},
     ):
         with pytest.raises(UserError, match="belongs to another model, optimizer or precision"):
-            read_tensors(path, wanted, recorded)
+            read_tensors(path, wanted, manifest)
 
 
 def test_newest_valid_walks_back(tmp_path: Path):

@@ -37,6 +37,10 @@ def fail() -> None:
         raise UserError("the disk of all is gone")
     if when == "between":
         fail_on_rank_1()
+    if when == "open":  # rank 1 has asked, rank 0 never does
+        world.rank and world.start_all_reduce_max(lambda: (1,))
+        fail_on_rank_1()
+        threading.Event().wait()
     if when == "hangs":
         hang_on_rank_1(world)
     if when == "dies":

@@ -10,6 +10,7 @@ import torch
 
 from minigpt_cli.checkpoint import store
 from minigpt_cli.report import metrics
+from tests.helpers.opens import opens_in
 from tests.helpers.ranks import train_many
 from tests.helpers.recipes import TINY
 from tests.helpers.runs import curve, rewind, whole_tensors
@@ -58,7 +59,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> Pat
     )
     for name in same:
         shutil.copytree(folder / name, folder / f"{name}-resumed")
-    train_many(4, [resume(f"{name}-resumed", 12) for name in same], folder)
+    jobs = [resume(f"{name}-resumed", 12) for name in same]
+    with opens_in(folder / "same-hsdp-resumed/checkpoints/step-00000012") as opens:
+        train_many(4, jobs, folder)
+    (folder / "opens.json").write_text(json.dumps(opens))
     train_many(2, elastic(18, "distributed.strategy=ddp"), folder)
     return folder
 
@@ -106,6 +110,18 @@ def test_on_the_same_four_ranks_it_is_bit_identical(runs: Path, strategy: str):
     one, other = whole_tensors(straight / last), whole_tensors(resumed / last)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     assert curve(straight) == curve(resumed)
+
+
+def test_metadata_is_read_by_one_rank(runs: Path):
+    """Of 4 ranks that resume under hsdp, 2 to 4 need the values in a file."""
+    opens = json.loads((runs / "opens.json").read_text())
+    tensors = {name: count for name, count in opens.items() if name.endswith(".safetensors")}
+    # Once for the checksum, twice for the header, and once by each rank that reads values. It would
+    # be 8 to 10 if each rank read the headers to load.
+    assert len(tensors) == 6
+    assert max(tensors.values()) <= 1 + 2 + 4
+    # Once to resume, and later to prune at steps 18 and 24.
+    assert 1 <= opens["manifest.json"] <= 3
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "hsdp"])

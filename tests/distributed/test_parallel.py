@@ -5,8 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from minigpt_cli.distributed.parallel import apply_fsdp, choose_parallel_dims, fill_own_rows
+from minigpt_cli.distributed.world import World
+from minigpt_cli.model.config import model_config
+from minigpt_cli.model.gpt import GPT, initialize_weights
+from minigpt_cli.model.random_rows import BLOCK
 from minigpt_cli.report import metrics
+from tests.helpers import measure
 from tests.helpers.parallel_settings import COMMON, SETTINGS
 from tests.helpers.ranks import train_many
 from tests.helpers.recipes import TINY
@@ -26,7 +35,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, license_dataset: Path) -> Pat
         if strategy == "hsdp":
             overrides.append("distributed.shard_size=2")
         out = folder / f"{setting}-{strategy}-{ranks}"
-        return {"recipe": str(recipe), "out": str(out), "overrides": overrides}
+        scatters = setting == "scattered"
+        return {
+            "recipe": str(recipe), "out": str(out), "overrides": overrides, "scatters": scatters,
+        }  # fmt: skip
 
     train_many(1, [job(setting, "single", 1) for setting in SETTINGS], folder)
     for ranks, place in ((2, 1), (4, 2)):
@@ -109,3 +121,39 @@ def test_ranks_agree_on_what_overflows(runs: Path):
     lines = [line for line in metrics.read(runs / "overflow") if "loss" in line]
     assert len(lines) == 50
     assert any(line["grad_norm"] is None for line in lines)  # infinite: that update was skipped
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = op(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+def test_a_rank_draws_only_its_rows(strategy: str):
+    """Of matrices of several blocks whose rows 3 ranks can't share evenly."""
+    sizes = {"vocab_size": 4000, "hidden_size": 400, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "max_position_embeddings": 8}  # fmt: skip
+    config = model_config(family="llama", tie_word_embeddings=True, **sizes)
+    one = GPT(config)
+    initialize_weights(one, 5)
+    for rank in range(3):
+        ranks = 3 if strategy == "fsdp" else 6
+        with measure.fake_ranks(ranks, rank):
+            dims = choose_parallel_dims(World(rank, ranks, torch.device("cpu")), strategy, 3, 0, 0)
+            model = GPT(config)
+            apply_fsdp(model, model.layers, model.ends(), dims, torch.float32)
+            with _Largest() as largest:
+                initialize_weights(model, 5, fill_own_rows)
+            assert BLOCK < largest.elements <= -(-4000 // 3) * 400
+            for (name, mine), whole in zip(model.named_parameters(), one.parameters(), strict=True):
+                own = mine.to_local() if isinstance(mine, DTensor) else mine
+                parts = whole.chunk(3)
+                expected = parts[rank] if rank < len(parts) else whole[:0]
+                assert torch.equal(own, expected), name

@@ -59,6 +59,7 @@ def two_ranks(*arguments: object) -> list[tuple[int, str]]:
         ("before", 2, "minigpt: rank 1: the disk of this one is gone\n"),
         ("between", 2, "minigpt: rank 1: the disk of this one is gone\n"),
         ("waiting", 2, "minigpt: the data can't be made\n"),
+        ("open", 2, "minigpt: rank 1: the disk of this one is gone\n"),
         ("bug", 1, "minigpt: rank 1: internal error: ZeroDivisionError: a bug (--debug"),
     ],
 )
@@ -98,6 +99,23 @@ def test_a_rank_ends_soon_after_rank_0_has_died():
     assert line.endswith(
         "; run the same command again (docs/faq.md: it-hangs)"
     )  # there is no checkpoint
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, recipe_file: Path):
+    """After the next step at the latest; what is due at a step is done as in other runs."""
+    script = Path(__file__).parent / "rank_that_is_stopped.py"
+    with started(script, recipe_file, tmp_path, stdout=subprocess.PIPE) as ranks:
+        said = [process.communicate(timeout=240) for process in ranks]
+    for output, errors in said:
+        found = [json.loads(line) for line in output.splitlines()]
+        assert found == [
+            ["in a step", 4, 0, signal.SIGTERM],
+            ["in the last step", 12, 0, signal.SIGTERM],
+            ["before an evaluation", 4, 0, signal.SIGTERM],  # resume begins with it
+            ["before a save", 5, 0, signal.SIGTERM],
+        ], errors
+    for name, steps in (("in a step", [4]), ("in the last step", [12]), ("before a save", [4, 5])):
+        assert [step for step, _ in store.list_steps(tmp_path / name)] == steps
 
 
 @pytest.mark.parametrize("how", ["async", "sync"])
@@ -160,7 +178,7 @@ def test_a_rank_that_lies():
     assert honest == "honest"
     assert len(others) == 12
     assert [each for each in others if not each.startswith(lost.format(1))] == []
-    assert len(said[1]) == 7
+    assert len(said[1]) == 7 + 4 + 7  # of broadcast_json, and of run_on_rank0
     assert [each for each in said[1] if not each.startswith(lost.format(0))] == []
 
 

@@ -83,6 +83,9 @@ def train(job: dict[str, Any]) -> None:
     else:
         recipe = load_recipe(Path(job["recipe"]), job["overrides"], name="tiny")
         run, state = start_run(recipe, out)
+    if job.get("scatters"):  # in each micro-batch, as models do that are large for their device
+        dims = replace(run.context.parallel_dims, whole_gradients=False)
+        run = replace(run, context=replace(run.context, parallel_dims=dims))
     facts: dict[str, Any] = {"initial": weights_digest(run)}
     recorder = Recorder(run.batches)
     if "ruined_token" in job:

@@ -126,7 +126,7 @@ def allocated_by_recipe(recipe: Recipe, vocab_size: int) -> int:
     gc.collect()
     world = World(rank=0, size=1, device=CPU)
     with profile(profile_memory=True) as found, record_function("the steps"):
-        take_steps(recipe, vocab_size, world, parallel.copy_full_tensor)
+        take_steps(recipe, vocab_size, world, parallel.fill_own_rows)
     return _high_water(found, "the steps")
 
 
@@ -200,7 +200,8 @@ def _real_rank(
 
 def _layout(workload: Workload) -> parallel.ParallelDims:
     world = World(dist.get_rank(), workload.world_size, CPU)
-    return parallel.choose_parallel_dims(world, workload.strategy, workload.shard_size, 0)
+    made = parallel.choose_parallel_dims(world, workload.strategy, workload.shard_size, 0, 0)
+    return replace(made, whole_gradients=workload.whole_gradients)
 
 
 def _trainer(config: ModelConfig, workload: Workload, layout: parallel.ParallelDims) -> StepContext:
@@ -208,7 +209,7 @@ def _trainer(config: ModelConfig, workload: Workload, layout: parallel.ParallelD
     dtype = DTYPES[workload.compute_bytes]
     model = GPT(config).train()
     model.checkpoint_activations = workload.activation_checkpointing
-    parallel.apply_fsdp(model, model.layers, layout, dtype)
+    parallel.apply_fsdp(model, model.layers, model.ends(), layout, dtype)
     forward = parallel.apply_ddp(model, layout)
     if isinstance(forward, DistributedDataParallel) and dist.get_backend() == "fake":
         forward.register_comm_hook(None, _all_reduce)
@@ -253,7 +254,7 @@ def _backward(
         if index and between is not None:  # the tracker is told that the model runs again
             between()
         last = index == workload.accumulation - 1
-        with parallel.gradient_sync(trainer.forward, last):
+        with parallel.gradient_sync(trainer.forward, trainer.parallel_dims, last):
             with precision.autocast(trainer.dtype, CPU):
                 loss = trainer.forward(ids, ids)
             loss.backward()

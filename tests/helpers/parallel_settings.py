@@ -14,6 +14,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...], tuple[str, ...], float]] =
          "model.dropout=0.1", "train.activation_checkpointing=true"],
         ("ddp", "zero2"), ("fsdp", "hsdp"), 1e-12,
     ),
+    # Untied, and two micro-batches on each of 4 ranks.
+    "scattered": (
+        ["precision.dtype=fp64", "train.micro_batch_size=1"], (), ("fsdp", "hsdp"), 1e-12,
+    ),
     "fp32": (["precision.dtype=fp32", "model.family=qwen3"], ("fsdp",), ("ddp", "hsdp"), 1e-5),
     "bf16": (["precision.dtype=bf16", "model.family=qwen3"], (), ("fsdp",), 1e-3),
     "fp16": (["precision.dtype=fp16", "eval.prompts=['You ']"], ("ddp",), (), 5e-3),

@@ -26,14 +26,14 @@ AFTER_TORCH = high_water()
 
 def main(kind: str, text: str, vocab_size: int, settings: list[str]) -> None:
     import minigpt_cli.train.start  # what a real run imports
-    from minigpt_cli.distributed.parallel import copy_full_tensor
+    from minigpt_cli.distributed.parallel import fill_own_rows
     from minigpt_cli.distributed.world import World, start_world
     from minigpt_cli.recipe import parse_recipe
     from tests.helpers.steps_of_recipe import take_steps
 
     assert minigpt_cli.train.start
     world = World(0, 1, torch.device("cpu")) if kind == "no-heap" else start_world()
-    take_steps(parse_recipe(text, settings), vocab_size, world, copy_full_tensor)
+    take_steps(parse_recipe(text, settings), vocab_size, world, fill_own_rows)
     print(json.dumps(high_water() - AFTER_TORCH))
 
 

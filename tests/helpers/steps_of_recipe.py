@@ -7,14 +7,14 @@ from torch import Tensor
 
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.distributed.world import World
-from minigpt_cli.model.gpt import initialize_weights
+from minigpt_cli.model.gpt import Rows, initialize_weights
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.step import train_step
 from minigpt_cli.train.trainer import build_context, warm_up
 
 
 def take_steps(
-    recipe: Recipe, vocab_size: int, world: World, fill: Callable[[Tensor, Tensor], None]
+    recipe: Recipe, vocab_size: int, world: World, fill: Callable[[Tensor, Rows], None]
 ) -> None:
     context = build_context(recipe, vocab_size, world)
     initialize_weights(context.model, 0, fill)

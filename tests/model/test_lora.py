@@ -13,7 +13,7 @@ from minigpt_cli.core.errors import UserError
 from minigpt_cli.huggingface.adapter import LoadedAdapter, apply
 from minigpt_cli.model import lora
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, copy_values, initialize_weights
+from minigpt_cli.model.gpt import GPT, copy_values, fill_all_rows, initialize_weights
 from minigpt_cli.model.hf_names import config_from_huggingface
 from minigpt_cli.recipe import AdapterSettings
 from tests.helpers.adapters import randomize
@@ -91,7 +91,7 @@ def test_at_first_the_model_is_the_base_bit_for_bit(family: str, kind: AdapterSe
     ids, weights = torch.arange(32)[None], weights_of(model)
     before = model(ids)
     lora.attach(model, kind)
-    lora.initialize_adapters(model, 1, weights.__getitem__, copy_values)
+    lora.initialize_adapters(model, 1, weights.__getitem__, fill_all_rows)
     assert torch.equal(model(ids), before)
     assert {p.shape[0] for n, p in model.named_parameters() if n.endswith("lora_A")} == {4}
     lora.detach(model)
@@ -105,7 +105,7 @@ def test_initial_a_is_as_in_peft():
     drawn = []
     for seed in (1, 1, 2):
         lora.attach(model, AdapterSettings(rank=16))
-        lora.initialize_adapters(model, seed, weights.__getitem__, copy_values)
+        lora.initialize_adapters(model, seed, weights.__getitem__, fill_all_rows)
         drawn.append(model.layers[0].mlp.up_proj.lora_A.detach().clone())
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -195,7 +195,7 @@ def test_a_length_that_grows_a_little_shows_in_bf16():
     model = small()
     weights = weights_of(model)
     lora.attach(model, AdapterSettings(rank=2, use_dora=True))
-    lora.initialize_adapters(model, 1, weights.__getitem__, copy_values)
+    lora.initialize_adapters(model, 1, weights.__getitem__, fill_all_rows)
     layer, x = model.layers[0].mlp.up_proj, torch.randn(500, 24)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         before = layer(x).float()
