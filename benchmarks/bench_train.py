@@ -82,6 +82,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "parameters": parameter_count(context.model.config),
                 "median_step_seconds": median,
+                "step_seconds": times[5:],
                 "tokens_per_second": rate,
                 "mfu": rate * flops / peak if peak else None,
                 "peak_memory_bytes": torch.cuda.max_memory_allocated() if peak else None,
