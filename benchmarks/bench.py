@@ -118,7 +118,7 @@ def limits(a: argparse.Namespace) -> list[Row]:
 def sample(a: argparse.Namespace) -> list[Row]:
     """Measure sampling of GPT-2 124M beside transformers; bench_sample.py alternates by itself."""
     script = ROOT / "benchmarks" / "bench_sample.py"
-    found = json_of(script, "--peer-python", a.peer_python)
+    found = json_of(script, "--peer-python", a.peer_python, "--rounds", a.rounds)
     return [
         Row(f"sample, batch {row['batch']}", who, row["dtype"], "tokens/s", [samples])
         for row in found["rows"]
@@ -224,14 +224,12 @@ def seeds(a: argparse.Namespace) -> list[Row]:
 
 
 def growth(a: argparse.Namespace) -> list[Row]:
-    """Measure the cost of a step against sizes: rows of benchmarks/growth.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "growth.json"
-        command("-m", "benchmarks.growth", "--json", file)
-        return [
-            Row(f"growth: {row['what']}", "minigpt", str(row["x"]), "s", [row["samples"]])
-            for row in json.loads(file.read_text())
-        ]
+    """Measure the cost of a step against sizes; growth.py prints a JSON object for each."""
+    found = [json.loads(line) for line in command("-m", "benchmarks.growth").splitlines()]
+    return [
+        Row(f"growth: {each['what']}", "minigpt", str(each["x"]), "s", [each["samples"]])
+        for each in found
+    ]
 
 
 PARTS = (limits, train, sample, tiny, shakespeare, tokenize, startup, save)
@@ -247,7 +245,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all parts")
     parser.add_argument("--name", default="bench", help="of the file in benchmarks/results")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="timed training steps of a process")
+    parser.add_argument("--steps", type=int, default=5, help="timed training steps of a process")
     parser.add_argument("--megabytes", type=int, default=100, help="of text to tokenize")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT")
     parser.add_argument("--shakespeare", type=Path, metavar="FILE", help="tiny Shakespeare's text")

@@ -1,6 +1,7 @@
 """The models whose training steps are compared with the peers', and the batch."""
 
 from minigpt_cli.model.config import ModelConfig, model_config
+from minigpt_cli.model.cost import flops_per_token
 
 BATCH, TOKENS, VOCAB = 16, 256, 4096
 
@@ -23,8 +24,6 @@ def product_flops(config: ModelConfig, tokens: int) -> int:
 
     As ``flops_per_token`` of model/cost.py, but a query's products with later keys don't count.
     """
-    from minigpt_cli.model.cost import flops_per_token
-
     width = config.num_attention_heads * config.head_dim
     masked = 6 * config.num_hidden_layers * width * tokens
     return flops_per_token(config, tokens) - masked

@@ -109,20 +109,26 @@ def put(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
-def collect(folder: Path = FOLDER) -> tuple[dict[str, Any], list[Row]]:
-    """Return the facts and the rows of ``bench.json``, and the rows of ``bench-full.json``."""
+def readme_table(folder: Path = FOLDER) -> str:
+    """Return the table of ``bench.json`` and ``bench-full.json``, and the places of the plots."""
+    if not (folder / "bench.json").exists():
+        return "Not measured yet."
     head, rows = read_results(folder / "bench.json")
-    full = folder / "bench-full.json"
-    return head, rows + (read_results(full)[1] if full.exists() else [])
+    return table(head, rows + full_rows(folder))
+
+
+def full_rows(folder: Path) -> list[Row]:
+    """Return what only ``make bench-full`` measures."""
+    file = folder / "bench-full.json"
+    return read_results(file)[1] if file.exists() else []
 
 
 def main() -> None:
     if not (FOLDER / "bench.json").exists():
         sys.exit("table: no benchmarks/results/bench.json: run make bench")
-    head, rows = collect()
     readme = ROOT / "README.md"
-    readme.write_text(put(readme.read_text(), table(head, rows)))
-    draw_all(rows, ROOT / "docs" / "images")
+    readme.write_text(put(readme.read_text(), readme_table()))
+    draw_all([*read_results(FOLDER / "bench.json")[1], *full_rows(FOLDER)], ROOT / "docs/images")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ HEAD = {
 
 def test_the_readme_shows_the_results():
     page = (ROOT / "README.md").read_text()
-    assert table.put(page, table.table(*table.collect())) == page, "run make bench-table"
+    assert table.put(page, table.readme_table()) == page, "run make bench-table"
 
 
 def test_table():
@@ -79,13 +79,13 @@ def test_round_trip(tmp_path: Path):
     assert head["versions"]["torch"].startswith("2.")
 
 
-@pytest.mark.parametrize("file", sorted(FOLDER.glob("bench*.json")), ids=lambda file: file.stem)
-def test_results_have_every_sample(file: Path):
-    head, rows = read_results(file)
-    assert {"machine", "versions", "commit", "threads", "date"} <= head.keys()
-    for row in rows:
-        assert row.samples, row
-        assert all(math.isfinite(each) for process in row.samples for each in process), row
+def test_results_have_every_sample():
+    for file in sorted(FOLDER.glob("bench*.json")):
+        head, rows = read_results(file)
+        assert {"machine", "versions", "commit", "threads", "date"} <= head.keys()
+        for row in rows:
+            assert row.samples, row
+            assert all(math.isfinite(each) for process in row.samples for each in process), row
 
 
 def test_the_limit_counts_each_product():
