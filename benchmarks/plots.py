@@ -53,6 +53,7 @@ def draw_steps(rows: list[Row], file: Path) -> None:
 def draw_growth(rows: list[Row], file: Path) -> None:
     """Draw the cost of a step against each size, on logarithmic axes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -65,6 +66,13 @@ def draw_growth(rows: list[Row], file: Path) -> None:
     ):
         x, y = zip(*sorted(points), strict=True)
         axes.loglog(x, y, "o-", color=OURS)
+        axes.set_ylim(min(y) / 2, 2 * max(y))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        if max(x) < 100 * min(x):  # too narrow for powers of ten
+            axes.set_xticks(x, [f"{each:g}" for each in x])
+            axes.xaxis.set_minor_formatter("")
         axes.set_xlabel(GROWTH.get(what, what))
         axes.set_ylabel("s per step")
     _save(figure, file)
