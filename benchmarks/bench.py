@@ -255,6 +255,7 @@ def main() -> None:
     for given in (a.nanogpt, a.shakespeare):
         if given is not None and not given.exists():
             sys.exit(f"bench: {given} doesn't exist")
+    a.peer_python = a.peer_python.absolute()  # not resolved: its environment is beside the link
     if not a.peer_python.exists():
         sys.exit(f"bench: {a.peer_python} doesn't exist: make .venv-peers/installed makes it")
     busy = machine_is_busy()
