@@ -5,7 +5,8 @@ RUN := runs/tiny
 FAULTS := --kills 200
 FUZZ := --cases 20000 --minutes 10
 
-.PHONY: setup train test faults fuzz old-runs nullgpu nullgpu-budgets harness docs docs-test check bench clean
+.PHONY: setup train test faults fuzz old-runs nullgpu nullgpu-budgets harness docs docs-test check \
+	bench bench-full bench-table clean
 
 setup: .venv/installed
 
@@ -82,9 +83,32 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup
-	$(BIN)/python benchmarks/bench_tokenize.py
-	$(BIN)/python benchmarks/bench_startup.py
+# minigpt beside nanoGPT, litgpt and transformers; under 15 minutes on 2 cores, on a quiet machine.
+# NANOGPT: a checkout of nanoGPT; SHAKESPEARE: tiny Shakespeare's text. What isn't given isn't measured.
+BENCH = $(BIN)/python -m benchmarks.bench $(if $(NANOGPT),--nanogpt $(NANOGPT)) \
+	$(if $(SHAKESPEARE),--shakespeare $(SHAKESPEARE)) $(BENCH_OPTIONS)
+bench: setup .venv-peers/installed
+	$(BENCH)
+	$(BIN)/python -m benchmarks.table
+
+# Also recipes/tiny.toml with three seeds, and how a step's cost grows with each size.
+bench-full: setup .venv-peers/installed
+	$(BENCH) --full
+	$(BIN)/python -m benchmarks.table
+
+# The README's table and the plots, from benchmarks/results.
+bench-table: setup
+	$(BIN)/python -m benchmarks.table
+
+# The peers see the packages of .venv, so torch and transformers are those of constraints.txt. litgpt
+# wants an older huggingface_hub than transformers, but its model doesn't use it: --no-deps.
+.venv-peers/installed: .venv/installed
+	$(PYTHON) -m venv .venv-peers
+	base=$$(realpath .venv/lib/python3*/site-packages) && cd .venv-peers/lib/python3*/site-packages && \
+		echo "import site; site.addsitedir('$$base')" >base.pth
+	.venv-peers/bin/pip install --quiet -c constraints.txt --no-deps \
+		litgpt==0.5.13 lightning==2.6.6 lightning-utilities==0.15.3 pytorch-lightning==2.6.6 torchmetrics==1.9.0
+	touch $@
 
 clean:
-	rm -rf .venv .venv-nullgpu .venv-harness .venv-docs runs data build *.egg-info
+	rm -rf .venv .venv-nullgpu .venv-harness .venv-docs .venv-peers runs data build *.egg-info

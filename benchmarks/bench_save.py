@@ -80,6 +80,7 @@ def main() -> None:
             result[kind] = {
                 "first_blocked_seconds": round(blocked[0], 3),
                 "blocked_seconds": round(statistics.median(blocked[1:]), 3),
+                "blocked_samples": blocked[1:],
                 "whole_seconds": round(statistics.median(whole[1:]), 3),
             }
     finally:

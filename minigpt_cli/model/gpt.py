@@ -350,6 +350,9 @@ class GPT(nn.Module):
         if logits_to_keep:
             x = x[:, -logits_to_keep:]
         x = self.norm(x).to(autocast_dtype(x))
+        if self.packed_head is not None:
+            logits: Tensor = self.packed_head(x)
+            return logits
         output = partial(self._output, targets=targets)
         if self.config.tie_word_embeddings:
             return output(x, self.embed_tokens.weight)
@@ -360,7 +363,7 @@ class GPT(nn.Module):
         """Return the loss, or without targets the logits; weight: the output projection, (V, H)."""
         if targets is not None:
             return projected_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
-        return F.linear(x, weight) if self.packed_head is None else self.packed_head(x)
+        return F.linear(x, weight)
 
     def _segment_mask(self, x: Tensor, segment_ids: Tensor, num_segments: int | None) -> Tensor:
         """Return what keeps the segments apart, for ``causal_attention``."""

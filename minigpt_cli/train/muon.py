@@ -86,14 +86,13 @@ def orthogonalize(
     """
     a, b, c = coefficients
     x = matrices
-    tall = x.shape[1] > x.shape[2]
-    if tall:
-        x = x.mT.contiguous()
+    tall = x.shape[1] > x.shape[2]  # then the smaller Gram matrix stands on the right
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        gram = x.mT @ x if tall else x @ x.mT
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, *((x, factor) if tall else (factor, x)), beta=a)
+    return x
 
 
 def _batches(parameters: list[Tensor]) -> Iterator[list[Tensor]]:

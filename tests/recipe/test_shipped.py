@@ -18,7 +18,7 @@ RECIPES = {each.name: each for each in shipped_recipes()}
 COMPUTED = {name: each for name, each in RECIPES.items() if "arithmetic" in each.facts["Time"]}
 H100 = 989e12  # FLOP/s in bf16 without sparsity, by its maker's data sheet
 # The vocabularies of the tokenizers, as their makers give them.
-VOCABULARIES = {"tiny": 4096, "shakespeare": 50_257}
+VOCABULARIES = {"tiny": 4096, "shakespeare": 50_257, "shakespeare-speed": 1024}
 # The shapes of models on the Hub, of their config.json.
 BASES = {
     "HuggingFaceTB/SmolLM2-135M": model_config(
