@@ -4,8 +4,6 @@ import gc
 import hashlib
 import os
 import resource
-import sys
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from minigpt_cli.data.dataset import TokenSplit, open_dataset
 from minigpt_cli.data.dataset_manifest import Shard
 from minigpt_cli.data.file_checks import shard_problem
 from minigpt_cli.data.shard_files import ShardFiles
+from tests.helpers.calls import system_calls
 from tests.helpers.token_dataset import VOCAB, build_dataset
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 4000)
@@ -39,27 +38,10 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-@contextmanager
-def calls_of_the_system() -> Iterator[Counter[str]]:
-    """Count the calls of functions of ``os``, which ask the system, by their names."""
-    found: Counter[str] = Counter()
-
-    def count(_: object, event: str, function: object) -> None:
-        if event == "c_call" and getattr(function, "__module__", "") == "posix":
-            found[function.__name__] += 1  # type: ignore[attr-defined]
-
-    sys.setprofile(count)
-    try:
-        yield found
-    finally:
-        sys.setprofile(None)
-        del found["getpid"], found["fspath"]
-
-
 def test_a_read_from_an_open_file_is_one_call(quick: Path):
     split = build_dataset(quick, TOKENS, 1000).splits["train"]
     split.gather(np.arange(30), 100)
-    with calls_of_the_system() as calls:
+    with system_calls() as calls:
         split.gather(np.array([3, 12, 35]), 100)
     assert calls == {"preadv": 3}
 
@@ -70,7 +52,7 @@ def test_a_file_that_is_not_open_costs_the_same_with_any_number_of_shards(quick:
         split = build_dataset(quick / str(shards), TOKENS, 4000 // shards).splits["train"]
         with file_limit(80):  # 20 for the split
             split.slice(0, 4000)
-            with calls_of_the_system() as calls:
+            with system_calls() as calls:
                 split.slice(0, 8)  # of the first shard, which has been dropped
         found.append(calls)
     assert found[0] == found[1] == {"open": 1, "fstat": 1, "preadv": 1, "close": 1}
@@ -91,7 +73,7 @@ def test_opening_a_dataset_asks_five_times_per_shard(quick: Path):
     found = []
     for shards in (1, 41):
         build_dataset(quick / str(shards), TOKENS, -(-4000 // shards))
-        with calls_of_the_system() as calls:
+        with system_calls() as calls:
             open_dataset(quick / str(shards))
         found.append(calls)
     each = dict.fromkeys(("stat", "open", "fstat", "pread", "close"), 40)
