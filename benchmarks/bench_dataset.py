@@ -1,6 +1,6 @@
 """Time the reading of random sequences against the size of the dataset.
 
-    python benchmarks/bench_dataset.py [--folder DIR] [--rounds 5]
+    python -m benchmarks.bench_dataset [--folder DIR] [--rounds 5]
 
 The datasets hold 10^8 to 10^11 tokens in shards of 10^8, as sparse files: 200 GB that take no room.
 The last rows read a real file after its pages were dropped from memory. Times are per sequence,
