@@ -228,7 +228,7 @@ def open_dataset(
     found = problems(path, manifest)
     if verify and not found:
         known = recall(path, manifest, states)
-        found = changed_content(path, [each for each, _ in manifest.files()], known)
+        found = changed_content(path, manifest.files(), known)
         remember(path, manifest, states, found)
     for file, problem in found.items():
         raise damaged(path / file, problem)
@@ -254,10 +254,9 @@ def verify_dataset(path: str | Path) -> dict[str, str]:
         return {manifest_file(path).name: str(error)}
     states = file_states(path, manifest)
     found = problems(path, manifest)
-    shards = [shard for shard, _ in manifest.files()]
-    found |= changed_content(path, shards, known=found)
+    found |= changed_content(path, manifest.files(), known=found)
     remember(path, manifest, states, found)
-    in_order = (TOKENIZER, *(shard.file for shard in shards))
+    in_order = (TOKENIZER, *(shard.file for shard, _ in manifest.files()))
     return {file: found[file] for file in in_order if file in found}
 
 

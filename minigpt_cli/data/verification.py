@@ -18,7 +18,7 @@ from minigpt_cli.core.reading import build
 from minigpt_cli.core.storage import Storage, storage_of
 from minigpt_cli.core.user_cache import read_cached, write_cached
 from minigpt_cli.data.dataset_manifest import DatasetManifest, Shard
-from minigpt_cli.data.file_checks import FileState, file_states
+from minigpt_cli.data.file_checks import FileState, file_states, shard_problem
 
 _FORMAT = 1
 _MOST_THREADS = 8
@@ -64,15 +64,15 @@ def hash_of(descriptor: int, stop: threading.Event | None = None) -> str:
 
 def changed_content(
     path: Path,
-    shards: Iterable[Shard],
+    files: Iterable[tuple[Shard, str]],
     known: Collection[str] = (),
     ranks: int = 1,
 ) -> dict[str, str]:
-    """Compare files of the dataset in the directory ``path`` with their sha256, in threads.
+    """Compare files of the dataset in the directory ``path`` with the manifest, in threads.
 
     Args:
         path: the dataset's directory.
-        shards: the files.
+        files: the files, with their data types.
         known: names of files that need no comparison.
         ranks: processes on this machine that do the same.
 
@@ -81,7 +81,9 @@ def changed_content(
     """
     stop = threading.Event()
 
-    def problem(shard: Shard) -> str | None:
+    def problem(shard: Shard, dtype: str) -> str | None:
+        if (found := shard_problem(path / shard.file, shard, dtype)) is not None:
+            return found
         try:
             descriptor = os.open(path / shard.file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
@@ -92,14 +94,15 @@ def changed_content(
             return f"can't be read ({error.strerror})"
         return None if same else "its content doesn't match its sha256"
 
-    shards = [shard for shard in shards if shard.file not in known]
-    threads = max(1, min(_MOST_THREADS, len(shards), usable_cores() // ranks))
+    unknown = [each for each in files if each[0].file not in known]
+    threads = max(1, min(_MOST_THREADS, len(unknown), usable_cores() // ranks))
     with ThreadPoolExecutor(threads, thread_name_prefix="sha256") as pool:
         try:
-            found = pool.map(problem, shards)
-            return {s.file: p for s, p in zip(shards, found, strict=True) if p}
+            found = pool.map(lambda each: problem(*each), unknown)
+            return {shard.file: p for (shard, _), p in zip(unknown, found, strict=True) if p}
         finally:
-            stop.set()  # a signal: the threads must not read to the end
+            stop.set()  # after a signal: the threads must not read to the end
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def recall(path: Path, manifest: DatasetManifest, states: dict[str, FileState]) -> set[str]:
@@ -148,7 +151,8 @@ def remember(
         and state == now.get(shard.file)
     }
     dataset, storage, cached = _place(path, states)
-    write_cached(cached, asdict(_Memory(_FORMAT, dataset, storage, verified)))
+    if verified or read_cached(cached) is not None:
+        write_cached(cached, asdict(_Memory(_FORMAT, dataset, storage, verified)))
 
 
 def storage_key(states: dict[str, FileState]) -> str:

@@ -61,9 +61,9 @@ def verify_on_each_storage(path: Path, world: World) -> dict[str, FileState]:
     # Not every machine's cache directory is the one that rank 0 wrote to
     known = world.run_on_rank0(known_files, list[str]) if shared else known_files()
     # All sharers cut the same list, also if one knows more files than another
-    largest_first = sorted((s for s, _ in manifest.files()), key=lambda s: -s.bytes_on_disk)
+    largest_first = sorted(manifest.files(), key=lambda each: -each[0].bytes_on_disk)
     own = largest_first[sharers.index(world.rank) :: len(sharers)]
-    size = sum(shard.bytes_on_disk for shard in own if shard.file not in known)
+    size = sum(shard.bytes_on_disk for shard, _ in own if shard.file not in known)
     if size > _WORTH_A_LINE:
         ranks = f", on each of {len(sharers)} ranks" if len(sharers) > 1 else ""
         log(f"{path}: comparing {size / 1e9:,.0f} GB with their sha256{ranks}")

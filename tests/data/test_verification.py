@@ -143,6 +143,7 @@ def test_a_file_that_was_just_written_is_not_remembered(quick: Path, cache: Path
     open_dataset(quick / "data", verify=True)
     assert known(quick / "data") == set()
     assert hashed(quick / "data") == 4
+    assert not cache.exists()
 
 
 def test_a_file_that_changes_meanwhile_is_not_remembered(dataset: Path, cache: Path):

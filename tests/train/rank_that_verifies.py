@@ -36,7 +36,7 @@ def verify(path: Path) -> None:
         assert len(states) == 4
     except UserError as problem:
         error = [problem.exit_code, str(problem)]
-    print(json.dumps({"read": sorted(read), "error": error}), flush=True)
+    print(json.dumps({"read": sorted(set(read)), "error": error}), flush=True)
 
 
 def flip(file: Path) -> None:

@@ -111,6 +111,9 @@ def test_a_file_that_is_replaced_after_the_verification_is_found(
         train.gather(np.array([0]))
     with pytest.raises(Damaged, match=r"train-00000\.npy: its content doesn't match its sha256"):
         open_verified_data(recipe, world)
+    file.unlink()
+    with pytest.raises(Damaged, match=r"train-00000\.npy: is missing; restore"):
+        open_verified_data(recipe, world)
 
 
 def test_a_signal_ends_the_verification(copy: Path):
