@@ -29,6 +29,14 @@ with contextlib.suppress(ImportError):  # the GPU's machine has none, and needs 
     hypothesis.settings.load_profile("no deadline")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave the user's cache directory alone; started processes inherit this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Source code of Python's library, as tokens of a vocabulary of 320."""

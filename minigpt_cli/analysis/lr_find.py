@@ -47,11 +47,11 @@ from minigpt_cli.train.base_weights import (
     open_recipe_base,
     start_from_base,
 )
+from minigpt_cli.train.data_check import open_verified_data
 from minigpt_cli.train.guard import new_guard
 from minigpt_cli.train.guard_report import read_guard
 from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.schedule import lr_factor
-from minigpt_cli.train.start import open_verified_data
 from minigpt_cli.train.start_checks import check_model
 from minigpt_cli.train.step import StepContext, train_step
 from minigpt_cli.train.trainer import build_context, warm_up

@@ -1,6 +1,12 @@
 """How many cores a container or a job may use."""
 
+import os
 from pathlib import Path
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may keep busy, at least 1."""
+    return max(1, int(min(len(os.sched_getaffinity(0)), cpu_limit() or float("inf"))))
 
 
 def cpu_limit(root: Path = Path("/")) -> float | None:

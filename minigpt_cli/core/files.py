@@ -17,19 +17,20 @@ from typing import IO, Any
 from minigpt_cli.core.errors import UserError
 
 
-def write_atomically(file: Path, content: bytes) -> None:
+def write_atomically(file: Path, content: bytes, mode: int = 0o666) -> None:
     """Replace ``file``: after a crash or a power cut it holds the old content or the new.
 
     Args:
         file: Its directory must exist.
         content: All of the new content.
+        mode: Who may read and write it, less what the umask takes.
 
     Raises:
         OSError: The disk is full or can't be written to; ``file`` is as it was.
     """
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        create_file(temporary, content)
+        create_file(temporary, content, mode)
         sync_to_disk(temporary)
         temporary.replace(file)
     except OSError:
@@ -38,7 +39,7 @@ def write_atomically(file: Path, content: bytes) -> None:
     sync_to_disk(file.parent)
 
 
-def create_file(file: Path, content: bytes) -> None:
+def create_file(file: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a new file. What has its name is replaced: of a link, the link and not its target.
 
     Raises:
@@ -46,7 +47,7 @@ def create_file(file: Path, content: bytes) -> None:
     """
     file.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(file, flags, 0o666), "wb") as stream:
+    with open(os.open(file, flags, mode), "wb") as stream:
         stream.write(content)
 
 

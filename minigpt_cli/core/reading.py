@@ -6,6 +6,7 @@ of ``error``: ``UserError`` (2) for a user's file, ``Damaged`` (4) for a file th
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ MAX_BYTES = 64 << 20
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest tokenizer.json on the Hub has about 35 MB
 _MAX_JSON_BYTES = 16 << 20  # parsed JSON may take 30 times as much memory
 _MAX_DEPTH = 100
+_type_hints = functools.cache(typing.get_type_hints)  # a manifest has thousands of entries
 _SURROGATE = re.compile(r"\\u[dD]")  # its escape; json.loads joins pairs
 
 
@@ -216,7 +218,7 @@ def _build_fields(cls: Any, value: Any, name: str) -> dict[str, Any]:
     """Build the fields of a dataclass or a TypedDict."""
     if not isinstance(value, dict):
         raise _wrong(value, name)
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     if unknown := sorted(value.keys() - hints.keys()):
         raise ValueError(f"{unknown[0]!r:.80} is unknown")
     missing, needed = dataclasses.MISSING, set(hints)

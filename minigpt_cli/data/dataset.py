@@ -1,4 +1,4 @@
-"""Open a token dataset: memory-mapped splits, of text or of instructions."""
+"""Open a token dataset: splits of text or of instructions, read when they are needed."""
 
 import itertools
 from bisect import bisect_right
@@ -18,11 +18,28 @@ from minigpt_cli.data.dataset_manifest import (
     Split,
     damaged,
     manifest_file,
-    problems,
     read_dataset_manifest,
 )
+from minigpt_cli.data.file_checks import FileState, file_states, problems
+from minigpt_cli.data.shard_files import ShardFiles
+from minigpt_cli.data.verification import changed_content, recall, remember
 
-_OPEN_SHARDS = 256  # each memory map holds a file descriptor, and 1,024 is a common limit
+
+@dataclass(frozen=True)
+class ArrayShard:
+    """An array in the place of a split's only file."""
+
+    array: NDArray[Any]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Data type of the entries."""
+        return self.array.dtype
+
+    def read(self, shard: int, start: int, out: NDArray[Any]) -> None:
+        """Fill ``out`` [n] with the entries from position ``start`` on."""
+        assert shard == 0, shard
+        out[:] = self.array[start : start + len(out)]
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,8 @@ class TokenSplit:
         shards: the files with the tokens, in order.
         vocab_size: every token is below it.
         eos_id: id of the end-of-text token.
-        loss_mask: bool [tokens], True for a token that the loss counts; None for text.
+        entries: the tokens in the shards.
+        loss_mask: one shard of bool, True for a token that the loss counts; None for text.
         offsets: int64 [documents + 1], where each document begins, and the end of the last one;
             None for text.
     """
@@ -46,9 +64,9 @@ class TokenSplit:
     shards: tuple[Shard, ...]
     vocab_size: int
     eos_id: int
-    loss_mask: NDArray[np.bool_] | None = field(default=None, repr=False)
+    entries: ShardFiles | ArrayShard = field(repr=False)
+    loss_mask: ShardFiles | ArrayShard | None = field(default=None, repr=False)
     offsets: NDArray[np.int64] | None = field(default=None, repr=False)
-    _maps: dict[int, NDArray[Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -79,20 +97,20 @@ class TokenSplit:
             int64 [n, sequence_length + 1].
 
         Raises:
-            Damaged: a token isn't in the vocabulary.
+            Damaged: a token isn't in the vocabulary, or a file isn't as recorded.
         """
         ids = np.asarray(ids, dtype=np.int64)
         assert ids.ndim == 1, ids.shape
         available = self.num_sequences(sequence_length)
         assert not len(ids) or (ids.min() >= 0 and ids.max() < available), (ids, available)
-        out = np.empty((len(ids), sequence_length + 1), dtype=np.int64)
+        found = np.empty((len(ids), sequence_length + 1), dtype=self.entries.dtype)
         starts = (ids * sequence_length).tolist()
-        for sequence, start in zip(out, starts, strict=True):
+        for sequence, start in zip(found, starts, strict=True):
             self._fill(sequence, start)
-        if out.size and out.max() >= self.vocab_size:
-            at, column = divmod(int(out.argmax()), sequence_length + 1)
-            self._reject(starts[at] + column, int(out.max()))
-        return out
+        if found.size and found.max() >= self.vocab_size:
+            at, column = divmod(int(found.argmax()), sequence_length + 1)
+            self._reject(starts[at] + column, int(found.max()))
+        return found.astype(np.int64)
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
         """Read the tokens at ``start <= position < stop``.
@@ -101,15 +119,15 @@ class TokenSplit:
             int64 [stop - start].
 
         Raises:
-            Damaged: a token isn't in the vocabulary.
+            Damaged: a token isn't in the vocabulary, or a file isn't as recorded.
         """
         assert 0 <= start <= stop <= self.tokens, (start, stop, self.tokens)
-        out = np.empty(stop - start, dtype=np.int64)
-        if len(out):
-            self._fill(out, start)
-            if out.max() >= self.vocab_size:
-                self._reject(start + int(out.argmax()), int(out.max()))
-        return out
+        found = np.empty(stop - start, dtype=self.entries.dtype)
+        if len(found):
+            self._fill(found, start)
+            if found.max() >= self.vocab_size:
+                self._reject(start + int(found.argmax()), int(found.max()))
+        return found.astype(np.int64)
 
     def document(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Read one document of a split of instructions.
@@ -118,13 +136,15 @@ class TokenSplit:
             Its tokens, int64 [n], and its loss mask, bool [n].
 
         Raises:
-            Damaged: a token isn't in the vocabulary.
+            Damaged: a token isn't in the vocabulary, or a file isn't as recorded.
         """
         assert self.loss_mask is not None, "a split of text"
         assert self.offsets is not None, "a split of text"
         assert 0 <= index < len(self.offsets) - 1, (index, len(self.offsets) - 1)
         start, stop = self.offsets[index : index + 2].tolist()
-        return self.slice(start, stop), self.loss_mask[start:stop]
+        loss_mask = np.empty(stop - start, dtype=np.bool_)
+        self.loss_mask.read(0, start, loss_mask)
+        return self.slice(start, stop), loss_mask
 
     def locate(self, token_offset: int) -> tuple[str, int]:
         """Return (shard's file name, offset in it) of the split's token at ``token_offset``."""
@@ -132,26 +152,16 @@ class TokenSplit:
         index = bisect_right(self._starts, token_offset) - 1
         return self.shards[index].file, token_offset - self._starts[index]
 
-    def _fill(self, out: NDArray[np.int64], start: int) -> None:
+    def _fill(self, out: NDArray[Any], start: int) -> None:
         """Fill ``out`` with the tokens from position ``start`` on."""
-        done = 0
         index = bisect_right(self._starts, start) - 1
-        start -= self._starts[index]
+        done = 0
         while done < len(out):
-            tokens = self._shard(index)
-            part = tokens[start : start + len(out) - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-            index, start = index + 1, 0
-
-    def _shard(self, index: int) -> NDArray[Any]:
-        tokens = self._maps.get(index)
-        if tokens is None:
-            tokens = _memory_map(self.directory, self.shards[index])
-            if len(self._maps) >= _OPEN_SHARDS:
-                self._maps.clear()
-            self._maps[index] = tokens
-        return tokens
+            # bisect skips empty shards at the start; here their part is empty
+            part = out[done : done + self._starts[index + 1] - start]
+            if len(part):
+                self.entries.read(index, start - self._starts[index], part)
+            done, start, index = done + len(part), start + len(part), index + 1
 
     def _reject(self, token_offset: int, token: int) -> None:
         file, offset = self.locate(token_offset)
@@ -182,7 +192,11 @@ class TokenDataset:
 
 
 def open_dataset(
-    path: str | Path, *, tokenizer_fingerprint: str | None = None, verify: bool = False
+    path: str | Path,
+    *,
+    tokenizer_fingerprint: str | None = None,
+    verify: bool = False,
+    states: dict[str, FileState] | None = None,
 ) -> TokenDataset:
     """Open the token dataset in the directory ``path``.
 
@@ -192,7 +206,9 @@ def open_dataset(
     Args:
         path: the dataset's directory.
         tokenizer_fingerprint: of the tokenizer that the dataset must have been made with.
-        verify: check every file's sha256 too, which reads every byte.
+        verify: check every file's sha256 too, unless it was checked before and hasn't changed.
+        states: of the files when their sha256 was checked. A file that has changed since is checked
+            when it is read.
 
     Raises:
         UserError: ``path`` isn't a finished dataset, or was made with another tokenizer.
@@ -207,14 +223,23 @@ def open_dataset(
             f"{str(tokenizer_fingerprint)[:12]}): give a dataset that was made with the model's "
             "(`minigpt tokenize --tokenizer MODEL/tokenizer.json`)"
         )
-    for file, problem in problems(path, manifest, verify):
+    if states is None:
+        states = file_states(path, manifest)  # first: later changes are noticed
+    found = problems(path, manifest)
+    if verify and not found:
+        known = recall(path, manifest, states)
+        found = changed_content(path, manifest.files(), known)
+        remember(path, manifest, states, found)
+    for file, problem in found.items():
         raise damaged(path / file, problem)
-    splits = {name: _open_split(path, manifest, split) for name, split in manifest.splits.items()}
+    splits = {
+        name: _open_split(path, manifest, split, states) for name, split in manifest.splits.items()
+    }
     return TokenDataset(path, manifest, splits)
 
 
 def verify_dataset(path: str | Path) -> dict[str, str]:
-    """Compare every byte of a dataset with its manifest.
+    """Compare every byte of a dataset with its manifest, and remember which files are as recorded.
 
     Returns:
         The name of each file that is missing, torn or changed -> what is wrong with it.
@@ -227,7 +252,12 @@ def verify_dataset(path: str | Path) -> dict[str, str]:
         manifest = read_dataset_manifest(path)
     except Damaged as error:
         return {manifest_file(path).name: str(error)}
-    return dict(problems(path, manifest, verify=True))
+    states = file_states(path, manifest)
+    found = problems(path, manifest)
+    found |= changed_content(path, manifest.files(), known=found)
+    remember(path, manifest, states, found)
+    in_order = (TOKENIZER, *(shard.file for shard, _ in manifest.files()))
+    return {file: found[file] for file in in_order if file in found}
 
 
 def split_in_memory(
@@ -240,27 +270,39 @@ def split_in_memory(
 ) -> TokenSplit:
     """Return a split of the integer array ``tokens`` [n], without a file."""
     shard = Shard("tokens", len(tokens), tokens.nbytes, "")
-    return TokenSplit(Path("memory"), (shard,), vocab_size, eos_id, loss_mask, offsets, {0: tokens})
+    return TokenSplit(
+        Path("memory"),
+        (shard,),
+        vocab_size,
+        eos_id,
+        ArrayShard(tokens),
+        None if loss_mask is None else ArrayShard(loss_mask),
+        offsets,
+    )
 
 
-def _open_split(path: Path, manifest: DatasetManifest, split: Split) -> TokenSplit:
+def _open_split(
+    path: Path, manifest: DatasetManifest, split: Split, states: dict[str, FileState]
+) -> TokenSplit:
     loss_mask = offsets = None
     if split.loss_mask is not None and split.offsets is not None:
-        loss_mask = _memory_map(path, split.loss_mask)
-        offsets = np.array(_memory_map(path, split.offsets))
+        loss_mask = ShardFiles(path, (split.loss_mask,), "bool", states)
+        offsets = np.empty(split.offsets.tokens, dtype=np.int64)
+        ShardFiles(path, (split.offsets,), "int64", states).read(0, 0, offsets)
         # Cheap, and with wrong offsets documents would begin in the middle of others.
-        if offsets[0] != 0 or offsets[-1] != split.tokens or (np.diff(offsets) < 2).any():
+        if (
+            not len(offsets)
+            or offsets[0] != 0
+            or offsets[-1] != split.tokens
+            or (np.diff(offsets) < 2).any()
+        ):
             raise damaged(path / split.offsets.file, "its offsets don't divide the tokens")
-    return TokenSplit(path, split.shards, manifest.vocab_size, manifest.eos_id, loss_mask, offsets)
-
-
-def _memory_map(directory: Path, shard: Shard) -> NDArray[Any]:
-    file = directory / shard.file
-    try:
-        # A plain view: slicing numpy's memmap class costs several times as much
-        array = np.load(file, mmap_mode="r").view(np.ndarray)
-    except (OSError, ValueError) as error:
-        raise damaged(file, str(error)) from None
-    if len(array) != shard.tokens:
-        raise damaged(file, f"holds {len(array)} entries instead of {shard.tokens}")
-    return array
+    return TokenSplit(
+        path,
+        split.shards,
+        manifest.vocab_size,
+        manifest.eos_id,
+        ShardFiles(path, split.shards, manifest.dtype, states),
+        loss_mask,
+        offsets,
+    )

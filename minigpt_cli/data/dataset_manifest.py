@@ -10,16 +10,13 @@ still read.
 
 import hashlib
 import json
-import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minigpt_cli.core.errors import Damaged, UserError
-from minigpt_cli.core.files import json_checksum, sha256_of, write_atomically
-from minigpt_cli.core.reading import MAX_TOKENIZER_BYTES, build, parse_json, read_bytes
+from minigpt_cli.core.files import json_checksum, write_atomically
+from minigpt_cli.core.reading import build, parse_json, read_bytes
 
 FORMAT = 2
 SPLITS = ("train", "val")
@@ -127,11 +124,15 @@ class DatasetManifest:
         """True for a dataset of instructions, False for one of text."""
         return self.splits["train"].loss_mask is not None
 
+    def files(self) -> list[tuple[Shard, str]]:
+        """Return every file of every split with its data type."""
+        return [each for name in SPLITS for each in self.splits[name].files(self.dtype)]
+
     @property
     def fingerprint(self) -> str:
         """Return the sha256 (hex) over the tokenizer and every file of every split."""
-        files = [file for split in SPLITS for file, _ in self.splits[split].files(self.dtype)]
-        parts = [self.tokenizer_fingerprint, self.dtype, *(file.sha256 for file in files)]
+        hashes = [file.sha256 for file, _ in self.files()]
+        parts = [self.tokenizer_fingerprint, self.dtype, *hashes]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -205,54 +206,6 @@ def write_dataset_manifest(path: Path, manifest: DatasetManifest) -> None:
     write_atomically(path / MANIFEST, (json.dumps(record, indent=1) + "\n").encode())
 
 
-def problems(path: Path, manifest: DatasetManifest, verify: bool) -> list[tuple[str, str]]:
-    """Compare the files of a dataset with its manifest.
-
-    Args:
-        path: the dataset's directory.
-        verify: compare each sha256 too, which reads every byte.
-
-    Returns:
-        (file, what is wrong with it) for every file that differs.
-    """
-    found = []
-    problem = _tokenizer_problem(path / TOKENIZER, manifest)
-    if problem:
-        found.append((TOKENIZER, problem))
-    for split in manifest.splits.values():
-        for shard, dtype in split.files(manifest.dtype):
-            problem = shard_problem(path / shard.file, shard, dtype, verify)
-            if problem:
-                found.append((shard.file, problem))
-    return found
-
-
-def shard_problem(file: Path, shard: Shard, dtype: str, verify: bool) -> str | None:
-    """Return what is wrong with a shard's file, None if it is as recorded."""
-    try:
-        found = file.stat()
-        if not stat.S_ISREG(found.st_mode):
-            return "is not a regular file"
-        size = found.st_size
-        if size != shard.bytes_on_disk:
-            return f"is {size:,} bytes instead of {shard.bytes_on_disk:,}"
-        with file.open("rb") as stream:
-            if np.lib.format.read_magic(stream) != (1, 0):
-                return "its header is not that of a shard"
-            header = np.lib.format.read_array_header_1_0(stream)
-        if header != ((shard.tokens,), False, np.dtype(dtype)):
-            return f"its header doesn't say {shard.tokens:,} entries of {dtype}"
-        if verify and sha256_of(file) != shard.sha256:
-            return "its content doesn't match its sha256"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"can't be read ({error.strerror})"
-    except Exception:  # NumPy parses the header as Python, so all of its errors may come
-        return "its header is not that of a shard"
-    return None
-
-
 def damaged(file: Path, problem: str) -> Damaged:
     """Return the error for a file of a dataset that is not as recorded."""
     return Damaged(f"{file}: {problem}; {_way_out(file)}")
@@ -305,26 +258,6 @@ def _converted(record: dict[str, Any]) -> dict[str, Any]:
         }
     bad_lines = record.pop("malformed")
     return record | {"splits": splits, "bad_lines": bad_lines, "source_fingerprint": ""}
-
-
-def _tokenizer_problem(file: Path, manifest: DatasetManifest) -> str | None:
-    """Return what is wrong with tokenizer.json, None if its bytes or meaning are as recorded."""
-    from minigpt_cli.data.tokenizer import load_tokenizer, tokenizer_fingerprint
-
-    try:
-        if file.exists() and not file.is_file():
-            return "is not a regular file"
-        if file.stat().st_size > MAX_TOKENIZER_BYTES:  # a hole would be hashed for hours
-            return f"is larger than {MAX_TOKENIZER_BYTES:,} bytes"
-        if sha256_of(file) == manifest.tokenizer_sha256:
-            return None
-        if tokenizer_fingerprint(load_tokenizer(file)) == manifest.tokenizer_fingerprint:
-            return None  # another tool saved the same tokenizer
-    except OSError as error:
-        return error.strerror or str(error)
-    except UserError:
-        pass
-    return "is not the tokenizer that the dataset was made with"
 
 
 def _without_none(record: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from minigpt_cli.core.console import log, warn
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.data.dataset import TokenDataset, open_dataset
 from minigpt_cli.data.dataset_manifest import SPLITS
+from minigpt_cli.data.file_checks import FileState
 from minigpt_cli.data.loader import Gathered, Sequences, TokenSequences
 from minigpt_cli.data.packing import PackedSequences, pack
 from minigpt_cli.recipe import Recipe
@@ -69,25 +70,19 @@ class EvalData:
                 yield tail[:, :-1], tail[:, 1:], None
 
 
-def verify_data(recipe: Recipe) -> None:
-    """Compare every byte of a recipe's dataset with its manifest; this may take minutes.
-
-    Raises:
-        UserError: there is no dataset.
-        Damaged: a file isn't as recorded.
-    """
-    open_dataset(recipe.data_path, verify=True)
-
-
-def open_data(recipe: Recipe) -> TrainingData:
+def open_data(recipe: Recipe, states: dict[str, FileState] | None = None) -> TrainingData:
     """Open a recipe's dataset, which must be there already.
+
+    Args:
+        recipe: names the dataset.
+        states: of its files when they were verified.
 
     Raises:
         UserError: there is no dataset, or no sequence to train on in it.
         Damaged: a file isn't as recorded.
     """
     path, length = Path(recipe.data_path), recipe.train.sequence_length
-    dataset = open_dataset(path)
+    dataset = open_dataset(path, states=states)
     manifest = dataset.manifest
     train, val = (_sequences(dataset, name, length, recipe.train.seed) for name in SPLITS)
     for name, sequences in (("train", train), ("val", val)):
@@ -123,7 +118,7 @@ def open_data(recipe: Recipe) -> TrainingData:
 def open_eval_sequences(
     path: Path, split: str, sequence_length: int, tokenizer_fingerprint: str
 ) -> EvalData:
-    """Open one split of the dataset in the directory ``path`` for evaluation; verify every byte.
+    """Open one split of the dataset in the directory ``path`` for evaluation, and verify it.
 
     Args:
         path: the dataset's directory.

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import time
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -163,13 +164,50 @@ class World:
             value = function()
             store.set(key, json.dumps(value))
             return value
-        try:
-            while not call_with_timeout(store.timeout.total_seconds(), lambda: store.check([key])):
-                time.sleep(0.05)
-        except TimeoutError:
-            raise rank_lost("rank 0", "no answer") from None
+        _wait_for([key], "rank 0")
         returned: T = _parse(store.get(key), form, 0)
         return returned
+
+    def all_gather_when_done(self, value: T, form: Any) -> list[T]:
+        """Return every rank's value, by rank; one rank may come hours after another.
+
+        As in ``run_on_rank0`` the ranks ask the store now and then.
+
+        Args:
+            value: anything that JSON holds.
+            form: what a rank may send; see ``build`` of core/reading.py.
+
+        Raises:
+            RankLost: rank 0 doesn't answer, or a rank sent something else.
+        """
+        if self.size == 1:
+            return [value]
+        store = session.store
+        assert store is not None
+        call = next(_calls)
+        keys = [f"minigpt/when-done/{call}/{rank}" for rank in range(self.size)]
+        store.set(keys[self.rank], json.dumps(value))
+
+        def collect() -> list[T]:
+            _wait_for(keys, "the store")
+            return [_parse(store.get(key), form, rank) for rank, key in enumerate(keys)]
+
+        return self.run_on_rank0(collect, types.GenericAlias(list, (form,)))
+
+
+def _wait_for(keys: list[str], host: str) -> None:
+    """Wait until the store has these keys, however long that takes.
+
+    Raises:
+        RankLost: ``host``, which hosts the store, doesn't answer.
+    """
+    store = session.store
+    assert store is not None
+    try:
+        while not call_with_timeout(store.timeout.total_seconds(), lambda: store.check(keys)):
+            time.sleep(0.05)
+    except TimeoutError:
+        raise rank_lost(host, "no answer") from None
 
 
 def _parse(content: bytes, form: Any, rank: int) -> Any:

@@ -23,9 +23,9 @@ from minigpt_cli.data.dataset_manifest import (
     DatasetManifest,
     Split,
     is_dataset,
-    shard_problem,
     write_dataset_manifest,
 )
+from minigpt_cli.data.file_checks import shard_problem
 from minigpt_cli.data.tokenizer import (
     eos_id,
     load_tokenizer,
@@ -207,7 +207,7 @@ def _resumed(
     if max(state.pending) >= settings["shard_tokens"]:
         raise Damaged(f"{out / JOURNAL} counts more tokens than a file may hold: {start_over}")
     for shard in (shard for shards in state.shards for shard in shards):
-        problem = shard_problem(out / shard.file, shard, work.dtype, verify=False)
+        problem = shard_problem(out / shard.file, shard, work.dtype)
         if problem:
             raise Damaged(f"{out / shard.file}: {problem}; {start_over}")
     if state.tokens:

@@ -118,7 +118,11 @@ class DataSettings:
     path: str | None = setting("the token dataset", None, unset="`data/<recipe's name>`")
     source: DataSource | None = None
     tokenizer: DataTokenizer | None = None
-    verify: bool = setting("compare every shard's sha256 before training (about 1 s per GB)", True)
+    verify: bool = setting(
+        "compare every shard's sha256 before training, divided among the ranks (about 1 s per GB "
+        "and core); files that were verified before and haven't changed are not read again",
+        True,
+    )
 
 
 @dataclass(frozen=True)

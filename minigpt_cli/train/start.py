@@ -24,7 +24,6 @@ from minigpt_cli.core.run_dir import (
     checkpoints_dir,
 )
 from minigpt_cli.data.packing import PackedSequences
-from minigpt_cli.data.sequences import TrainingData, open_data, verify_data
 from minigpt_cli.distributed.device import free_memory
 from minigpt_cli.distributed.failure import StatusRecord, record_status
 from minigpt_cli.distributed.world import World, start_world
@@ -56,6 +55,7 @@ from minigpt_cli.train.changes import (
     warn_about_environment,
 )
 from minigpt_cli.train.checkpointing import restore_checkpoint
+from minigpt_cli.train.data_check import open_verified_data
 from minigpt_cli.train.finish import remove_stale_export
 from minigpt_cli.train.preflight import (
     check_loss,
@@ -225,18 +225,6 @@ def _remove_leftovers(directory: Path) -> None:
     """Remove half-written files of a killed process."""
     store.remove_stale(directory)
     remove_stale_export(directory)
-
-
-def open_verified_data(recipe: Recipe, world: World) -> TrainingData:
-    """Open the recipe's dataset on every rank, after a comparison with its manifest on rank 0.
-
-    Raises:
-        UserError: there is no dataset, or no sequence to train on in it.
-        Damaged: a file isn't as recorded.
-    """
-    if recipe.data.verify:  # it may take minutes, in which the other ranks wait for no collective
-        world.run_on_rank0(lambda: verify_data(recipe))
-    return open_data(recipe)
 
 
 def _set_aside_later(directory: Path, step: int) -> None:

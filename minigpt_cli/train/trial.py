@@ -27,6 +27,7 @@ from minigpt_cli.train.base_weights import (
     open_recipe_base,
     start_from_base,
 )
+from minigpt_cli.train.data_check import open_verified_data
 from minigpt_cli.train.preflight import (
     LossCheck,
     MemoryCheck,
@@ -35,7 +36,6 @@ from minigpt_cli.train.preflight import (
     report_preflight,
 )
 from minigpt_cli.train.run import run_summary
-from minigpt_cli.train.start import open_verified_data
 from minigpt_cli.train.start_checks import (
     check_can_create,
     check_earlier_recipe,

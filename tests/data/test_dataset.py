@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import json_checksum
-from minigpt_cli.data.dataset import TokenDataset, open_dataset, verify_dataset
-from minigpt_cli.data.dataset_manifest import DatasetManifest, Split, write_dataset_manifest
+from minigpt_cli.data.dataset import open_dataset, verify_dataset
 from minigpt_cli.data.tokenizer import tokenizer_fingerprint
 from minigpt_cli.prepare.bpe import train_bpe
 from minigpt_cli.prepare.writer import ShardWriter, npy_header
-
-VOCAB = 300
+from tests.helpers.token_dataset import VOCAB, build_dataset
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +25,9 @@ def tokenizer() -> Any:
     return train_bpe(iter(["some text, some words " * 30]), 280)
 
 
-def build(
-    path: Path, tokens: np.ndarray, shard_tokens: int, tokenizer: Any, dtype: str = "uint16"
-) -> TokenDataset:
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "tokenizer.json").write_text(tokenizer.to_str())
-    writer = ShardWriter(path, "train", dtype, shard_tokens)
-    writer.write(tokens.astype(dtype))
-    shards = writer.finish()
-    writer.close()
-    manifest = DatasetManifest(
-        splits={"train": Split(shards, len(tokens), 1, 5), "val": Split((), 0, 0, 0)},
-        eos_id=0,
-        dtype=dtype,
-        vocab_size=VOCAB,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-        tokenizer_sha256="written by hand",
-        source={"kind": "files"},
-        source_fingerprint="",
-        bad_lines=0,
-        settings={},
-        minigpt_version="0",
-    )
-    write_dataset_manifest(path, manifest)
-    return open_dataset(path)
-
-
 @pytest.fixture
 def dataset(quick: Path, tokenizer: Any) -> Path:
-    build(quick / "data", np.arange(1000) % VOCAB, 300, tokenizer)
+    build_dataset(quick / "data", np.arange(1000) % VOCAB, 300, tokenizer)
     return quick / "data"
 
 
@@ -82,7 +54,7 @@ def test_sequences_and_slices_equal_those_of_one_array(
     tokens = np.random.default_rng(count).integers(0, VOCAB, count)
     path = quick / "dataset"
     shutil.rmtree(path, ignore_errors=True)
-    split = build(path, tokens, shard_tokens, tokenizer, dtype).splits["train"]
+    split = build_dataset(path, tokens, shard_tokens, tokenizer, dtype).splits["train"]
     assert split.tokens == count
     assert split.num_sequences(length) == max(0, (count - 1) // length)
     assert len(list(path.glob("train-*.npy"))) == -(-count // shard_tokens)
@@ -147,7 +119,7 @@ def test_more_shards_than_file_descriptors(quick: Path, tokenizer: Any) -> None:
 
     tokens = np.arange(1200) % VOCAB
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    split = build(quick, tokens, 2, tokenizer).splits["train"]
+    split = build_dataset(quick, tokens, 2, tokenizer).splits["train"]
     resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
     try:
         assert np.array_equal(split.slice(0, 1200), tokens)
@@ -389,7 +361,7 @@ def test_what_is_no_dataset(tmp_path: Path, dataset: Path) -> None:
 
 def test_the_fingerprint_covers_every_token(quick: Path, tokenizer: Any) -> None:
     tokens = np.arange(500) % VOCAB
-    first = build(quick / "a", tokens, 100, tokenizer).manifest.fingerprint
-    assert build(quick / "b", tokens, 100, tokenizer).manifest.fingerprint == first
+    first = build_dataset(quick / "a", tokens, 100, tokenizer).manifest.fingerprint
+    assert build_dataset(quick / "b", tokens, 100, tokenizer).manifest.fingerprint == first
     tokens[-1] += 1
-    assert build(quick / "c", tokens, 100, tokenizer).manifest.fingerprint != first
+    assert build_dataset(quick / "c", tokens, 100, tokenizer).manifest.fingerprint != first

@@ -8,7 +8,7 @@ from minigpt_cli.generate.packed import PackedLinear, can_pack, pack_weights
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.huggingface.base_model import load_base, open_base
 from minigpt_cli.model import lora
-from minigpt_cli.model.gpt import GPT, copy_values
+from minigpt_cli.model.gpt import GPT, fill_all_rows
 from minigpt_cli.recipe import AdapterSettings
 from tests.helpers.models import SHAPES, saved_model
 
@@ -20,7 +20,7 @@ def load(shape, folder, license_dataset):
     theirs, directory = saved_model(shape, folder / "in", license_dataset)
     base = open_base(directory)
     model = GPT(base.config).eval()
-    load_base(base, model, copy_values)
+    load_base(base, model, fill_all_rows)
     if not can_pack(model):
         pytest.skip("this machine doesn't pack weights")
     return model, theirs
@@ -67,7 +67,7 @@ def test_bf16_is_as_close_as_without(tmp_path, license_dataset):
 def test_layers_with_an_adapter_stay(tmp_path, license_dataset):
     model, _ = load("llama", tmp_path, license_dataset)
     lora.attach(model, AdapterSettings(rank=2, alpha=4.0, target_modules=("q_proj",)))
-    lora.initialize_adapters(model, 0, lambda name: model.get_parameter(name), copy_values)
+    lora.initialize_adapters(model, 0, lambda name: model.get_parameter(name), fill_all_rows)
     for layer in lora.adapted(model).values():
         torch.nn.init.normal_(layer.lora_B)
     expected = model(IDS).detach()
