@@ -24,11 +24,16 @@ def test_a_thread_uses_its_device(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_all_pools_use_the_device():
-    """Encoding and hashing have no tensors; core/threads.py makes the pools of all others."""
+    """Encoding, hashing and drawing weights use no GPU; core/threads.py makes all other pools."""
     makers = {
         path.relative_to(ROOT / "minigpt_cli").as_posix()
         for path in (ROOT / "minigpt_cli").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ThreadPoolExecutor"
     }
-    assert makers == {"core/threads.py", "data/verification.py", "prepare/encode.py"}
+    assert makers == {
+        "core/threads.py",
+        "data/verification.py",
+        "model/random_rows.py",
+        "prepare/encode.py",
+    }

@@ -8,7 +8,7 @@ from minigpt_cli.generate.packed import PackedLinear, can_pack, pack_weights
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.huggingface.base_model import load_base, open_base
 from minigpt_cli.model import lora
-from minigpt_cli.model.gpt import GPT, fill_all_rows
+from minigpt_cli.model.gpt import GPT, copy_values, fill_all_rows
 from minigpt_cli.recipe import AdapterSettings
 from tests.helpers.models import SHAPES, saved_model
 
@@ -20,7 +20,7 @@ def load(shape, folder, license_dataset):
     theirs, directory = saved_model(shape, folder / "in", license_dataset)
     base = open_base(directory)
     model = GPT(base.config).eval()
-    load_base(base, model, fill_all_rows)
+    load_base(base, model, copy_values)
     if not can_pack(model):
         pytest.skip("this machine doesn't pack weights")
     return model, theirs
