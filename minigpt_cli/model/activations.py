@@ -87,7 +87,7 @@ def loss_bytes(config: ModelConfig, workload: Workload) -> int:
     full, compute = workload.full_bytes, workload.compute_bytes
     mixed = compute < full  # a cast is a copy
     head, hidden = config.vocab_size * config.hidden_size, workload.tokens * config.hidden_size
-    rows = min(default_chunk_tokens(workload.device_type, config.vocab_size), workload.tokens)
+    rows = default_chunk_tokens(workload.device_type, config.vocab_size, workload.tokens)
     chunk = rows * config.vocab_size
     softmax = chunk * (2 * full + mixed * compute)
     gradient = 0 if workload.adapter is not None else head  # a frozen head has none

@@ -16,7 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from minigpt_cli.core.seed import derived_seed
 from minigpt_cli.model.attention import cached_attention, causal_attention
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.cross_entropy import projected_cross_entropy
+from minigpt_cli.model.cross_entropy import (
+    LossKernel,
+    eager_loss_and_gradient,
+    projected_cross_entropy,
+)
 from minigpt_cli.model.norm import Norm
 from minigpt_cli.model.padding import padded_positions, padding_mask
 from minigpt_cli.recipe import RopeScaling
@@ -125,6 +129,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
 
 
+def project(x: Tensor, layers: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
+    """Apply several linear layers to one input by a single product, where none has an adapter.
+
+    The layers keep parameters of their own, so that files, optimizers and adapters know each.
+    """
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    weight = torch.cat([layer.weight for layer in layers])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    out = F.linear(x, weight, torch.cat(biases) if biases else None)
+    return out.split([layer.out_features for layer in layers], dim=-1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -158,7 +175,9 @@ class Attention(nn.Module):
         if self.gpt2:
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            layers = (self.q_proj, self.k_proj, self.v_proj)
+            # Not for each generated token: one row costs less than the weights' copy.
+            q, k, v = project(x, layers) if cache is None else (layer(x) for layer in layers)
         q, k, v = (part.view(batch, tokens, -1, self.head_dim) for part in (q, k, v))
         if rope is not None:
             q, k = q.to(rope[0].dtype), k.to(rope[0].dtype)
@@ -215,16 +234,32 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        change: Tensor,
         rope: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the block.
+
+        The last addition is left to the next block, where a compiler fuses it with the norm.
+
+        Args:
+            x: (B, T, H), the residual stream.
+            change: (B, T, H), what the block before adds to it.
+            rope: cosine and sine of the positions; None for gpt2.
+            cache: see ``KVCache.layer``.
+            mask: see ``causal_attention``.
+
+        Returns:
+            The residual stream before this block's MLP, and what the MLP adds to it.
+        """
+        x = x + change
         # Cast once: autocast would cast again for each projection.
         dtype = autocast_dtype(x)
         attended = self.self_attn(self.input_layernorm(x).to(dtype), rope, cache, mask)
         x = x + F.dropout(attended, self.dropout, self.training)
         out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
-        return x + F.dropout(out, self.dropout, self.training)
+        return x, F.dropout(out, self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -239,6 +274,7 @@ class GPT(nn.Module):
         c = config
         self.config = config
         self.checkpoint_activations = False
+        self.loss_kernel: LossKernel = eager_loss_and_gradient
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         if c.family == "gpt2":
             self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
@@ -298,19 +334,28 @@ class GPT(nn.Module):
             cos, sin = self._rope_table(x, end)
             rope = (cos[positions], sin[positions])
         x = F.dropout(x, self.config.dropout, self.training)
+        # Not None, because the first block would be compiled apart.
+        change = torch.zeros_like(x, dtype=autocast_dtype(x))
         for index, layer in enumerate(self.layers):
             if self.checkpoint_activations and self.training:
-                x = checkpoint(layer, x, rope, None, mask, use_reentrant=False)
+                x, change = checkpoint(layer, x, change, rope, None, mask, use_reentrant=False)
             else:
-                x = layer(x, rope, cache.layer(index) if cache is not None else None, mask)
+                kept = cache.layer(index) if cache is not None else None
+                x, change = layer(x, change, rope, kept, mask)
         if cache is not None:
             cache.length = end
         if logits_to_keep:
-            x = x[:, -logits_to_keep:]
-        x = self.norm(x).to(autocast_dtype(x))
+            x, change = x[:, -logits_to_keep:], change[:, -logits_to_keep:]
+        x = self.last_norm(x, change)
         if targets is not None:
-            return projected_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
+            return projected_cross_entropy(
+                x.flatten(0, 1), self.head_weight(), targets.flatten(), kernel=self.loss_kernel
+            )
         return F.linear(x, self.head_weight())
+
+    def last_norm(self, x: Tensor, change: Tensor) -> Tensor:
+        """Return the input of the output projection, in the dtype of matrix products."""
+        return self.norm(x + change).to(autocast_dtype(x))  # type: ignore[no-any-return]
 
     def _rope_table(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Return the table of angles, made once per device.
