@@ -49,7 +49,15 @@ PEAK = 989e12  # dense bf16 and fp16 FLOP/s
 PEAK_FP32 = 67e12
 
 # Views and new tensors: nothing runs on the device.
-FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "detach"}
+FREE = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "_unsafe_view",
+}
 
 
 @dataclass

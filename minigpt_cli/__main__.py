@@ -31,6 +31,9 @@ def _set_environment() -> None:
         # Threads that wait for each other spin. Less of it loses nothing on a quiet machine, and
         # leaves the cores to others on a busy one (benchmarks/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
+        # A GPU's memory falls less into pieces that are too small to use.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     columns = os.environ.get("COLUMNS", "80")
     if not (columns.isdecimal() and 1 <= int(columns[:6]) <= 10_000):
         del os.environ["COLUMNS"]  # rich prints nothing for 0, and pads lines to any width

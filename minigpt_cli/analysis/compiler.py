@@ -14,7 +14,7 @@ from minigpt_cli.analysis.finding import Finding, pip_install, system_install
 from minigpt_cli.core.files import os_reason
 
 SECONDS = 120  # a compiler that takes longer is of no use, or hangs
-_PURPOSE = "[precision] compile = true"
+_PURPOSE = "[precision] compile"
 _CODE = """
 import sys, torch
 device = "cuda" if torch.cuda.is_available() else "cpu"

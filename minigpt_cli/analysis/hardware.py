@@ -94,12 +94,11 @@ def _bf16() -> Finding:
 
 
 def _nccl(gpus: int) -> Finding:
-    import torch
+    from minigpt_cli.core.environment import nccl_version
 
     purpose = "several GPUs: --nproc, torchrun, srun"
-    try:
-        version = ".".join(map(str, torch.cuda.nccl.version()))
-    except (AttributeError, RuntimeError):
+    version = nccl_version()
+    if version is None:
         found = "this torch is built without it"
         if gpus == 1:
             return Finding("NCCL", found, purpose)

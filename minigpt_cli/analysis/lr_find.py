@@ -145,7 +145,9 @@ def find_lr(recipe: Recipe, search: LrSearch, show: Callable[[str, int, int], No
         UserError: the recipe can't be followed, or there is nothing to validate on.
         Damaged: the dataset is damaged.
     """
-    world = start_world(recipe.distributed.timeout_minutes)
+    world = start_world(
+        recipe.distributed.timeout_minutes, deterministic=recipe.train.deterministic
+    )
     recipe, base, data = _open(recipe, world)
     nothing_is_saved()
     if data.val is None:
@@ -153,7 +155,8 @@ def find_lr(recipe: Recipe, search: LrSearch, show: Callable[[str, int, int], No
             f"{recipe.data_path}: has no validation sequence, which the advice needs: use more "
             "data, a larger data.source.val_fraction or a shorter train.sequence_length"
         )
-    context = replace(build_context(recipe, data.vocab_size, world), optimizers=[])
+    context = build_context(recipe, data.vocab_size, world, data.max_segments)
+    context = replace(context, optimizers=[])
     bench = _Bench(recipe, base, data, context, show)
     _fill(bench, recipe)
     warm_up(context, recipe.train.sequence_length, isinstance(data.train, PackedSequences))

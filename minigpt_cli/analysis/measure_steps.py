@@ -68,7 +68,7 @@ def measure_steps(recipe: Recipe, plan: Plan) -> list[MeasuredSize]:
         plan: for this machine's kind of device.
     """
     assert plan.model is not None
-    world = start_world()
+    world = start_world(deterministic=recipe.train.deterministic)
     recipe, _ = complete_from_base(recipe)
     micro = plan.micro_batch_size
     single = replace(

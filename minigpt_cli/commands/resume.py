@@ -61,7 +61,7 @@ def resume_command(
         from minigpt_cli.distributed.world import start_world
 
         recipe = load_recipe(or_start, overrides)
-        world = start_world(recipe.distributed.timeout_minutes, run)
+        world = start_world(recipe.distributed.timeout_minutes, run, recipe.train.deterministic)
         if not world.run_on_rank0(lambda: is_checkpoint(run) or holds_a_checkpoint(run), bool):
             train_new_run(recipe, or_start, run, as_json)
             return 0

@@ -1,11 +1,16 @@
 """The content of environment.json: software and hardware that a run's bits depend on."""
 
+import os
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import minigpt_cli
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def software_environment() -> dict[str, Any]:
@@ -31,6 +36,7 @@ def training_environment(
         ranks: the number of processes.
         strategy: single, ddp, zero2, fsdp or hsdp.
     """
+    on_gpu = device_type == "cuda"
     return software_environment() | {
         "device": device,
         "device_type": device_type,
@@ -38,14 +44,52 @@ def training_environment(
         "computing_dtype": computing_dtype,
         "ranks": ranks,
         "strategy": strategy,
+        "driver": _driver_version() if on_gpu else None,
+        "nccl": nccl_version() if on_gpu else None,
+        "nccl_variables": _nccl_variables() if on_gpu else {},
     }
+
+
+def nccl_version() -> str | None:
+    """Return the version of NCCL; None if this torch is built without it."""
+    try:
+        return ".".join(map(str, torch.cuda.nccl.version()))
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _driver_version() -> str | None:
+    """Return the version of NVIDIA's kernel module; None if the system doesn't say."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d[\d.]+)\s", _DRIVER.read_text())
+    except (OSError, ValueError):
+        return None
+    return None if found is None else found[1]
+
+
+def _nccl_variables() -> dict[str, str]:
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith("NCCL_")}
 
 
 def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a phrase for each difference that makes results differ in their bits."""
     keys = ("torch", "device", "threads", "computing_dtype", "ranks", "strategy")
-    return [
+    changes = [
         f"{key} changed from {str(before.get(key))[:80]} to {now[key]}"
         for key in keys
         if before.get(key) != now[key]
     ]
+    # Older runs didn't note these.
+    changes += [
+        f"{key} changed from {str(before[key])[:80]} to {now[key]}"
+        for key in ("driver", "nccl")
+        if key in before and before[key] != now[key]
+    ]
+    old, new = before.get("nccl_variables"), now["nccl_variables"]
+    if isinstance(old, dict):
+        changes += [
+            f"{name} changed from {str(old.get(name))[:80]} to {str(new.get(name))[:80]}"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name) and not name.startswith("NCCL_DEBUG")
+        ]
+    return changes

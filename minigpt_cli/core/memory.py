@@ -10,8 +10,8 @@ from minigpt_cli.core.faq import faq
 
 _ADVICE = (
     "in training, try in this order: a smaller train.micro_batch_size (the result stays the same), "
-    "train.activation_checkpointing=true, a shorter train.sequence_length, a smaller model; "
-    "elsewhere: eval --batch-size, sample --num-samples, tokenize --workers"
+    "train.activation_checkpointing=selective or true, a shorter train.sequence_length, a smaller "
+    "model; elsewhere: eval --batch-size, sample --num-samples, tokenize --workers"
 )
 # torch on a CPU (bytes) and on a GPU, NumPy.
 _ASKED = re.compile(r"(?:[Tt]ried|[Uu]nable) to allocate ([\d.]+) (bytes|[KMGTPE]iB|B)")

@@ -6,6 +6,7 @@ import resource
 
 import torch
 
+from minigpt_cli.core.console import warn
 from minigpt_cli.core.env_variables import env_int
 from minigpt_cli.core.memory import available_memory
 
@@ -86,5 +87,17 @@ def use_deterministic_kernels(device: torch.device, compiled: bool) -> None:
     # cuBLAS reads this when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    if compiled:
+        from torch._inductor import config
+
+        config.deterministic = True  # else it chooses between kernels by their time
     # It would fill every new tensor, which costs a pass over each.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def use_tf32(device: torch.device, wanted: bool) -> None:
+    """Have a GPU round what it multiplies in float32 to TF32, or not; warn where there is none."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if wanted else "highest")
+    elif wanted:
+        warn("precision.tf32 is ignored: it is for GPUs, and this run is on a CPU")

@@ -6,6 +6,7 @@ agreeing never waits for a GPU.
 
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,12 +143,15 @@ def join(info: RankInfo) -> None:
     start_watch()
 
 
-def start_world(timeout_minutes: float = 10.0, run: Path | None = None) -> World:
+def start_world(
+    timeout_minutes: float = 10.0, run: Path | None = None, deterministic: bool = True
+) -> World:
     """Return this process's World; the same one at each call.
 
     Args:
         timeout_minutes: how long a collective waits for a rank that doesn't answer.
         run: the run directory, for messages about a lost rank.
+        deterministic: whether sums over GPUs must have the same bits in each call.
     """
     global _world
     if run is not None:
@@ -159,6 +163,10 @@ def start_world(timeout_minutes: float = 10.0, run: Path | None = None) -> World
         if info is None or store is None:
             _world = World(rank=0, size=1, device=find_device())
         else:
+            if deterministic:
+                # Sums by NVLink's switches differ between calls (NVIDIA/nccl#1497). NCCL reads this
+                # when it starts.
+                os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
             _world = _start_groups(info, store, timedelta(minutes=timeout_minutes))
     return _world
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from minigpt_cli.core.constants import IGNORE_INDEX
 from minigpt_cli.data.loader import Gathered, Sequences
 from minigpt_cli.distributed.world import World
+from minigpt_cli.model.compiled import run_eagerly
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.model.precision import autocast
 
@@ -95,7 +96,7 @@ def evaluate(
             inputs, targets, *segment_ids = (
                 torch.from_numpy(each).to(device) for each in batch if each is not None
             )
-            with autocast(dtype, device):
+            with autocast(dtype, device), run_eagerly(model):
                 total += model(inputs, targets, *segment_ids)
             counted = batch[1][batch[1] != IGNORE_INDEX]
             tokens += counted.size

@@ -33,6 +33,33 @@ def saved_per_token(config: ModelConfig, workload: Workload) -> int:
     return saved
 
 
+def kept_per_token(config: ModelConfig, workload: Workload) -> tuple[int, int]:
+    """Bytes that one block keeps of its products when it recomputes the rest, per token.
+
+    Returns:
+        (what is kept beside the block's input, the part of it that a block which recomputes
+        nothing saves as well). The products of model/recompute.py.
+    """
+    c, w = config, workload
+    heads, kv_heads, is_gpt2 = c.num_attention_heads, c.num_key_value_heads, c.family == "gpt2"
+    projected = (heads + 2 * kv_heads) * c.head_dim
+    inner = (1 if is_gpt2 else 2) * c.intermediate_size
+    kept = (projected + inner + 2 * c.hidden_size) * w.compute_bytes
+    # Queries and keys are saved after their rotation.
+    also = ((projected if is_gpt2 else kv_heads * c.head_dim) + inner) * w.compute_bytes
+    if w.adapter is not None:  # what follows an adapted layer is its sum with the adapter's result
+        layers = adapted_layers(c, w.adapter)
+        also = len(layers) * w.adapter.rank * w.compute_bytes
+        kept += also + sum(outside for _, outside in layers) * w.compute_bytes
+    if not c.dropout:
+        result = heads * c.head_dim * w.compute_bytes
+        kept += result
+        if w.device_type != "cpu" or w.packed or w.sequence_length > CPU_MATMUL_TOKENS:
+            statistics = heads * w.full_bytes
+            kept, also = kept + statistics, also + result + statistics
+    return kept, also
+
+
 def _saved_by_scores(config: ModelConfig, workload: Workload) -> int:
     """Bytes that attention saves of its scores, per token."""
     c, length, compute = config, workload.sequence_length, workload.compute_bytes

@@ -1,6 +1,7 @@
 """Causal attention: torch's kernels on GPUs, matrix products on CPUs, where they are faster."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,16 @@ def causal_attention(
         q: (B, A, T, D).
         k, v: (B, K, T, D), K dividing A: each serves A/K neighbouring query heads.
         dropout: probability of dropping an attention weight.
-        mask: (B, 1, T, T) bool, true for visible tokens; None: all earlier tokens are visible.
+        mask: (B, 1, T, T) bool, true for visible tokens; or the result of ``segment_boundaries``,
+            where ``has_varlen``: earlier tokens of the same segment are visible. None: all
+            earlier tokens are.
 
     Returns:
         (B, A, T, D).
     """
     tokens = q.shape[2]
+    if mask is not None and mask.dim() == 1:
+        return _by_varlen(q, k, v, mask)
     if mask is not None:
         # With enable_gqa and a mask, torch has only the kernel that stores all (T, T) weights.
         groups = q.shape[1] // k.shape[1]
@@ -37,6 +42,60 @@ def causal_attention(
     return F.scaled_dot_product_attention(
         q, k, v, dropout_p=dropout, is_causal=tokens > 1, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
+    """Return whether torch's flash attention can keep segments apart by their boundaries alone.
+
+    It needs a GPU since Ampere. It has no dropout, and no other sizes and dtypes.
+    """
+    usable = (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and dtype in (torch.bfloat16, torch.float16)
+        and head_dim % 8 == 0
+        and head_dim <= 256
+        and not dropout
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    if usable:
+        import torch.nn.attention.varlen  # noqa: F401  2 s; it registers the operator
+    return usable
+
+
+def segment_boundaries(segment_ids: Tensor, most: int | None = None) -> Tensor:
+    """Return where each segment starts, counted over all rows, and at the end B * T.
+
+    Args:
+        segment_ids: (B, T), the segment of each token in its row.
+        most: segments of a row. None: they are counted, which waits for the device.
+
+    Returns:
+        (B * most + 1,) int32, ascending. Segments beyond those that exist are empty, at the end.
+    """
+    starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
+    numbers = starts.flatten().cumsum(0)  # of each token's segment, from 1
+    count = int(numbers[-1]) if most is None else len(segment_ids) * most
+    # Segment n + 1 starts at the first token whose number is above n.
+    wanted = torch.arange(count + 1, device=numbers.device)
+    return torch.searchsorted(numbers, wanted, right=True, out_int32=True)
+
+
+def _by_varlen(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, _, tokens, _ = q.shape
+    # (B, A, T, D) is a view of (B, T, A, D): nothing is copied.
+    q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (q, k, v))
+    grouped: dict[str, Any] = {}
+    # torch 2.11 takes grouped heads as they are; later versions want to be told.
+    if q.shape[1] != k.shape[1] and "enable_gqa" in (varlen_attn.__kwdefaults__ or {}):
+        grouped["enable_gqa"] = True
+    out = varlen_attn(
+        q, k, v, boundaries, boundaries, tokens, tokens, window_size=(-1, 0), **grouped
+    )
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (rows, tokens)).transpose(1, 2)
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -72,10 +131,12 @@ def _by_matmul(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q.reshape(rows, groups, tokens, dim)
     k = k.reshape(rows, tokens, dim).transpose(1, 2)
     v = v.reshape(rows, tokens, dim)
+    # In a compiled block the masks are constants, and dynamo warns of a cache.
+    make_mask = _mask.__wrapped__ if torch.compiler.is_compiling() else _mask
     out = []
     for start in range(0, tokens, QUERY_BLOCK):
         end = min(tokens, start + QUERY_BLOCK)
-        mask = _mask(start, end, groups, q.dtype).expand(rows, -1, -1)
+        mask = make_mask(start, end, groups, q.dtype).expand(rows, -1, -1)
         block = q[:, :, start:end].reshape(rows, -1, dim)
         scores = torch.baddbmm(mask, block, k[:, :, :end], alpha=dim**-0.5)
         seen = torch.bmm(scores.softmax(-1), v[:, :end])

@@ -30,7 +30,6 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         kernel: LossKernel,
     ) -> Tensor:
-        full = torch.promote_types(hidden.dtype, torch.float32)
         wants_grad, wants_weight = any(ctx.needs_input_grad[:2]), ctx.needs_input_grad[1]
         matrix = weight.to(hidden.dtype)
         kept = targets != IGNORE_INDEX
@@ -38,8 +37,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         # Tokens that are left out then add nothing to the weight's gradient.
         hidden = hidden.where(kept[:, None], 0)
         grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        # None if the projection is frozen.
-        grad_weight = torch.zeros_like(weight, dtype=full) if wants_weight else None
+        grad_weight = None  # also if the projection is frozen
         losses = []
         for start in range(0, len(targets), chunk_tokens):
             part = slice(start, start + chunk_tokens)
@@ -50,8 +48,8 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             loss, grad = kernel(rows @ matrix.T, targets[part])
             losses.append(loss)
             torch.mm(grad, matrix, out=grad_hidden[part])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad.T, rows)
+            if wants_weight:
+                grad_weight = _add_product(grad_weight, grad.T, rows)
             del grad  # the largest tensor of a step
         if wants_grad:
             ctx.save_for_backward(grad_hidden, grad_weight, kept)
@@ -71,14 +69,16 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return scaled, grad_weight, None, None, None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add ``a @ b`` to ``total`` in place, without rounding it to the factors' dtype."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)
-    elif a.is_cuda:  # the product is added up in float32 by itself
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``total + a @ b``, in place, and in float32 at least; without a total, the product."""
+    full = torch.promote_types(a.dtype, torch.float32)
+    # On a GPU the product itself adds up in float32, without rounding to the factors' dtype.
+    wide: dict[str, Any] = {"out_dtype": full} if a.is_cuda and a.dtype != full else {}
+    if total is None:
+        return torch.mm(a, b, **wide).to(full)
+    if wide or a.dtype == full:
+        return torch.addmm(total, a, b, out=total, **wide)
+    return total.add_(a @ b)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from minigpt_cli.core.constants import MUON_ELEMENTS
 from minigpt_cli.model.activations import (
+    kept_per_token,
     loss_bytes,
     norm_bytes,
     saved_outside_blocks,
@@ -94,7 +95,12 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
     # FSDP adds up whole gradients until the last micro-batch lets it scatter them.
     gradients = (whole if not w.sharded or w.accumulation > 1 else shard) * full
     saved, entering = w.tokens * saved_per_token(c, w), w.tokens * c.hidden_size * full
-    kept, recomputed = (entering, saved - entering) if w.activation_checkpointing else (saved, 0)
+    kept, recomputed = saved, 0
+    if w.activation_checkpointing:
+        kept, recomputed = entering, saved - entering
+    if w.activation_checkpointing == "selective":
+        products, also_saved = kept_per_token(c, w)
+        kept, recomputed = kept + w.tokens * products, recomputed - w.tokens * also_saved
     activations = layers * kept + saved_outside_blocks(c, w)
     loss = loss_bytes(c, w)
     backward = _backward_of_block(c, w, shapes) + recomputed

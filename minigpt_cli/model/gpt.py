@@ -11,10 +11,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minigpt_cli.core.seed import derived_seed
-from minigpt_cli.model.attention import cached_attention, causal_attention
+from minigpt_cli.model.attention import (
+    cached_attention,
+    causal_attention,
+    has_varlen,
+    segment_boundaries,
+)
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import (
     LossKernel,
@@ -23,6 +27,8 @@ from minigpt_cli.model.cross_entropy import (
 )
 from minigpt_cli.model.norm import Norm
 from minigpt_cli.model.padding import padded_positions, padding_mask
+from minigpt_cli.model.recompute import recomputed
+from minigpt_cli.model.workload import Checkpointing
 from minigpt_cli.recipe import RopeScaling
 
 
@@ -129,12 +135,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
 
 
-def project(x: Tensor, layers: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
-    """Apply several linear layers to one input by a single product, where none has an adapter.
+# Where the queries, keys and values of llama and qwen3 come from one product. It saves launches,
+# which cost nothing on a CPU; there it would cost a copy of the weights.
+ONE_PRODUCT = {"cuda"}
+
+
+def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Apply linear layers to one input, on a GPU by one product if none has an adapter.
 
     The layers keep parameters of their own, so that files, optimizers and adapters know each.
     """
-    if any(type(layer) is not nn.Linear for layer in layers):
+    if x.device.type not in ONE_PRODUCT or any(type(each) is not nn.Linear for each in layers):
         return tuple(layer(x) for layer in layers)
     weight = torch.cat([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
@@ -176,8 +187,8 @@ class Attention(nn.Module):
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         else:
             layers = (self.q_proj, self.k_proj, self.v_proj)
-            # Not for each generated token: one row costs less than the weights' copy.
-            q, k, v = project(x, layers) if cache is None else (layer(x) for layer in layers)
+            # Not for each generated token: its product costs less than the weights' copy.
+            q, k, v = project(x, *layers) if cache is None else (each(x) for each in layers)
         q, k, v = (part.view(batch, tokens, -1, self.head_dim) for part in (q, k, v))
         if rope is not None:
             q, k = q.to(rope[0].dtype), k.to(rope[0].dtype)
@@ -238,6 +249,7 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
+        recompute: Checkpointing = False,
     ) -> tuple[Tensor, Tensor]:
         """Apply the block.
 
@@ -249,17 +261,31 @@ class Block(nn.Module):
             rope: cosine and sine of the positions; None for gpt2.
             cache: see ``KVCache.layer``.
             mask: see ``causal_attention``.
+            recompute: what the backward pass computes again.
 
         Returns:
             The residual stream before this block's MLP, and what the MLP adds to it.
         """
         x = x + change
+        if recompute:  # here, so that torch.compile sees it and fuses the recomputation too
+            return recomputed(self._forward, x, rope, mask, keep_products=recompute == "selective")
+        return self._forward(x, rope, mask, cache)
+
+    def _forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
         # Cast once: autocast would cast again for each projection.
-        dtype = autocast_dtype(x)
-        attended = self.self_attn(self.input_layernorm(x).to(dtype), rope, cache, mask)
+        shape, dtype = x.shape, autocast_dtype(x)
+        x = x.flatten(0, 1)  # as products take it: a compiler then fuses more between two of them
+        normed = self.input_layernorm(x).to(dtype).view(shape)
+        attended = self.self_attn(normed, rope, cache, mask).flatten(0, 1)
         x = x + F.dropout(attended, self.dropout, self.training)
         out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
-        return x, F.dropout(out, self.dropout, self.training)
+        return x.view(shape), F.dropout(out, self.dropout, self.training).view(shape)
 
 
 class GPT(nn.Module):
@@ -273,7 +299,9 @@ class GPT(nn.Module):
         super().__init__()
         c = config
         self.config = config
-        self.checkpoint_activations = False
+        self.checkpoint_activations: Checkpointing = False
+        # Segments of a packed row, at most. None: they are counted where that matters.
+        self.max_segments: int | None = None
         self.loss_kernel: LossKernel = eager_loss_and_gradient
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         if c.family == "gpt2":
@@ -324,7 +352,7 @@ class GPT(nn.Module):
         positions: slice | Tensor = slice(past, end)
         if segment_ids is not None:
             assert cache is None
-            positions, mask = segment_positions(segment_ids), segment_mask(segment_ids)
+            positions, mask = segment_positions(segment_ids), self._segment_mask(x, segment_ids)
         if padding is not None:
             assert cache is not None
             positions, mask = padded_positions(padding, past, end), padding_mask(padding, past, end)
@@ -334,14 +362,12 @@ class GPT(nn.Module):
             cos, sin = self._rope_table(x, end)
             rope = (cos[positions], sin[positions])
         x = F.dropout(x, self.config.dropout, self.training)
+        recompute = self.checkpoint_activations if self.training else False
         # Not None, because the first block would be compiled apart.
         change = torch.zeros_like(x, dtype=autocast_dtype(x))
         for index, layer in enumerate(self.layers):
-            if self.checkpoint_activations and self.training:
-                x, change = checkpoint(layer, x, change, rope, None, mask, use_reentrant=False)
-            else:
-                kept = cache.layer(index) if cache is not None else None
-                x, change = layer(x, change, rope, kept, mask)
+            kept = cache.layer(index) if cache is not None else None
+            x, change = layer(x, change, rope, kept, mask, recompute)
         if cache is not None:
             cache.length = end
         if logits_to_keep:
@@ -356,6 +382,13 @@ class GPT(nn.Module):
     def last_norm(self, x: Tensor, change: Tensor) -> Tensor:
         """Return the input of the output projection, in the dtype of matrix products."""
         return self.norm(x + change).to(autocast_dtype(x))  # type: ignore[no-any-return]
+
+    def _segment_mask(self, x: Tensor, segment_ids: Tensor) -> Tensor:
+        """Return what keeps the segments apart, for ``causal_attention``."""
+        dropout = self.config.dropout if self.training else 0.0
+        if has_varlen(x.device, autocast_dtype(x), self.config.head_dim, dropout):
+            return segment_boundaries(segment_ids, self.max_segments)
+        return segment_mask(segment_ids)
 
     def _rope_table(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Return the table of angles, made once per device.

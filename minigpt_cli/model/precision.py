@@ -41,6 +41,11 @@ def compute_dtype(precision: PrecisionSettings, device: torch.device) -> torch.d
     return torch.bfloat16 if native else torch.float32
 
 
+def compiles(precision: PrecisionSettings, device: torch.device) -> bool:
+    """Return whether ``[precision] compile`` asks for a compiled model on this device."""
+    return device.type == "cuda" if precision.compile == "auto" else precision.compile
+
+
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of weights and optimizer state: float32, or float64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

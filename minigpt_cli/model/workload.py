@@ -6,6 +6,9 @@ from typing import Literal
 from minigpt_cli.recipe import AdapterSettings, Recipe
 
 Strategy = Literal["single", "ddp", "zero2", "fsdp", "hsdp"]
+# False: save what the backward pass needs; True: recompute it from a block's input; "selective":
+# save the results of matrix products and attention, and recompute the rest.
+Checkpointing = Literal[True, False, "selective"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Workload:
     shard_size: int | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     compute_bytes: int = 2
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = False
     device_type: str = "cuda"
     adapter: AdapterSettings | None = None
     packed: bool = False

@@ -209,9 +209,11 @@ def _convert(hint: Any, value: Any) -> Any:
         (hint,) = (option for option in get_args(hint) if option is not type(None))
         return _convert(hint, value)
     if kind is Literal:
-        if value in get_args(hint):
+        if any(type(value) is type(option) and value == option for option in get_args(hint)):
             return value
-        options = [str(option) for option in get_args(hint)]
+        options = [  # as TOML writes them
+            str(each).lower() if isinstance(each, bool) else str(each) for each in get_args(hint)
+        ]
         near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.6)
         hint_at = f" (did you mean {near[0]}?)" if near else ""
         raise TypeError(f"one of {', '.join(options)}{hint_at}")

@@ -213,8 +213,10 @@ class TrainSettings:
         unset="all of a rank's",
     )
     seed: int = setting("of weights, data order and dropout", 1337, NOT_NEGATIVE)
-    activation_checkpointing: bool = setting(
-        "recompute each block in the backward pass: less memory", False
+    activation_checkpointing: Literal[True, False, "selective"] = setting(
+        "recompute each block in the backward pass: less memory, a third more work; `selective`: "
+        "keep the results of matrix products and attention, so that almost no work is added",
+        False,
     )
     deterministic: bool = setting(
         "the same bits every time, also where a GPU or a compiled model needs slower kernels for "
@@ -265,8 +267,15 @@ class PrecisionSettings:
         "a CPU; fp16 scales the loss; fp64 is for checks",
         "auto",
     )
-    compile: bool = setting(
-        "torch.compile for each block; eager with a warning where there is no compiler", False
+    compile: Literal[True, False, "auto"] = setting(
+        "torch.compile for each block; eager with a warning where there is no compiler; `auto`: "
+        "on a GPU",
+        "auto",
+    )
+    tf32: bool = setting(
+        'with `dtype = "fp32"`: a GPU multiplies 10 bits of a number instead of 23, several '
+        "times as fast; a CPU ignores it",
+        False,
     )
 
 

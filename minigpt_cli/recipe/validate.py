@@ -19,6 +19,10 @@ def find_problems(recipe: Recipe) -> list[str]:
         *_length_problems(recipe),
         *_data_problems(recipe),
     ]
+    if recipe.precision.tf32 and recipe.precision.dtype != "fp32":
+        problems.append(
+            f"[precision] tf32 is for dtype = fp32, not {recipe.precision.dtype}: set tf32 = false"
+        )
     trackers = recipe.log.trackers
     problems += [
         f"[log] trackers names {name} twice" for name in {*trackers} if trackers.count(name) > 1

@@ -5,11 +5,9 @@ that names the settings to look at, and training begins.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from minigpt_cli.checkpoint.tensors import bytes_of, tensors_of
@@ -151,10 +149,11 @@ def _memory_warning(
 ) -> str:
     """Name what is missing and the settings that need less; ``sizes``: needed, free, the copy."""
     world, (needed, free, copy) = context.parallel_dims.world, sizes
-    on_gpu = world.device.type == "cuda"
+    on_gpu, recomputing = world.device.type == "cuda", recipe.train.activation_checkpointing
     ways = {
         "a smaller train.micro_batch_size": context.micro_batch_size > 1,
-        "train.activation_checkpointing=true": not recipe.train.activation_checkpointing,
+        "train.activation_checkpointing=selective": not recomputing,
+        "train.activation_checkpointing=true": recomputing is not True,
         "precision.dtype=bf16": context.dtype.itemsize > 2,
         "checkpoint.asynchronous=false": not on_gpu and 4 * copy > needed - free,
         "distributed.strategy=fsdp": context.parallel_dims.strategy == "ddp",
@@ -247,17 +246,14 @@ def compare_with_base(loss: float, own: float | None, vocab_size: int, which: st
 def _model_loss(context: StepContext, sequences: Sequences, ids: NDArray[np.int64]) -> float:
     world = context.parallel_dims.world
     at_once = min(context.micro_batch_size, -(-len(ids) // world.size))
-    compiled = "forward" in vars(context.model.layers[0])  # see compile_blocks
-    # Nothing is compiled for these passes only. set_stance would import the compiler.
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        result = evaluate(
-            context.model,
-            sequence_batches(sequences, ids, at_once, world.rank, world.size),
-            dtype=context.dtype,
-            token_bytes=None,
-            bytes_per_token=0.0,
-            world=world,
-        )
+    result = evaluate(
+        context.model,
+        sequence_batches(sequences, ids, at_once, world.rank, world.size),
+        dtype=context.dtype,
+        token_bytes=None,
+        bytes_per_token=0.0,
+        world=world,
+    )
     assert result is not None
     return result.loss
 

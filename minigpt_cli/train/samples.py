@@ -8,6 +8,7 @@ import torch
 
 from minigpt_cli.generate.sampling import SamplingOptions
 from minigpt_cli.generate.text import join_chunks, stream_text
+from minigpt_cli.model.compiled import run_eagerly
 from minigpt_cli.model.gpt import GPT
 
 if TYPE_CHECKING:
@@ -44,4 +45,6 @@ class Prompts:
                 eos_id=self.eos_id,
                 dtype=self.dtype,
             )
-            yield text, join_chunks(pieces)[0].text
+            with run_eagerly(model):
+                completion = join_chunks(pieces)[0].text
+            yield text, completion

@@ -89,7 +89,7 @@ def start_run(recipe: Recipe, directory: Path) -> tuple[Run, RunState]:
     Raises:
         UserError: the directory already holds a run, or the recipe can't be followed.
     """
-    world = start_world(recipe.distributed.timeout_minutes, directory)
+    world = start_world(recipe.distributed.timeout_minutes, directory, recipe.train.deterministic)
     check_directory(directory)
     base, base_fingerprint = open_recipe_base(recipe, world)
     if base is not None:
@@ -145,7 +145,7 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
     directory, named = store.locate(path)
     if named is not None and named.parent != checkpoints_dir(directory):
         raise UserError(f"{named}: to go on from it, put it under RUN/{CHECKPOINTS}/")
-    world = start_world(_timeout_minutes(directory, overrides), directory)
+    world = start_world(*_world_settings(directory, overrides))
     with ExitStack() as resources:
         world.run_on_rank0(lambda: resources.enter_context(run_lock(directory)))
         record = _keep_status(directory, world, resources)
@@ -196,11 +196,13 @@ def resume_run(path: Path, overrides: list[str], allow_changes: list[str]) -> tu
         return _ready(run, state, resources, trackers), state
 
 
-def _timeout_minutes(directory: Path, overrides: list[str]) -> float:
+def _world_settings(directory: Path, overrides: list[str]) -> tuple[float, Path, bool]:
+    """Return the arguments of ``start_world``, from the run's recipe."""
     try:
-        return load_recipe(directory / RECIPE, overrides).distributed.timeout_minutes
+        recipe = load_recipe(directory / RECIPE, overrides)
     except UserError:  # raised again when the recipe is loaded, if it is the one that counts
-        return DistributedSettings.timeout_minutes
+        return DistributedSettings.timeout_minutes, directory, True
+    return recipe.distributed.timeout_minutes, directory, recipe.train.deterministic
 
 
 def _keep_status(directory: Path, world: World, resources: ExitStack) -> StatusRecord:

@@ -7,10 +7,11 @@ from minigpt_cli.core.errors import UserError, first_line
 from minigpt_cli.core.faq import faq
 from minigpt_cli.core.memory import is_out_of_memory
 from minigpt_cli.distributed import parallel
-from minigpt_cli.distributed.device import use_deterministic_kernels
+from minigpt_cli.distributed.device import use_deterministic_kernels, use_tf32
 from minigpt_cli.distributed.parallel import ParallelDims
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model import lora, precision
+from minigpt_cli.model.compiled import is_compiled
 from minigpt_cli.model.config import config_from_recipe
 from minigpt_cli.model.cross_entropy import eager_loss_and_gradient, fused_loss_and_gradient
 from minigpt_cli.model.gpt import GPT
@@ -21,13 +22,16 @@ from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.step import StepContext
 
 
-def build_context(recipe: Recipe, vocab_size: int, world: World) -> StepContext:
+def build_context(
+    recipe: Recipe, vocab_size: int, world: World, max_segments: int | None = None
+) -> StepContext:
     """Build the context of a training step; every rank calls it.
 
     Args:
         recipe: its data, run directory, evaluation and checkpoints play no role.
         vocab_size: the tokenizer's; the recipe may ask for a larger one.
         world: this process among the others.
+        max_segments: the dataset's; None: sequences are not packed.
 
     Returns:
         A context without weights: fill them by ``initialize_weights`` or ``load_base``.
@@ -38,8 +42,10 @@ def build_context(recipe: Recipe, vocab_size: int, world: World) -> StepContext:
     dtype = _common_dtype(recipe, world)
     config = config_from_recipe(recipe, vocab_size)
     micro_batch_size = micro_batch_size_of(recipe, world.size)
+    compiles = precision.compiles(recipe.precision, world.device)
     if recipe.train.deterministic:
-        use_deterministic_kernels(world.device, recipe.precision.compile)
+        use_deterministic_kernels(world.device, compiles)
+    use_tf32(world.device, recipe.precision.tf32)
     with torch.device("meta"):  # so that a model too large for one rank is never whole
         model = GPT(config).to(precision.weights_dtype(dtype))
     if recipe.lora is not None:
@@ -47,7 +53,8 @@ def build_context(recipe: Recipe, vocab_size: int, world: World) -> StepContext:
         round_frozen(model, dtype)
     dims = _choose_dims(recipe, model, world)
     model.checkpoint_activations = recipe.train.activation_checkpointing
-    if recipe.precision.compile:
+    model.max_segments = max_segments
+    if compiles:
         compile_blocks(model)
     parallel.apply_fsdp(model, model.layers, dims, dtype)
     model.to_empty(device=world.device)
@@ -98,11 +105,22 @@ def compile_blocks(model: GPT) -> None:
     The blocks share one compilation. Only ``forward`` is replaced, so that saved names have no
     wrapper's prefix.
     """
+    from torch._dynamo import config  # a second, so only where it is used
+
+    config.optimize_ddp = False  # it would cut a block in two where a bucket of DDP ends
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward)
     model.last_norm = torch.compile(model.last_norm)  # type: ignore[method-assign]
     # dynamic=False: a second size of chunks would make the vocabulary's size a variable.
     model.loss_kernel = torch.compile(fused_loss_and_gradient, dynamic=False)
+
+
+def use_eager_kernels(model: GPT) -> None:
+    """Undo ``compile_blocks``."""
+    for layer in model.layers:
+        del layer.forward
+    vars(model).pop("last_norm", None)
+    model.loss_kernel = eager_loss_and_gradient
 
 
 def warm_up(context: StepContext, sequence_length: int, packed: bool = False) -> None:
@@ -131,7 +149,7 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
         loss.backward()
         parallel.zero_grad(model, context.parallel_dims)
 
-    if "forward" in vars(model.layers[0]):  # compile_blocks was called
+    if is_compiled(model):
         reason = ""
         try:
             if world.size == 1:
@@ -149,10 +167,7 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
                 f"torch.compile failed, training goes on without it: {reasons[0]} "
                 f"{faq('training-is-slow')}"
             )
-            for layer in model.layers:
-                del layer.forward
-            del model.last_norm
-            model.loss_kernel = eager_loss_and_gradient
+            use_eager_kernels(model)
         elif world.size > 1:
             run_pass()
     if context.parallel_dims.strategy == "ddp":

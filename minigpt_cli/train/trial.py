@@ -80,7 +80,9 @@ def open_trial(recipe: Recipe, run: Path | None) -> Iterator[Trial]:
     Raises:
         UserError: the recipe can't be followed, or a start would be refused.
     """
-    world = start_world(recipe.distributed.timeout_minutes)
+    world = start_world(
+        recipe.distributed.timeout_minutes, deterministic=recipe.train.deterministic
+    )
     base, _ = open_recipe_base(recipe, world)
     if base is not None:
         recipe, base = start_from_base(recipe, base)
@@ -148,7 +150,7 @@ def _build(
 ) -> Trial:
     data = open_verified_data(recipe, world)
     free = free_memory(world.device, world.local_size)
-    context = build_context(recipe, data.vocab_size, world)
+    context = build_context(recipe, data.vocab_size, world, data.max_segments)
     log(run_summary(recipe, context, None if is_sample else data.train.num_sequences))
     packed = isinstance(data.train, PackedSequences)
     memory = check_memory(recipe, context, free, packed)

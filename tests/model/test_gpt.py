@@ -1,11 +1,13 @@
 """The transformer: its size, its initial weights, what sees what, and what changes nothing."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import model_config
@@ -276,18 +278,36 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(model(ids), plain(ids))
 
 
+class CountOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func.overloadpacket._qualified_op_name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", [True, "selective"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointing_activations_changes_no_bit(family, dropout):
+def test_checkpointing_activations_changes_no_bit(family, dropout, recompute):
     model = small_model(family, dropout=dropout)
     torch.manual_seed(5)
-    loss, expected = gradients(model)
+    with CountOps() as first:
+        loss, expected = gradients(model)
     calls = []
-    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(None))
-    model.checkpoint_activations = True
+    model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: calls.append(None))
+    model.checkpoint_activations = recompute
     torch.manual_seed(5)
-    again, recomputed = gradients(model)
+    with CountOps() as second:
+        again, recomputed = gradients(model)
     assert len(calls) == 2  # once on the way there, once more on the way back
+    products, more = (sum(each.calls[name] for name in ("mm", "addmm")) for each in (first, second))
+    again_in_block = {"gpt2": 4, "llama": 7, "qwen3": 7}[family]
+    if not dropout:
+        again_in_block -= 1  # nothing needs the block's last product
+    assert more - products == (0 if recompute == "selective" else 2 * again_in_block)
     assert torch.equal(loss, again)
     assert all(torch.equal(recomputed[name], expected[name]) for name in expected)
 
@@ -298,8 +318,8 @@ def test_sizes_that_do_not_fit_are_the_users_error():
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_examples_in_one_row_are_as_if_alone(family: str, recompute: bool):
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_examples_in_one_row_are_as_if_alone(family: str, recompute: bool | str):
     """Losses and gradients, against each example in a row of its own."""
     config = model_config(
         family=family, vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,

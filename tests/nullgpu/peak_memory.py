@@ -1,4 +1,4 @@
-"""Train GPT-2 124M in three ways; print predicted and allocated peak bytes, as JSON."""
+"""Train GPT-2 124M and a llama in several ways; print predicted and allocated peak bytes, as JSON."""
 
 import gc
 import json
@@ -31,11 +31,13 @@ deterministic = false
 lr = 3e-4
 [precision]
 dtype = "bf16"
+compile = false
 """
 VOCAB_SIZE = 50257
 WAYS = {
     "plain": [],
     "recomputing": ["train.activation_checkpointing=true"],
+    "selective": ["train.activation_checkpointing=selective"],
     "micro-batches": ["train.micro_batch_size=8"],
     "deterministic": ["train.deterministic=true"],
     "llama": [
@@ -43,6 +45,11 @@ WAYS = {
         "model.num_key_value_heads=4",
         "train.micro_batch_size=8",
         "optimizer.name=muon",
+    ],
+    "selective llama": [
+        "model.family=llama",
+        "model.num_key_value_heads=4",
+        "train.activation_checkpointing=selective",
     ],
 }
 

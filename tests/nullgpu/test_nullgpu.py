@@ -48,8 +48,8 @@ def test_the_doctor_sees_gpus(library: Path):
 
 
 def test_memory_is_as_predicted(library: Path):
-    """GPT-2 124M: plain, recomputing, in micro-batches; and a llama with Muon."""
+    """GPT-2 124M: plain, recomputing all or a part, in micro-batches; and a llama with Muon."""
     found = json.loads(run(library, "peak_memory.py"))
-    assert len(found) == 5
+    assert len(found) == 7
     for name, bytes_ in found.items():
         assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name
