@@ -2,9 +2,9 @@
 
     python -m benchmarks.roofline --compile --json roofline.json
 
-It runs on the null GPU (tests/nullgpu), so it needs torch's CUDA wheel and gcc. Each kernel takes the
-longer of two times: its bytes over the memory's bandwidth, its FLOPs over the peak. The bytes of a
-compiled kernel are those of torch's inductor metrics, the bytes of all others are those of the
+It runs on the null GPU (tests/nullgpu), so it needs torch's CUDA wheel and gcc. Each kernel takes
+the longer of two times: its bytes over the memory's bandwidth, its FLOPs over the peak. The bytes
+of a compiled kernel are those of torch's inductor metrics, the bytes of all others are those of the
 tensors that it reads and writes. FLOPs are those of torch's flop registry. Launches of kernels and
 matrix products are counted by the null GPU, peak memory by torch's allocator.
 """

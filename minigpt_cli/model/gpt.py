@@ -135,21 +135,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
 
 
-# Where the queries, keys and values of llama and qwen3 come from one product. It saves launches,
-# which cost nothing on a CPU; there it would cost a copy of the weights.
+# Devices on which llama's and qwen3's queries, keys and values come from one product: it saves
+# launches, which cost nothing on a CPU.
 ONE_PRODUCT = {"cuda"}
 
 
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Apply linear layers to one input, on a GPU by one product if none has an adapter.
+    """Apply linear layers to one input, on a GPU by one product.
 
-    The layers keep parameters of their own, so that files, optimizers and adapters know each.
+    The layers keep parameters of their own, so that files, optimizers and adapters know each. Only
+    weights that are cast anyway are put together: else the backward pass would keep a copy of them.
     """
-    if x.device.type not in ONE_PRODUCT or any(type(each) is not nn.Linear for each in layers):
+    if (
+        x.device.type not in ONE_PRODUCT
+        or any(type(layer) is not nn.Linear for layer in layers)  # an adapter
+        or layers[0].weight.dtype == x.dtype
+    ):
         return tuple(layer(x) for layer in layers)
-    weight = torch.cat([layer.weight for layer in layers])
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    out = F.linear(x, weight, torch.cat(biases) if biases else None)
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    out = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
     return out.split([layer.out_features for layer in layers], dim=-1)
 
 
@@ -178,11 +183,12 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        batch: int,
         rope: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None,
         mask: Tensor | None,
     ) -> Tensor:
-        batch, tokens, _ = x.shape
+        tokens = len(x) // batch
         if self.gpt2:
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         else:
@@ -207,7 +213,7 @@ class Attention(nn.Module):
             values[:, :, past:end] = v
             k, v = keys[:, :, :end], values[:, :, :end]
             y = cached_attention(q.to(k.dtype), k, v, mask)
-        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(len(x), -1))
         return out
 
 
@@ -246,6 +252,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         change: Tensor,
+        batch: int,
         rope: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
@@ -256,8 +263,10 @@ class Block(nn.Module):
         The last addition is left to the next block, where a compiler fuses it with the norm.
 
         Args:
-            x: (B, T, H), the residual stream.
-            change: (B, T, H), what the block before adds to it.
+            x: (B T, H), the residual stream. It is a matrix, as products take it: a compiler then
+                fuses all that is between two of them.
+            change: (B T, H), what the block before adds to it.
+            batch: B.
             rope: cosine and sine of the positions; None for gpt2.
             cache: see ``KVCache.layer``.
             mask: see ``causal_attention``.
@@ -268,24 +277,24 @@ class Block(nn.Module):
         """
         x = x + change
         if recompute:  # here, so that torch.compile sees it and fuses the recomputation too
-            return recomputed(self._forward, x, rope, mask, keep_products=recompute == "selective")
-        return self._forward(x, rope, mask, cache)
+            selective = recompute == "selective"
+            return recomputed(self._forward, x, batch, rope, mask, keep_products=selective)
+        return self._forward(x, batch, rope, mask, cache)
 
     def _forward(
         self,
         x: Tensor,
+        batch: int,
         rope: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         # Cast once: autocast would cast again for each projection.
-        shape, dtype = x.shape, autocast_dtype(x)
-        x = x.flatten(0, 1)  # as products take it: a compiler then fuses more between two of them
-        normed = self.input_layernorm(x).to(dtype).view(shape)
-        attended = self.self_attn(normed, rope, cache, mask).flatten(0, 1)
+        dtype = autocast_dtype(x)
+        attended = self.self_attn(self.input_layernorm(x).to(dtype), batch, rope, cache, mask)
         x = x + F.dropout(attended, self.dropout, self.training)
         out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
-        return x.view(shape), F.dropout(out, self.dropout, self.training).view(shape)
+        return x, F.dropout(out, self.dropout, self.training)
 
 
 class GPT(nn.Module):
@@ -363,25 +372,26 @@ class GPT(nn.Module):
             rope = (cos[positions], sin[positions])
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = self.checkpoint_activations if self.training else False
+        batch, x = len(x), x.flatten(0, 1)
         # Not None, because the first block would be compiled apart.
         change = torch.zeros_like(x, dtype=autocast_dtype(x))
         for index, layer in enumerate(self.layers):
             kept = cache.layer(index) if cache is not None else None
-            x, change = layer(x, change, rope, kept, mask, recompute)
+            x, change = layer(x, change, batch, rope, kept, mask, recompute)
         if cache is not None:
             cache.length = end
-        if logits_to_keep:
-            x, change = x[:, -logits_to_keep:], change[:, -logits_to_keep:]
         x = self.last_norm(x, change)
         if targets is not None:
             return projected_cross_entropy(
-                x.flatten(0, 1), self.head_weight(), targets.flatten(), kernel=self.loss_kernel
+                x, self.head_weight(), targets.flatten(), kernel=self.loss_kernel
             )
+        x = x.unflatten(0, (batch, -1))[:, -logits_to_keep:]  # -0: all
         return F.linear(x, self.head_weight())
 
     def last_norm(self, x: Tensor, change: Tensor) -> Tensor:
         """Return the input of the output projection, in the dtype of matrix products."""
-        return self.norm(x + change).to(autocast_dtype(x))  # type: ignore[no-any-return]
+        out: Tensor = self.norm(x + change)
+        return out.to(autocast_dtype(x))
 
     def _segment_mask(self, x: Tensor, segment_ids: Tensor) -> Tensor:
         """Return what keeps the segments apart, for ``causal_attention``."""
