@@ -109,6 +109,12 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
     early = gradients if w.strategy == "ddp" or w.accumulation > 1 else 0
     leaving = block * full if w.sharded else 0  # a block's gradients, copied to be scattered
     first_leaving = 0 if early else leaving  # a copy takes the place of what was added up
+    # In the last block's backward pass its own gradients don't exist yet, nor do the embeddings',
+    # or the head's is still counted as waiting.
+    alone = w.strategy == "single" and w.accumulation == 1
+    missing = (block + c.vocab_size * c.hidden_size) * full if alone and w.adapter is None else 0
+    if w.activation_checkpointing and not w.sharded:  # autocast's copies are of one block alone
+        missing += gathered * (layers - 1) // layers
     moments = (
         early + activations + max(loss, backward),  # forward turns into backward
         early
@@ -117,7 +123,7 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
         - w.tokens * norm_bytes(c, w)
         + backward
         + first_leaving,  # a block later
-        gradients + kept + backward - _coming(w, shapes) + leaving,  # the last block to be passed
+        gradients - missing + kept + backward - _coming(w, shapes) + leaving,  # the last block
         gradients + outside * full * (2 if w.sharded else 1),  # the embeddings
     )
     update = gradients + _optimizer_scratch(w, shapes, layers) - gathered
