@@ -288,6 +288,20 @@ def test_too_little_memory_is_one_line(tmp_path: Path, dataset: Path):
     assert re.match(f"{start} in this order: a smaller train.micro_batch_size", last), done.stderr
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_the_users_allocator_settings_come_first(name: str | None):
+    code = (
+        "import os; from minigpt_cli.__main__ import _set_environment; _set_environment(); "
+        "print({k: v for k, v in os.environ.items() if k.endswith('ALLOC_CONF')})"
+    )
+    given = {} if name is None else {name: "max_split_size_mb:64"}
+    others = {key: value for key, value in environment().items() if "ALLOC_CONF" not in key}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=others | given, capture_output=True, text=True, check=True
+    ).stdout  # fmt: skip
+    assert found.strip() == str(given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
 @pytest.mark.parametrize("columns", ["0", "-5", "", "wide", "9" * 100])
 def test_a_width_that_is_none_counts_as_80(columns: str, tmp_path: Path):
     def show(columns: str) -> str:

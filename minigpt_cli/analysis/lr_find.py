@@ -155,8 +155,7 @@ def find_lr(recipe: Recipe, search: LrSearch, show: Callable[[str, int, int], No
             f"{recipe.data_path}: has no validation sequence, which the advice needs: use more "
             "data, a larger data.source.val_fraction or a shorter train.sequence_length"
         )
-    context = build_context(recipe, data.vocab_size, world, data.max_segments)
-    context = replace(context, optimizers=[])
+    context = replace(build_context(recipe, data.vocab_size, world), optimizers=[])
     bench = _Bench(recipe, base, data, context, show)
     _fill(bench, recipe)
     warm_up(context, recipe.train.sequence_length, isinstance(data.train, PackedSequences))

@@ -32,7 +32,8 @@ class StrategyMemory:
 
     Attributes:
         needed: bytes to compare with the device's: of tensors on a GPU, of the process on a CPU.
-        needed_recomputing: the same with ``train.activation_checkpointing``.
+        needed_selective: the same with ``train.activation_checkpointing = "selective"``.
+        needed_recomputing: the same with ``train.activation_checkpointing = true``.
         fits: None if the device's memory isn't known.
         is_chosen: whether the recipe's ``distributed.strategy`` means this one.
     """
@@ -41,8 +42,10 @@ class StrategyMemory:
     shard_size: int | None
     memory: Memory
     needed: int
+    needed_selective: int
     needed_recomputing: int
     fits: bool | None
+    fits_selective: bool | None
     fits_recomputing: bool | None
     is_chosen: bool
 
@@ -223,16 +226,24 @@ def _strategies(
     found = []
     for name in names:
         work = workload_on(recipe, devices, name)
-        recomputing = replace(work, activation_checkpointing=True)
-        needed, least = bytes_needed(config, work), bytes_needed(config, recomputing)
+        needed, less, least = (
+            bytes_needed(config, each)
+            for each in (
+                work,
+                replace(work, activation_checkpointing="selective"),
+                replace(work, activation_checkpointing=True),
+            )
+        )
         found.append(
             StrategyMemory(
                 strategy=name,
                 shard_size=work.shard_size,
                 memory=device_memory_needed(config, work),
                 needed=needed,
+                needed_selective=less,
                 needed_recomputing=least,
                 fits=None if usable is None else needed <= usable,
+                fits_selective=None if usable is None else less <= usable,
                 fits_recomputing=None if usable is None else least <= usable,
                 is_chosen=name == chosen,
             )

@@ -111,9 +111,10 @@ def _model_advice(plan: Plan, model: PlannedModel, recipe: Recipe) -> Iterator[s
         ways = []
         if plan.micro_batch_size > 1:
             ways.append(f"set train.micro_batch_size below {plan.micro_batch_size}")
-        if not recipe.train.activation_checkpointing:
+        if recipe.train.activation_checkpointing is not True:
+            way = "selective" if chosen.fits_selective else "true"
             ways.append(
-                "set train.activation_checkpointing=true"
+                f"set train.activation_checkpointing={way}"
                 + ("" if chosen.fits_recomputing else " (not enough alone)")
             )
         if others := [each.strategy for each in model.strategies if each.fits]:

@@ -107,10 +107,8 @@ def _model_text(model: PlannedModel) -> str:
 
 def _memory_text(plan: Plan, model: PlannedModel) -> str:
     on_cpu = plan.devices.type == "cpu"
-    header = ["strategy", "weights", "grads", "optim.", "gathered", "activ.", "peak", "recomp."]
-    if on_cpu:
-        header[6:] = ["peak", "process", "recomp."]
-    header.append("")
+    header = ["strategy", "weights", "grads", "optim.", "gathered", "activ.", "peak"]
+    header += ["process", "recomp.", ""] if on_cpu else ["recomp.", ""]
     rows = []
     for each in model.strategies:
         memory = each.memory
@@ -123,7 +121,10 @@ def _memory_text(plan: Plan, model: PlannedModel) -> str:
         sizes.append(each.needed_recomputing)
         verdict = ""
         if each.fits is not None:
-            verdict = "fits" if each.fits else "recomp." if each.fits_recomputing else "too large"
+            verdicts = {
+                "fits": each.fits, "select.": each.fits_selective, "recomp.": each.fits_recomputing
+            }  # fmt: skip
+            verdict = next((name for name, holds in verdicts.items() if holds), "too large")
         mark = "*" if each.is_chosen and len(model.strategies) > 1 else ""
         rows.append([each.strategy + mark, *map(_short_size, sizes), verdict])
     notes = []
@@ -134,6 +135,8 @@ def _memory_text(plan: Plan, model: PlannedModel) -> str:
             notes.append("what distributed.strategy=auto means depends on --gpu-memory")
     total = "process" if on_cpu else "peak"
     notes.append(f"recomp.: {total} with train.activation_checkpointing=true")
+    if any(not each.fits and each.fits_selective for each in model.strategies):
+        notes.append("select.: fits with train.activation_checkpointing=selective")
     if on_cpu:
         notes.append("process: peak, the heap's holes, which vary, and buffers; not torch itself")
     elif plan.devices.memory is None:

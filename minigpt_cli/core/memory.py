@@ -15,6 +15,11 @@ _ADVICE = (
 )
 # torch on a CPU (bytes) and on a GPU, NumPy.
 _ASKED = re.compile(r"(?:[Tt]ried|[Uu]nable) to allocate ([\d.]+) (bytes|[KMGTPE]iB|B)")
+# Errors that torch gives no type of their own: its CPU's, C++'s, CUDA's beside torch's allocator.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate", "std::bad_alloc", "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 _FREE_ON_GPU = re.compile(r"of which ([\d.]+ [KMGT]iB) is free")
 
 
@@ -77,9 +82,7 @@ def _is_one(error: BaseException) -> bool:
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate" in text or "std::bad_alloc" in text
-    )
+    return isinstance(error, RuntimeError) and any(each in text for each in _OUT_OF_MEMORY)
 
 
 def format_size(count: int) -> str:

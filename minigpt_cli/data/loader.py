@@ -1,5 +1,6 @@
 """Read sequences of a split as inputs and targets on the device, one step ahead."""
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -54,6 +55,10 @@ class TokenSequences:
 Sequences = TokenSequences | PackedSequences
 
 
+# (inputs, targets, segment ids or None, segments of all its sequences or None)
+MicroBatch = tuple[Tensor, Tensor, Tensor | None, int | None]
+
+
 class Batch(NamedTuple):
     """This rank's part of one optimizer step's batch, on the device.
 
@@ -62,11 +67,25 @@ class Batch(NamedTuple):
         targets: int64 [n, T], ``IGNORE_INDEX`` where the loss doesn't count.
         segment_ids: int64 [n, T], the number of each token's document in its sequence. A token
             attends to its own document alone. None: sequences are not packed.
+        segment_counts: of each sequence, on the host, so that nobody has to ask the device.
     """
 
     inputs: Tensor
     targets: Tensor
     segment_ids: Tensor | None
+    segment_counts: list[int] | None = None
+
+    def micro_batches(self, size: int) -> Iterator[MicroBatch]:
+        """Yield the arguments of the model's forward passes, ``size`` sequences in each."""
+        for start in range(0, len(self.inputs), size):
+            part = slice(start, start + size)
+            ids, counts = self.segment_ids, self.segment_counts
+            yield (
+                self.inputs[part],
+                self.targets[part],
+                None if ids is None else ids[part],
+                None if counts is None else sum(counts[part]),
+            )
 
 
 class BatchLoader:
@@ -102,25 +121,35 @@ class BatchLoader:
         self._local_slice = local_slice
         self._device = device
         self._reader = device_thread("batches", device)
-        self._ahead: tuple[int, Future[list[Tensor]]] | None = None
+        self._ahead: tuple[int, Future[Batch]] | None = None
 
     def __call__(self, step: int) -> Batch:
         """Return the batch of the step that follows ``step`` steps, and start to read the next."""
         ahead, self._ahead = self._ahead, None
         read = ahead[1].result() if ahead and ahead[0] == step else self._read(step)
         self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
-        inputs, targets, *segment_ids = (each.to(self._device, non_blocking=True) for each in read)
-        return Batch(inputs, targets, segment_ids[0] if segment_ids else None)
+        ids = read.segment_ids
+        return Batch(
+            read.inputs.to(self._device, non_blocking=True),
+            read.targets.to(self._device, non_blocking=True),
+            None if ids is None else ids.to(self._device, non_blocking=True),
+            read.segment_counts,
+        )
 
-    def _read(self, step: int) -> list[Tensor]:
+    def _read(self, step: int) -> Batch:
         ids = sample_ids(self._seed, step, self._global_batch_size, self.sequences.num_sequences)
-        gathered = self.sequences.gather(ids[self._local_slice])
-        # Contiguous, or the copy to a GPU would not be asynchronous
-        tensors = [
-            torch.from_numpy(np.ascontiguousarray(each)) for each in gathered if each is not None
-        ]
-        on_gpu = self._device.type == "cuda"
-        return [each.pin_memory() for each in tensors] if on_gpu else tensors
+        inputs, targets, segment_ids = self.sequences.gather(ids[self._local_slice])
+        return Batch(
+            self._on_host(inputs),
+            self._on_host(targets),
+            None if segment_ids is None else self._on_host(segment_ids),
+            None if segment_ids is None else (segment_ids.max(axis=1) + 1).tolist(),
+        )
+
+    def _on_host(self, array: NDArray[np.int64]) -> Tensor:
+        """Return a tensor that is copied to the device while the host goes on."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def close(self) -> None:
         """End the reading thread."""

@@ -44,11 +44,6 @@ class PackedSequences:
         """The documents in all sequences."""
         return len(self._order)
 
-    @property
-    def max_segments(self) -> int:
-        """The most segments of a sequence: its documents, and padding."""
-        return int(np.diff(self._starts).max(initial=0)) + 1
-
     def gather(
         self, ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

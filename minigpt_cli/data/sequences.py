@@ -41,12 +41,6 @@ class TrainingData:
     chat_template: str | None
     fingerprints: dict[str, Any]
 
-    @property
-    def max_segments(self) -> int | None:
-        """The most segments of a sequence of either split; None: sequences are not packed."""
-        packed = [each for each in (self.train, self.val) if isinstance(each, PackedSequences)]
-        return max((each.max_segments for each in packed), default=None)
-
 
 @dataclass(frozen=True)
 class EvalData:

@@ -47,6 +47,13 @@ def multiplies_once(config: ModelConfig, workload: Workload) -> bool:
     )
 
 
+def _has_mask(config: ModelConfig, workload: Workload) -> bool:
+    """Return whether packed sequences need a mask: ``has_varlen`` of model/attention.py says no."""
+    c, w = config, workload
+    varlen = w.device_type == "cuda" and w.compute_bytes == 2 and not c.dropout
+    return w.packed and not (varlen and c.head_dim % 8 == 0 and c.head_dim <= 256)
+
+
 def kept_per_token(config: ModelConfig, workload: Workload) -> tuple[int, int]:
     """Bytes that one block keeps of its products when it recomputes the rest, per token.
 
@@ -80,7 +87,7 @@ def _saved_by_scores(config: ModelConfig, workload: Workload) -> int:
     c, length, compute = config, workload.sequence_length, workload.compute_bytes
     heads, on_cpu = c.num_attention_heads, workload.device_type == "cpu"
     saved = heads * workload.full_bytes  # flash attention: log-sum-exp
-    if workload.packed:
+    if _has_mask(c, workload):
         saved += length * compute  # the mask as numbers, for all heads
         if c.num_key_value_heads < heads:  # keys and values are repeated
             saved += 2 * (heads - c.num_key_value_heads) * c.head_dim * compute
@@ -113,7 +120,7 @@ def saved_outside_blocks(config: ModelConfig, workload: Workload) -> int:
     per_token = (
         _INT64 + norm_bytes(config, workload) + (config.hidden_size if config.dropout else 0)
     )
-    if workload.packed:
+    if _has_mask(config, workload):
         per_token += workload.sequence_length * _BOOL
     tables = 0
     if config.family != "gpt2":

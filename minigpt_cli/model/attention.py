@@ -59,23 +59,23 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout:
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
     if usable:
-        import torch.nn.attention.varlen  # noqa: F401  2 s; it registers the operator
+        from torch.nn.attention import varlen  # noqa: F401  2 s; it registers the operator
     return usable
 
 
-def segment_boundaries(segment_ids: Tensor, most: int | None = None) -> Tensor:
+def segment_boundaries(segment_ids: Tensor, count: int | None = None) -> Tensor:
     """Return where each segment starts, counted over all rows, and at the end B * T.
 
     Args:
         segment_ids: (B, T), the segment of each token in its row.
-        most: segments of a row. None: they are counted, which waits for the device.
+        count: segments of all rows. None: they are counted, which waits for the device.
 
     Returns:
-        (B * most + 1,) int32, ascending. Segments beyond those that exist are empty, at the end.
+        (count + 1,) int32, ascending.
     """
     starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
     numbers = starts.flatten().cumsum(0)  # of each token's segment, from 1
-    count = int(numbers[-1]) if most is None else len(segment_ids) * most
+    count = int(numbers[-1]) if count is None else count
     # Segment n + 1 starts at the first token whose number is above n.
     wanted = torch.arange(count + 1, device=numbers.device)
     return torch.searchsorted(numbers, wanted, right=True, out_int32=True)

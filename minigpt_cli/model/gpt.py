@@ -309,8 +309,6 @@ class GPT(nn.Module):
         c = config
         self.config = config
         self.checkpoint_activations: Checkpointing = False
-        # Segments of a packed row, at most. None: they are counted where that matters.
-        self.max_segments: int | None = None
         self.loss_kernel: LossKernel = eager_loss_and_gradient
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         if c.family == "gpt2":
@@ -331,6 +329,7 @@ class GPT(nn.Module):
         input_ids: Tensor,
         targets: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        num_segments: int | None = None,
         *,
         cache: KVCache | None = None,
         padding: Tensor | None = None,
@@ -343,6 +342,8 @@ class GPT(nn.Module):
             targets: (B, T) int64, the token after each input; -100 is left out of the loss.
             segment_ids: (B, T) int64, the segment of each token in its sequence. Attention stays
                 within a segment, and positions start from 0 in each. Not with a cache.
+            num_segments: in all rows together. None: they are counted where that matters, which
+                waits for the device.
             cache: keys and values of the earlier tokens; extended in place.
             padding: (B,) int64, the leading entries of each row that are no tokens: nothing sees
                 them, and positions start from 0 after them. Only with a cache.
@@ -361,7 +362,8 @@ class GPT(nn.Module):
         positions: slice | Tensor = slice(past, end)
         if segment_ids is not None:
             assert cache is None
-            positions, mask = segment_positions(segment_ids), self._segment_mask(x, segment_ids)
+            positions = segment_positions(segment_ids)
+            mask = self._segment_mask(x, segment_ids, num_segments)
         if padding is not None:
             assert cache is not None
             positions, mask = padded_positions(padding, past, end), padding_mask(padding, past, end)
@@ -393,11 +395,13 @@ class GPT(nn.Module):
         out: Tensor = self.norm(x + change)
         return out.to(autocast_dtype(x))
 
-    def _segment_mask(self, x: Tensor, segment_ids: Tensor) -> Tensor:
+    def _segment_mask(self, x: Tensor, segment_ids: Tensor, num_segments: int | None) -> Tensor:
         """Return what keeps the segments apart, for ``causal_attention``."""
         dropout = self.config.dropout if self.training else 0.0
         if has_varlen(x.device, autocast_dtype(x), self.config.head_dim, dropout):
-            return segment_boundaries(segment_ids, self.max_segments)
+            boundaries = segment_boundaries(segment_ids, num_segments)
+            torch._dynamo.maybe_mark_dynamic(boundaries, 0)  # or blocks are compiled again
+            return boundaries
         return segment_mask(segment_ids)
 
     def _rope_table(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor]:

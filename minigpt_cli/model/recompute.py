@@ -54,7 +54,8 @@ def _choose(
     kept: tuple[Any, ...], _: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
     # Without gradients, adapters multiply their own matrices (lora.row_lengths).
-    if op in kept and torch.is_grad_enabled():
+    of_weights = op in _PRODUCTS and not torch.is_grad_enabled()
+    if op in kept and not of_weights:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -22,7 +22,7 @@ class Workload:
         compute_bytes: of matrix products: 2 for bf16 and fp16, 4 for fp32, 8 for fp64.
         device_type: "cuda" or "cpu", whose kernels differ.
         adapter: trained beside frozen weights; None: all weights are trained.
-        packed: whether sequences hold several examples, which needs an attention mask.
+        packed: whether sequences hold several examples.
     """
 
     strategy: Strategy

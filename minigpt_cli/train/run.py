@@ -107,7 +107,7 @@ def build_run(
     Raises:
         UserError: the recipe doesn't fit the data, the ranks or their devices.
     """
-    context = build_context(recipe, data.vocab_size, world, data.max_segments)
+    context = build_context(recipe, data.vocab_size, world)
     tokenizer = load_tokenizer(data.tokenizer_file)
     per_rank = recipe.train.global_batch_size // world.size
     batches = BatchLoader(

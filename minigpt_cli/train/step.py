@@ -68,15 +68,14 @@ def train_step(
     device = batch.inputs.device
     valid = world.all_reduce_sum((batch.targets != IGNORE_INDEX).sum())
     local_loss = torch.zeros((), device=device, dtype=precision.weights_dtype(c.dtype))
-    parts = [p.split(c.micro_batch_size) for p in batch if p is not None]
-    micro_batches = list(zip(*parts, strict=True))
-    for index, (inputs, targets, *segment_ids) in enumerate(micro_batches):
+    micro_batches = list(batch.micro_batches(c.micro_batch_size))
+    for index, arguments in enumerate(micro_batches):
         if c.dropout:
             global_index = world.rank * len(micro_batches) + index
             torch.manual_seed(dropout_seed(c.seed, step, global_index))
         with gradient_sync(c.forward, last=index == len(micro_batches) - 1):
             with precision.autocast(c.dtype, device):
-                part = c.forward(inputs, targets, *segment_ids) / valid
+                part = c.forward(*arguments) / valid
             c.scaler.scale(part).backward()
         local_loss += part.detach()
     loss = world.all_reduce_sum(local_loss.clone())

@@ -1,5 +1,7 @@
 """Build model, optimizers and step from a recipe and a vocabulary size alone."""
 
+import logging
+
 import torch
 
 from minigpt_cli.core.console import warn
@@ -22,16 +24,13 @@ from minigpt_cli.train.optimizer import build_optimizers
 from minigpt_cli.train.step import StepContext
 
 
-def build_context(
-    recipe: Recipe, vocab_size: int, world: World, max_segments: int | None = None
-) -> StepContext:
+def build_context(recipe: Recipe, vocab_size: int, world: World) -> StepContext:
     """Build the context of a training step; every rank calls it.
 
     Args:
         recipe: its data, run directory, evaluation and checkpoints play no role.
         vocab_size: the tokenizer's; the recipe may ask for a larger one.
         world: this process among the others.
-        max_segments: the dataset's; None: sequences are not packed.
 
     Returns:
         A context without weights: fill them by ``initialize_weights`` or ``load_base``.
@@ -53,7 +52,6 @@ def build_context(
         round_frozen(model, dtype)
     dims = _choose_dims(recipe, model, world)
     model.checkpoint_activations = recipe.train.activation_checkpointing
-    model.max_segments = max_segments
     if compiles:
         compile_blocks(model)
     parallel.apply_fsdp(model, model.layers, dims, dtype)
@@ -108,6 +106,8 @@ def compile_blocks(model: GPT) -> None:
     from torch._dynamo import config  # a second, so only where it is used
 
     config.optimize_ddp = False  # it would cut a block in two where a bucket of DDP ends
+    # It warns of operations in place where blocks are recomputed; they have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward)
     model.last_norm = torch.compile(model.last_norm)  # type: ignore[method-assign]
@@ -141,7 +141,7 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
     model, world = context.model, context.parallel_dims.world
     shape = (context.micro_batch_size, sequence_length)
     zeros = torch.zeros(shape, dtype=torch.int64, device=world.device)
-    inputs = (zeros, zeros, zeros) if packed else (zeros, zeros)
+    inputs = (zeros, zeros, zeros, len(zeros)) if packed else (zeros, zeros)
 
     def run_pass() -> None:
         with precision.autocast(context.dtype, world.device):

@@ -150,7 +150,7 @@ def _build(
 ) -> Trial:
     data = open_verified_data(recipe, world)
     free = free_memory(world.device, world.local_size)
-    context = build_context(recipe, data.vocab_size, world, data.max_segments)
+    context = build_context(recipe, data.vocab_size, world)
     log(run_summary(recipe, context, None if is_sample else data.train.num_sequences))
     packed = isinstance(data.train, PackedSequences)
     memory = check_memory(recipe, context, free, packed)

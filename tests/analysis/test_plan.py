@@ -242,6 +242,26 @@ def test_plans_are_plain_values(make_recipe: Callable[..., Recipe]):
     assert json.loads(json.dumps(dataclasses.asdict(plan)))["steps"] == 12
 
 
+def test_the_way_to_fit(make_recipe: Callable[..., Recipe]):
+    """The least change that is enough: nothing, a part recomputed, all recomputed."""
+    recipe = make_recipe("model.num_hidden_layers=8", "train.micro_batch_size=8")
+    model = make_plan(recipe, gpus(1)).model
+    assert model is not None
+    (single,) = model.strategies
+    sizes = (single.needed, single.needed_selective, single.needed_recomputing)
+    assert sizes[0] > sizes[1] > sizes[2]
+    verdicts = ("fits", "select.", "recomp.", "too large")
+    advice = (None, "=selective", "=true,", "=true (not enough alone)")
+    for least, verdict, way in zip((*sizes, 0), verdicts, advice, strict=True):
+        plan = make_plan(recipe, gpus(1, int(least / 0.9) + 10))
+        found = find_advice(plan, recipe)
+        said = plan_as_text(plan, recipe, found, [], 80)
+        assert f" {verdict}\n" in said
+        told = [line for line in found if "single doesn't fit" in line]
+        assert bool(told) == (way is not None)
+        assert way is None or f"set train.activation_checkpointing{way}" in told[0]
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda f: f.stem)
 def test_shipped_recipes(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Without data, network and base model, in 80 columns."""

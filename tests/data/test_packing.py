@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from minigpt_cli.core.errors import Damaged
 from minigpt_cli.data.dataset import TokenSplit, split_in_memory
+from minigpt_cli.data.loader import Batch, BatchLoader
+from minigpt_cli.data.order import sample_ids
 from minigpt_cli.data.packing import PackedSequences, pack
 
 EOS = 7
@@ -146,3 +149,31 @@ def test_a_token_outside_of_the_vocabulary_is_located() -> None:
         with pytest.raises(Damaged, match=message):
             read(bad)
     assert packed.documents((bad + 1) % 3)
+
+
+def test_micro_batches_of_a_step_know_their_segments() -> None:
+    packed = pack(split_of([5, 9, 3, 16, 2, 2, 7, 11, 4]), 20, 0)
+    step = {"seed": 1, "global_batch_size": 8, "local_slice": slice(0, 6)}
+    loader = BatchLoader(packed, **step, device=torch.device("cpu"))
+    try:
+        batch = loader(3)
+    finally:
+        loader.close()
+    ids = sample_ids(1, 3, 8, packed.num_sequences)[:6]
+    expected = packed.gather(ids)
+    parts = list(batch.micro_batches(2))
+    assert len(parts) == 3
+    for whole, rows in zip(expected, zip(*(part[:3] for part in parts), strict=True), strict=True):
+        assert np.array_equal(torch.cat(rows).numpy(), whole)
+    for index, part in enumerate(parts):
+        segments = expected[2][2 * index : 2 * index + 2]
+        assert part[3] == sum(len(set(row)) for row in segments.tolist())
+
+
+def test_micro_batches_of_texts_have_no_segments() -> None:
+    tokens = torch.arange(12).view(3, 4)
+    parts = list(Batch(tokens, tokens + 1, None).micro_batches(2))
+    assert [(x.tolist(), y.tolist(), *rest) for x, y, *rest in parts] == [
+        ([[0, 1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4], [5, 6, 7, 8]], None, None),
+        ([[8, 9, 10, 11]], [[9, 10, 11, 12]], None, None),
+    ]

@@ -275,3 +275,17 @@ def test_each_rank_takes_the_cores_that_slurm_gives_it():
     del env["OMP_NUM_THREADS"]
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout == "3\n", done.stderr
+
+
+def test_sums_of_gpus_are_deterministic_unless_the_user_decides():
+    """The variable is set before NCCL would start, and as the user set it on rank 1."""
+    code = (
+        "import os, sys\n"
+        "if os.environ['RANK'] == '1': os.environ['NCCL_NVLS_ENABLE'] = '2'\n"
+        "from minigpt_cli.distributed.world import start_world\n"
+        "start_world()\n"
+        "sys.stderr.write(os.environ['NCCL_NVLS_ENABLE'])\n"
+        "sys.stderr.flush()\n"
+        "os._exit(0)"
+    )
+    assert two_ranks("-c", code) == [(0, "0"), (0, "2")]

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from minigpt_cli.checkpoint import store
+from minigpt_cli.model.attention import causal_attention, has_varlen, segment_boundaries
 from minigpt_cli.model.cost import peak_flops
+from minigpt_cli.model.gpt import segment_mask
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.train.loop import fit
@@ -125,3 +128,43 @@ def test_a_seed_gives_the_same_weights_on_gpu_and_cpu(tmp_path: Path, make_recip
     for p, q in zip(run.context.model.parameters(), on_cpu.parameters(), strict=True):
         assert torch.equal(p.cpu(), q)
     run.resources.close()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_segments_by_their_boundaries_are_those_of_the_mask(kv_heads: int):
+    """Attention and its gradients, in bf16, against the mask in float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(2, heads, 200, 64) for heads in (4, kv_heads, kv_heads, 4)]
+    q, k, v, weights = (
+        torch.randn(shape, device="cuda", generator=generator).bfloat16() for shape in shapes
+    )
+    ids = torch.zeros((2, 200), dtype=torch.int64, device="cuda")
+    for row, ends in enumerate(((3, 130, 131, 190), (77,))):
+        for end in ends:
+            ids[row, end:] += 1
+    assert has_varlen(q.device, q.dtype, 64, 0.0)
+
+    def results(mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        parts = [each.to(dtype).requires_grad_() for each in (q, k, v)]
+        out = causal_attention(*parts, mask=mask)
+        return [out, *torch.autograd.grad(out, parts, weights.to(dtype))]
+
+    expected = results(segment_mask(ids), torch.float64)
+    for count in (None, 7):
+        found = results(segment_boundaries(ids, count), torch.bfloat16)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_recomputing_changes_little(tmp_path: Path, make_recipe: MakeRecipe, compiled: str):
+    """No bit in eager kernels."""
+    curves = []
+    for mode in ("false", "true", "selective"):
+        recipe = make_recipe(
+            f"train.activation_checkpointing={mode}", f"precision.compile={compiled}"
+        )
+        fit(*start_run(recipe, tmp_path / mode))
+        curves.append(losses(tmp_path / mode))
+    for curve in curves[1:]:
+        assert curve == (curves[0] if compiled == "false" else pytest.approx(curves[0], rel=1e-2))

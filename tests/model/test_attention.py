@@ -1,10 +1,16 @@
 """Attention against torch's kernel with an explicit mask, across the blocks it is computed in."""
 
+import numpy as np
 import pytest
 import torch
 
 from minigpt_cli.model import attention
-from minigpt_cli.model.attention import cached_attention, causal_attention
+from minigpt_cli.model.attention import (
+    cached_attention,
+    causal_attention,
+    has_varlen,
+    segment_boundaries,
+)
 
 LENGTHS = [1, 2, 127, 128, 129, 256, 300]
 HEADS = [(4, 4), (4, 2), (6, 1)]
@@ -80,3 +86,20 @@ def test_a_mask_made_while_sampling_serves_training():
     with torch.inference_mode():
         causal_attention(*inputs(7, 2, 2))
     causal_attention(*inputs(7, 2, 2)).sum().backward()
+
+
+def test_boundaries_of_segments():
+    """Against a loop over the tokens."""
+    rng = np.random.default_rng(0)
+    for rows, length in ((1, 1), (1, 7), (3, 12), (4, 1)):
+        ids = torch.from_numpy(np.sort(rng.integers(0, 5, (rows, length)), axis=1))
+        flat = [(row, int(ids[row, at])) for row in range(rows) for at in range(length)]
+        starts = [at for at in range(len(flat)) if at == 0 or flat[at] != flat[at - 1]]
+        counted = segment_boundaries(ids)
+        assert counted.dtype == torch.int32
+        assert counted.tolist() == [*starts, rows * length]
+        assert torch.equal(segment_boundaries(ids, len(starts)), counted)
+
+
+def test_varlen_is_for_gpus():
+    assert not has_varlen(torch.device("cpu"), torch.bfloat16, 64, 0.0)

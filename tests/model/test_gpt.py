@@ -291,7 +291,7 @@ class CountOps(TorchDispatchMode):
 @pytest.mark.parametrize("recompute", [True, "selective"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointing_activations_changes_no_bit(family, dropout, recompute):
+def test_checkpointing_activations_changes_no_bit(family, dropout, recompute, monkeypatch):
     model = small_model(family, dropout=dropout)
     torch.manual_seed(5)
     with CountOps() as first:
@@ -300,9 +300,13 @@ def test_checkpointing_activations_changes_no_bit(family, dropout, recompute):
     model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: calls.append(None))
     model.checkpoint_activations = recompute
     torch.manual_seed(5)
+    kept_states = []
+    read = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: kept_states.append(None) or read())
     with CountOps() as second:
         again, recomputed = gradients(model)
     assert len(calls) == 2  # once on the way there, once more on the way back
+    assert bool(kept_states) == bool(dropout)
     products, more = (sum(each.calls[name] for name in ("mm", "addmm")) for each in (first, second))
     again_in_block = {"gpt2": 4, "llama": 7, "qwen3": 7}[family]
     if not dropout:

@@ -1,4 +1,4 @@
-"""Train GPT-2 124M and a llama in several ways; print predicted and allocated peak bytes, as JSON."""
+"""Train GPT-2 124M in several ways; print predicted and allocated peak bytes, as JSON."""
 
 import gc
 import json

@@ -23,7 +23,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(library: Path, script: str, *arguments: object, **variables: str) -> str:
     done = subprocess.run(
         [sys.executable, ROOT / "tests/nullgpu" / script, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)} | variables,
+        env=os.environ
+        | {"TRITON_LIBCUDA_PATH": str(library.parent)}
+        # The null GPU has no virtual addresses.
+        | {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+        | {"PYTHONPATH": str(ROOT), "LD_PRELOAD": str(library)} | variables,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -53,3 +57,32 @@ def test_memory_is_as_predicted(library: Path):
     assert len(found) == 7
     for name, bytes_ in found.items():
         assert bytes_["predicted"] == pytest.approx(bytes_["allocated"], rel=0.05), name
+
+
+def test_packed_rows_need_no_mask(library: Path):
+    """Two blocks, two micro-batches; llama's key heads are fewer than its query heads."""
+    found = json.loads(run(library, "packed.py"))
+    assert {name for name, way in found.items() if way["waits"]} == set()
+    launched = {
+        name: (way["flash_forward"], way["flash_backward"], way["with_mask"])
+        for name, way in found.items()
+    }
+    assert launched == {
+        "gpt2": (4, 4, 0),
+        "gpt2, selective": (4, 4, 0),
+        "gpt2, recomputing": (8, 4, 0),
+        "llama": (4, 4, 0),
+        "llama, selective": (4, 4, 0),
+        "llama, selective, compiled": (4, 4, 0),
+        "fp32": (0, 0, 8),
+        "dropout": (0, 0, 8),
+    }
+    products = {name: way["products"] for name, way in found.items()}
+    assert products["gpt2"] == products["gpt2, selective"]
+    assert products["llama"] == products["llama, selective"]
+    assert products["llama"] == products["llama, selective, compiled"]
+    # A block's last product isn't needed again.
+    assert products["gpt2, recomputing"] == products["gpt2"] + 4 * 3
+    assert found["gpt2, selective"]["bytes"] < found["gpt2"]["bytes"]
+    # With other numbers of segments, too
+    assert found["llama, selective, compiled"]["compilations"] == 1

@@ -1,5 +1,6 @@
 """torch.compile as a setting: the same numbers, the same names, and eager where it can't be."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,11 @@ import torch
 
 from minigpt_cli.distributed.world import World
 from minigpt_cli.model.gpt import initialize_weights
-from minigpt_cli.recipe import Recipe
+from minigpt_cli.model.precision import compiles
+from minigpt_cli.recipe import PrecisionSettings, Recipe
 from minigpt_cli.report import metrics
 from minigpt_cli.train.trainer import build_context, warm_up
-from tests.helpers.processes import command, environment, fork, minigpt
+from tests.helpers.processes import ROOT, command, environment, fork, minigpt
 from tests.helpers.ranks import free_port, rank_environment
 
 COMPILED = (
@@ -105,3 +107,39 @@ def test_a_failed_warm_up_leaves_no_gradients(
         with pytest.raises(RuntimeError, match="can't allocate"):
             warm_up(context, 32)
     assert all(parameter.grad is None for parameter in context.model.parameters())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++")
+@pytest.mark.parametrize("recompute", ["false", "selective"])
+def test_nothing_is_compiled_after_the_warm_up(tmp_path: Path, recipe_file: Path, recompute: str):
+    """Neither for evaluations of other sizes, nor for prompts, nor for the first loss."""
+    settings = (
+        "precision.compile=true", "precision.dtype=fp32", "train.steps=4", "eval.every_steps=2",
+        "eval.windows=5", 'eval.prompts=["The license", "a"]', "eval.prompt_tokens=4",
+        f"train.activation_checkpointing={recompute}",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "compiled_run.py", recipe_file, tmp_path / "run",
+         *settings],
+        env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {
+        "after_start": 1, "at_the_end": 1, "deterministic": True, "optimize_ddp": False
+    }  # fmt: skip
+    assert "torch.compile failed" not in done.stderr
+    assert "lru_cache" not in done.stderr
+    assert "context_fn" not in done.stderr
+    assert "step 4  validation" in done.stderr
+    pretrain(recipe_file, tmp_path / "eager", False)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-5)
+
+
+def test_auto_compiles_on_gpus():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert compiles(PrecisionSettings(), gpu)
+    assert not compiles(PrecisionSettings(), cpu)
+    for setting in (True, False):
+        assert compiles(PrecisionSettings(compile=setting), gpu) == setting
+        assert compiles(PrecisionSettings(compile=setting), cpu) == setting

@@ -28,7 +28,7 @@ def adamw_by_hand(before: Tensor, grad: Tensor, lr: float, decay: float) -> Tens
 def test_a_step_is_clipped_adamw():
     t = tiny_context(clip=0.3)
     reference = copy.deepcopy(t.model)
-    inputs, targets, _ = batch()
+    inputs, targets, *_ = batch()
     logits = reference(inputs)
     mean = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     mean.backward()
@@ -48,7 +48,7 @@ def test_a_step_is_clipped_adamw():
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_accumulation_equals_the_whole_batch(micro: int):
     whole, parts = tiny_context(), tiny_context(micro=micro)
-    inputs, targets, _ = batch()
+    inputs, targets, *_ = batch()
     targets = targets.clone()
     targets[:3, 4:] = -100  # micro-batches with unequal numbers of valid targets
     for step in range(3):
