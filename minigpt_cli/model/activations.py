@@ -4,6 +4,7 @@ from minigpt_cli.model.attention import CPU_MATMUL_TOKENS, QUERY_BLOCK
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cost import adapted_layers
 from minigpt_cli.model.cross_entropy import default_chunk_tokens
+from minigpt_cli.model.gpt import ONE_PRODUCT
 from minigpt_cli.model.workload import Workload
 from minigpt_cli.recipe import AdapterSettings
 
@@ -22,6 +23,8 @@ def saved_per_token(config: ModelConfig, workload: Workload) -> int:
     heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
     saved = 2 * (norm_bytes(c, workload) + c.hidden_size * compute)  # and the norms' results
     saved += 2 * (heads + kv_heads) * c.head_dim * compute  # q, k, v and attention's result
+    if multiplies_once(c, workload):  # the values are a part of the product, which stays whole
+        saved += (heads + kv_heads) * c.head_dim * compute
     saved += _saved_by_scores(c, workload)
     if c.family == "qwen3":  # norms of queries and keys
         saved += (heads + kv_heads) * (c.head_dim + 1) * full
@@ -31,6 +34,17 @@ def saved_per_token(config: ModelConfig, workload: Workload) -> int:
     if workload.adapter is not None:
         saved += _saved_by_adapters(c, workload.adapter, workload)
     return saved
+
+
+def multiplies_once(config: ModelConfig, workload: Workload) -> bool:
+    """Return whether queries, keys and values come from one product of weights put together."""
+    return (
+        config.family != "gpt2"
+        and workload.device_type in ONE_PRODUCT
+        and workload.compute_bytes < workload.full_bytes
+        and not workload.sharded
+        and workload.adapter is None
+    )
 
 
 def _has_mask(config: ModelConfig, workload: Workload) -> bool:
@@ -53,7 +67,8 @@ def kept_per_token(config: ModelConfig, workload: Workload) -> tuple[int, int]:
     inner = (1 if is_gpt2 else 2) * c.intermediate_size
     kept = (projected + inner + 2 * c.hidden_size) * w.compute_bytes
     # Queries and keys are saved after their rotation.
-    also = ((projected if is_gpt2 else kv_heads * c.head_dim) + inner) * w.compute_bytes
+    whole = is_gpt2 or multiplies_once(c, w)
+    also = ((projected if whole else kv_heads * c.head_dim) + inner) * w.compute_bytes
     if w.adapter is not None:  # what follows an adapted layer is its sum with the adapter's result
         layers = adapted_layers(c, w.adapter)
         also = len(layers) * w.adapter.rank * w.compute_bytes
@@ -121,11 +136,14 @@ def loss_bytes(config: ModelConfig, workload: Workload) -> int:
     full, compute = workload.full_bytes, workload.compute_bytes
     mixed = compute < full  # a cast is a copy
     head, hidden = config.vocab_size * config.hidden_size, workload.tokens * config.hidden_size
-    rows = min(default_chunk_tokens(workload.device_type, config.vocab_size), workload.tokens)
+    rows = default_chunk_tokens(workload.device_type, config.vocab_size, workload.tokens)
     chunk = rows * config.vocab_size
-    softmax = chunk * (2 * full + mixed * compute)
     gradient = 0 if workload.adapter is not None else head  # a frozen head has none
-    product = chunk * compute + (gradient + rows * config.hidden_size) * compute
-    forward = max(softmax, product) + mixed * head * compute
-    backward = gradient * (full + mixed * compute)
-    return gradient * full + 2 * hidden * compute + max(forward, backward)
+    before = gradient * full if rows < workload.tokens else 0  # of the chunks before
+    softmax = chunk * (2 * full + mixed * compute) + before
+    # On a CPU a product in bf16 is a tensor of its own before it is added up.
+    on_cpu = mixed and workload.device_type == "cpu"
+    product = chunk * compute + gradient * (full + on_cpu * compute)
+    forward = max(softmax, product) + hidden * compute + mixed * head * compute
+    backward = 2 * gradient * full
+    return 2 * hidden * compute + max(forward, backward)

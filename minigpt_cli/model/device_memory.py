@@ -105,6 +105,12 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
     has_own_head = w.sharded and not c.tie_word_embeddings and w.adapter is None  # with a gradient
     own_head = c.vocab_size * c.hidden_size if has_own_head else 0
     head_leaving = 0 if has_whole else own_head * full
+    # In the last block's backward pass its own gradients don't exist yet, nor do the embeddings',
+    # or the head's is still counted as waiting.
+    alone = w.strategy == "single" and w.accumulation == 1
+    missing = (block + c.vocab_size * c.hidden_size) * full if alone and w.adapter is None else 0
+    if w.activation_checkpointing and not w.sharded:  # autocast's copies are of one block alone
+        missing += gathered.backward * (layers - 1) // layers
     moments = (
         early + activations + loss + gathered.at_loss - gathered.backward,
         early + activations + backward + head_leaving,  # the last block
@@ -114,7 +120,7 @@ def device_memory_needed(config: ModelConfig, workload: Workload) -> Memory:
         - w.tokens * norm_bytes(c, w)
         + backward
         + first_leaving,  # a block later
-        gradients + kept + backward - _coming(w, shapes) + leaving,  # the last block to be passed
+        gradients - missing + kept + backward - _coming(w, shapes) + leaving,  # the last block
         gradients + (outside - own_head) * full * (2 if w.sharded else 1),  # the embeddings
     )
     update = gradients + _optimizer_scratch(w, shapes, layers)

@@ -21,7 +21,11 @@ from minigpt_cli.model.attention import (
     segment_boundaries,
 )
 from minigpt_cli.model.config import ModelConfig
-from minigpt_cli.model.cross_entropy import projected_cross_entropy
+from minigpt_cli.model.cross_entropy import (
+    LossKernel,
+    eager_loss_and_gradient,
+    projected_cross_entropy,
+)
 from minigpt_cli.model.norm import Norm
 from minigpt_cli.model.padding import padded_positions, padding_mask
 from minigpt_cli.model.random_rows import random_rows
@@ -140,6 +144,29 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
 
 
+# Devices on which llama's and qwen3's queries, keys and values come from one product: it saves
+# launches, which cost nothing on a CPU.
+ONE_PRODUCT = {"cuda"}
+
+
+def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Apply linear layers to one input, on a GPU by one product.
+
+    The layers keep parameters of their own, so that files, optimizers and adapters know each. Only
+    weights that are cast anyway are put together: else the backward pass would keep a copy of them.
+    """
+    if (
+        x.device.type not in ONE_PRODUCT
+        or any(type(layer) is not nn.Linear for layer in layers)  # an adapter
+        or layers[0].weight.dtype == x.dtype
+    ):
+        return tuple(layer(x) for layer in layers)
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    out = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
+    return out.split([layer.out_features for layer in layers], dim=-1)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -165,15 +192,18 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        batch: int,
         rope: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None,
         mask: Tensor | None,
     ) -> Tensor:
-        batch, tokens, _ = x.shape
+        tokens = len(x) // batch
         if self.gpt2:
             q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            layers = (self.q_proj, self.k_proj, self.v_proj)
+            # Not for each generated token: its product costs less than the weights' copy.
+            q, k, v = project(x, *layers) if cache is None else (each(x) for each in layers)
         q, k, v = (part.view(batch, tokens, -1, self.head_dim) for part in (q, k, v))
         if rope is not None:
             q, k = q.to(rope[0].dtype), k.to(rope[0].dtype)
@@ -192,7 +222,7 @@ class Attention(nn.Module):
             values[:, :, past:end] = v
             k, v = keys[:, :, :end], values[:, :, :end]
             y = cached_attention(q.to(k.dtype), k, v, mask).to(q.dtype)
-        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(len(x), -1))
         return out
 
 
@@ -230,28 +260,50 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        change: Tensor,
+        batch: int,
         rope: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
         recompute: Checkpointing = False,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the block.
+
+        The last addition is left to the next block, where a compiler fuses it with the norm.
+
+        Args:
+            x: (B T, H), the residual stream. It is a matrix, as products take it: a compiler then
+                fuses all that is between two of them.
+            change: (B T, H), what the block before adds to it.
+            batch: B.
+            rope: cosine and sine of the positions; None for gpt2.
+            cache: see ``KVCache.layer``.
+            mask: see ``causal_attention``.
+            recompute: what the backward pass computes again.
+
+        Returns:
+            The residual stream before this block's MLP, and what the MLP adds to it.
+        """
+        x = x + change
         if recompute:  # here, so that torch.compile sees it and fuses the recomputation too
-            return recomputed(self._forward, x, rope, mask, keep_products=recompute == "selective")
-        return self._forward(x, rope, mask, cache)
+            selective = recompute == "selective"
+            return recomputed(self._forward, x, batch, rope, mask, keep_products=selective)
+        return self._forward(x, batch, rope, mask, cache)
 
     def _forward(
         self,
         x: Tensor,
+        batch: int,
         rope: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         # Cast once: autocast would cast again for each projection.
         dtype = autocast_dtype(x)
-        attended = self.self_attn(self.input_layernorm(x).to(dtype), rope, cache, mask)
+        attended = self.self_attn(self.input_layernorm(x).to(dtype), batch, rope, cache, mask)
         x = x + F.dropout(attended, self.dropout, self.training)
         out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
-        return x + F.dropout(out, self.dropout, self.training)
+        return x, F.dropout(out, self.dropout, self.training)
 
 
 class Head(nn.Linear):
@@ -274,6 +326,7 @@ class GPT(nn.Module):
         c = config
         self.config = config
         self.checkpoint_activations: Checkpointing = False
+        self.loss_kernel: LossKernel = eager_loss_and_gradient
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         if c.family == "gpt2":
             self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
@@ -343,13 +396,17 @@ class GPT(nn.Module):
             rope = (cos[positions], sin[positions])
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = self.checkpoint_activations if self.training else False
+        batch, x = len(x), x.flatten(0, 1)
+        # Not None, because the first block would be compiled apart.
+        change = torch.zeros_like(x, dtype=autocast_dtype(x))
         for index, layer in enumerate(self.layers):
-            x = layer(x, rope, cache.layer(index) if cache is not None else None, mask, recompute)
+            kept = cache.layer(index) if cache is not None else None
+            x, change = layer(x, change, batch, rope, kept, mask, recompute)
         if cache is not None:
             cache.length = end
-        if logits_to_keep:
-            x = x[:, -logits_to_keep:]
-        x = self.norm(x).to(autocast_dtype(x))
+        x = self.last_norm(x, change)
+        if targets is None:
+            x = x.unflatten(0, (batch, -1))[:, -logits_to_keep:]  # -0: all
         if self.packed_head is not None:
             logits: Tensor = self.packed_head(x)
             return logits
@@ -361,9 +418,14 @@ class GPT(nn.Module):
 
     def _output(self, x: Tensor, weight: Tensor, targets: Tensor | None) -> Tensor:
         """Return the loss, or without targets the logits; weight: the output projection, (V, H)."""
-        if targets is not None:
-            return projected_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
-        return F.linear(x, weight)
+        if targets is None:
+            return F.linear(x, weight)
+        return projected_cross_entropy(x, weight, targets.flatten(), kernel=self.loss_kernel)
+
+    def last_norm(self, x: Tensor, change: Tensor) -> Tensor:
+        """Return the input of the output projection, in the dtype of matrix products."""
+        out: Tensor = self.norm(x + change)
+        return out.to(autocast_dtype(x))
 
     def _segment_mask(self, x: Tensor, segment_ids: Tensor, num_segments: int | None) -> Tensor:
         """Return what keeps the segments apart, for ``causal_attention``."""

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+T = TypeVar("T")
 _OPS = torch.ops.aten
 _PRODUCTS = (_OPS.mm.default, _OPS.addmm.default)
 # Of the products on a CPU (model/attention.py) only that with the values is kept: the scores would
@@ -26,7 +27,7 @@ _ATTENTION = (
 )
 
 
-def recomputed(function: Callable[..., Tensor], *args: Any, keep_products: bool) -> Tensor:
+def recomputed(function: Callable[..., T], *args: Any, keep_products: bool) -> T:
     """Call a method of a module, and call it again in the backward pass instead of saving.
 
     Args:
@@ -43,7 +44,7 @@ def recomputed(function: Callable[..., Tensor], *args: Any, keep_products: bool)
         kept = _PRODUCTS if is_random else (*_PRODUCTS, *_ATTENTION, *_varlen())
         policy = partial(_choose, kept)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    out: Tensor = checkpoint(
+    out: T = checkpoint(
         function, *args, use_reentrant=False, preserve_rng_state=is_random, **options
     )
     return out

@@ -20,9 +20,11 @@ class Muon(torch.optim.Muon):
     Attributes:
         skip_update: a scalar on the device, set before each step; where it is 1, weights and
             momentum stay as they are. Nothing waits for its value.
+        grad_factor: a scalar on the device, set before each step; multiplies the gradients.
     """
 
     skip_update: Tensor | None = None
+    grad_factor: Tensor | None = None
 
     def __init__(self, params: Sequence[Tensor], **settings: Any):
         """Create the optimizer with all momenta zero.
@@ -43,19 +45,23 @@ class Muon(torch.optim.Muon):
                 self._update(batch, group)
 
     def _update(self, batch: list[Tensor], group: dict[str, Any]) -> None:
-        grads = to_local([p.grad for p in batch if p.grad is not None])
+        # One tensor of all gradients: a few launches for all of them, not some for each.
+        gradient = torch.stack(to_local([p.grad for p in batch if p.grad is not None]))
         momenta = to_local([self.state[p]["momentum_buffer"] for p in batch])
         weights = to_local(batch)
         lr: float | Tensor = group["lr"]
+        if self.grad_factor is not None:
+            gradient *= self.grad_factor
         if self.skip_update is not None:
-            skip = self.skip_update.bool()
             # A gradient equal to the momentum leaves the momentum as it is.
-            grads = [torch.where(skip, m, g) for m, g in zip(momenta, grads, strict=True)]
+            gradient = torch.where(self.skip_update.bool(), torch.stack(momenta), gradient)
             lr = lr * (1 - self.skip_update)
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        torch._foreach_lerp_(momenta, gradient.unbind(), 1 - group["momentum"])
         if group["nesterov"]:
-            grads = list(torch._foreach_lerp(grads, momenta, group["momentum"]))
-        direction = torch.stack([g.bfloat16() for g in (grads if group["nesterov"] else momenta)])
+            torch._foreach_lerp_(gradient.unbind(), momenta, group["momentum"])
+            direction = gradient.bfloat16()
+        else:
+            direction = torch.stack(momenta).bfloat16()
         update = over_whole_matrices(
             lambda whole: orthogonalize(
                 whole, group["ns_coefficients"], group["ns_steps"], group["eps"]

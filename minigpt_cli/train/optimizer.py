@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from minigpt_cli.distributed.parallel import to_local
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import OptimizerSettings
 from minigpt_cli.train.muon import Muon
@@ -66,7 +67,10 @@ def muon_peak_lr(settings: OptimizerSettings) -> float:
 
 @torch.no_grad()
 def update_weights(
-    optimizers: list[torch.optim.Optimizer], lr_factor: float, skip_update: Tensor
+    optimizers: list[torch.optim.Optimizer],
+    lr_factor: float,
+    skip_update: Tensor,
+    grad_factor: Tensor,
 ) -> None:
     """Update all weights and moments, or none at all if ``skip_update`` is 1.
 
@@ -76,13 +80,25 @@ def update_weights(
         optimizers: as ``build_optimizers`` made them; the gradients are in place.
         lr_factor: the factor that scales each group's peak learning rate.
         skip_update: float32 scalar on the device, 0.0 or 1.0.
+        grad_factor: scalar on the device; the gradients are multiplied by it.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
         if isinstance(optimizer, Muon):
-            optimizer.skip_update = skip_update
+            optimizer.skip_update, optimizer.grad_factor = skip_update, grad_factor
         else:
-            # The fused kernel then leaves weights, moments and step count, as under GradScaler.
+            # The fused kernel then leaves weights, moments and step count, as under GradScaler,
+            # and divides the gradients by grad_scale in its own pass.
             optimizer.found_inf = skip_update  # type: ignore[attr-defined]
+            optimizer.grad_scale = _grad_scale(optimizer, grad_factor)  # type: ignore[attr-defined]
         optimizer.step()
+
+
+def _grad_scale(optimizer: torch.optim.Optimizer, grad_factor: Tensor) -> Tensor | None:
+    """Return what AdamW's fused kernel divides by: a float32. A float64 factor is applied here."""
+    if grad_factor.dtype == torch.float32:
+        return grad_factor.reciprocal()
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    torch._foreach_mul_(to_local([grad for grad in grads if grad is not None]), grad_factor)
+    return None

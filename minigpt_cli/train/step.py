@@ -85,16 +85,14 @@ def train_step(
             c.scaler.unscale_(each)
     grads = to_local([p.grad for p in c.model.parameters() if p.grad is not None])
     # DDP and FSDP2 average over the ranks, but the sum is needed. The factor is applied in the pass
-    # that clips: a loss scaled up instead would overflow earlier in fp16.
+    # that updates: a loss scaled up instead would overflow earlier in fp16.
     grad_norm = c.parallel_dims.global_norm(grads) * world.size
     scale = c.scaler.scale(torch.ones_like(loss)) if c.scaler.is_enabled() else None
     skip_update = watch_step(c.guard, step + 1, loss, grad_norm, local_loss=local_loss, scale=scale)
+    grad_factor = torch.full_like(grad_norm, world.size)
     if c.clip_norm:
-        shrink = torch.clamp(c.clip_norm / (grad_norm + 1e-6), max=1.0)
-        torch._foreach_mul_(grads, shrink * world.size)
-    elif world.size > 1:
-        torch._foreach_mul_(grads, world.size)
-    update_weights(c.optimizers, lr_factor, skip_update)
+        grad_factor *= torch.clamp(c.clip_norm / (grad_norm + 1e-6), max=1.0)
+    update_weights(c.optimizers, lr_factor, skip_update, grad_factor)
     if c.scaler.is_enabled():
         c.scaler.update()
     zero_grad(c.model, c.parallel_dims)

@@ -15,6 +15,7 @@ from minigpt_cli.distributed.world import World
 from minigpt_cli.model import lora, precision
 from minigpt_cli.model.compiled import is_compiled
 from minigpt_cli.model.config import config_from_recipe
+from minigpt_cli.model.cross_entropy import eager_loss_and_gradient, fused_loss_and_gradient
 from minigpt_cli.model.gpt import GPT
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.train.batch import micro_batch_size_of
@@ -97,7 +98,7 @@ def round_frozen(model: GPT, dtype: torch.dtype) -> None:
 
 
 def compile_blocks(model: GPT) -> None:
-    """Have each block compiled when it first runs.
+    """Have each block, the last norm and the kernel of the loss compiled when they first run.
 
     The blocks share one compilation. Only ``forward`` is replaced, so that saved names have no
     wrapper's prefix.
@@ -109,6 +110,17 @@ def compile_blocks(model: GPT) -> None:
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward)
+    model.last_norm = torch.compile(model.last_norm)  # type: ignore[method-assign]
+    # dynamic=False: a second size of chunks would make the vocabulary's size a variable.
+    model.loss_kernel = torch.compile(fused_loss_and_gradient, dynamic=False)
+
+
+def use_eager_kernels(model: GPT) -> None:
+    """Undo ``compile_blocks``."""
+    for layer in model.layers:
+        del layer.forward
+    vars(model).pop("last_norm", None)
+    model.loss_kernel = eager_loss_and_gradient
 
 
 def warm_up(context: StepContext, sequence_length: int, packed: bool = False) -> None:
@@ -155,8 +167,7 @@ def warm_up(context: StepContext, sequence_length: int, packed: bool = False) ->
                 f"torch.compile failed, training goes on without it: {reasons[0]} "
                 f"{faq('training-is-slow')}"
             )
-            for layer in model.layers:
-                del layer.forward
+            use_eager_kernels(model)
         elif world.size > 1:
             run_pass()
     if context.parallel_dims.strategy == "ddp":
