@@ -397,8 +397,10 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = self.checkpoint_activations if self.training else False
         batch, x = len(x), x.flatten(0, 1)
-        # Neither None nor without a gradient: the first block would be compiled apart.
-        change = torch.zeros_like(x, dtype=autocast_dtype(x), requires_grad=x.requires_grad)
+        # Neither None nor without a gradient: the first block would be compiled apart. Its gradient
+        # is a scalar, because a leaf's would be kept.
+        zero = torch.zeros((), dtype=autocast_dtype(x), device=x.device)
+        change = zero.requires_grad_(x.requires_grad).expand_as(x).contiguous()
         for index, layer in enumerate(self.layers):
             kept = cache.layer(index) if cache is not None else None
             x, change = layer(x, change, batch, rope, kept, mask, recompute)
