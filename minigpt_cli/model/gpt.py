@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +248,18 @@ class MLP(nn.Module):
         return out
 
 
+class _NoChange(torch.autograd.Function):
+    """Return zeros, which take a gradient and drop it: else the first block is compiled apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(x, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -397,10 +410,7 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = self.checkpoint_activations if self.training else False
         batch, x = len(x), x.flatten(0, 1)
-        # Neither None nor without a gradient: the first block would be compiled apart. Its gradient
-        # is a scalar, because a leaf's would be kept.
-        zero = torch.zeros((), dtype=autocast_dtype(x), device=x.device)
-        change = zero.requires_grad_(x.requires_grad).expand_as(x).contiguous()
+        change: Tensor = _NoChange.apply(x, autocast_dtype(x))
         for index, layer in enumerate(self.layers):
             kept = cache.layer(index) if cache is not None else None
             x, change = layer(x, change, batch, rope, kept, mask, recompute)
