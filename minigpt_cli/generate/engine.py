@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minigpt_cli.core.errors import Diverged, UserError
 from minigpt_cli.core.faq import faq
 from minigpt_cli.generate.sampling import NOT_FINITE, SamplingOptions, draw_uniforms, next_tokens
-from minigpt_cli.model.gpt import GPT, KVCache, new_cache
+from minigpt_cli.model.gpt import GPT
+from minigpt_cli.model.kv_cache import KVCache, new_cache
 from minigpt_cli.model.precision import autocast
 
 # Not cuDNN, which torch prefers on an H100: it makes a plan for each new length, so for each token.

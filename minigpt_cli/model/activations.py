@@ -1,10 +1,10 @@
 """What a forward pass saves for the backward pass, and what the loss needs, by arithmetic."""
 
 from minigpt_cli.model.attention import CPU_MATMUL_TOKENS, QUERY_BLOCK
+from minigpt_cli.model.block import ONE_PRODUCT
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cost import adapted_layers
 from minigpt_cli.model.cross_entropy import default_chunk_tokens
-from minigpt_cli.model.gpt import ONE_PRODUCT
 from minigpt_cli.model.workload import Workload
 from minigpt_cli.recipe import AdapterSettings
 

@@ -63,24 +63,6 @@ def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout:
     return usable
 
 
-def segment_boundaries(segment_ids: Tensor, count: int | None = None) -> Tensor:
-    """Return where each segment starts, counted over all rows, and at the end B * T.
-
-    Args:
-        segment_ids: (B, T), the segment of each token in its row.
-        count: segments of all rows. None: they are counted, which waits for the device.
-
-    Returns:
-        (count + 1,) int32, ascending.
-    """
-    starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
-    numbers = starts.flatten().cumsum(0)  # of each token's segment, from 1
-    count = int(numbers[-1]) if count is None else count
-    # Segment n + 1 starts at the first token whose number is above n.
-    wanted = torch.arange(count + 1, device=numbers.device)
-    return torch.searchsorted(numbers, wanted, right=True, out_int32=True)
-
-
 def _by_varlen(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 

@@ -6,7 +6,6 @@ D head dimension, V vocabulary.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,237 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt_cli.core.seed import derived_seed
-from minigpt_cli.model.attention import (
-    cached_attention,
-    causal_attention,
-    has_varlen,
-    segment_boundaries,
-)
+from minigpt_cli.model.attention import has_varlen
+from minigpt_cli.model.block import Block
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.cross_entropy import (
     LossKernel,
     eager_loss_and_gradient,
     projected_cross_entropy,
 )
+from minigpt_cli.model.kv_cache import KVCache
 from minigpt_cli.model.norm import Norm
 from minigpt_cli.model.padding import padded_positions, padding_mask
+from minigpt_cli.model.precision import autocast_dtype
 from minigpt_cli.model.random_rows import random_rows
-from minigpt_cli.model.recompute import recomputed
+from minigpt_cli.model.rotary import rope_table
+from minigpt_cli.model.segments import segment_boundaries, segment_mask, segment_positions
 from minigpt_cli.model.workload import Checkpointing
-from minigpt_cli.recipe import RopeScaling
-
-
-@dataclass
-class KVCache:
-    """Keys and values of all earlier tokens, each (layers, B, K, capacity, D)."""
-
-    keys: Tensor
-    values: Tensor
-    length: int = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.keys.shape[3]
-
-    def layer(self, index: int) -> "LayerCache":
-        return self.keys[index], self.values[index], self.length
-
-
-# One layer's part of the cache: keys and values, each (B, K, capacity, D), and the tokens in it.
-LayerCache = tuple[Tensor, Tensor, int]
-
-
-def new_cache(
-    config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
-) -> KVCache:
-    """Make an empty cache for ``batch`` sequences of up to ``capacity`` tokens.
-
-    Args:
-        dtype: of matrix products. On a CPU keys and values are kept in float32 at least, because
-            torch's attention of one token takes 5 times as long in bf16 there.
-    """
-    if device.type == "cpu":
-        dtype = torch.promote_types(dtype, torch.float32)
-    shape = (
-        config.num_hidden_layers,
-        batch,
-        config.num_key_value_heads,
-        capacity,
-        config.head_dim,
-    )
-    return KVCache(
-        torch.zeros(shape, device=device, dtype=dtype),
-        torch.zeros(shape, device=device, dtype=dtype),
-    )
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with x: autocast's if it is on, else x's."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def rope_table(
-    positions: int,
-    head_dim: int,
-    theta: float,
-    device: torch.device,
-    dtype: torch.dtype,
-    scaling: RopeScaling | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Compute cosine and sine of the rotary angles (Su et al. 2021), each (positions, 1, head_dim).
-
-    The two halves of a head are the real and the imaginary part, as in transformers.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=device).to(dtype) / head_dim
-    # Operations in transformers' order: at position 100,000 the last bit of a frequency is the
-    # third digit of the angle.
-    frequencies = _scale_frequencies(1.0 / theta**exponents, scaling)
-    angles = torch.outer(torch.arange(positions, device=device).to(dtype), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos()[:, None], angles.sin()[:, None]
-
-
-def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling | None) -> Tensor:
-    """Scale the frequencies for contexts longer than the original one.
-
-    ``linear`` divides all of them (Chen et al. 2023). ``llama3`` (Llama 3.1) divides those with
-    fewer than ``low_freq_factor`` turns in the original context, keeps those with more than
-    ``high_freq_factor``, and interpolates between the two.
-    """
-    if scaling is None:
-        return frequencies
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    assert low is not None
-    assert high is not None
-    assert scaling.original_max_position_embeddings is not None
-    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-def segment_positions(segment_ids: Tensor) -> Tensor:
-    """Return each token's position in its segment, (B, T) int64: 0, 1, 2 ... from each start."""
-    positions = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-    starts = F.pad(segment_ids.diff(dim=1) != 0, (1, 0), value=True)
-    return positions - positions.where(starts, 0).cummax(dim=1).values
-
-
-def segment_mask(segment_ids: Tensor) -> Tensor:
-    """Return the attention mask, (B, 1, T, T) bool: true for earlier tokens of the same segment."""
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same.tril()[:, None]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, heads, D) by its positions' angles; cos, sin: (T, 1, D) or (B, T, 1, D)."""
-    real, imaginary = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-imaginary, real), dim=-1) * sin
-
-
-# Devices on which llama's and qwen3's queries, keys and values come from one product: it saves
-# launches, which cost nothing on a CPU.
-ONE_PRODUCT = {"cuda"}
-
-
-def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """Apply linear layers to one input, on a GPU by one product.
-
-    The layers keep parameters of their own, so that files, optimizers and adapters know each. Only
-    weights that are cast anyway are put together: else the backward pass would keep a copy of them.
-    """
-    if (
-        x.device.type not in ONE_PRODUCT
-        or any(type(layer) is not nn.Linear for layer in layers)  # an adapter
-        or layers[0].weight.dtype == x.dtype
-    ):
-        return tuple(layer(x) for layer in layers)
-    weights: list[Tensor] = [layer.weight for layer in layers]
-    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    out = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
-    return out.split([layer.out_features for layer in layers], dim=-1)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        c = config
-        self.head_dim = c.head_dim
-        self.dropout = c.dropout
-        self.gpt2 = c.family == "gpt2"
-        if self.gpt2:
-            self.qkv_proj = nn.Linear(c.hidden_size, 3 * c.hidden_size)
-        else:
-            q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-            self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.attention_bias)
-            self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.attention_bias)
-            self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.attention_bias)
-        self.o_proj = nn.Linear(
-            c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias
-        )
-        if c.family == "qwen3":
-            self.q_norm = Norm(c.head_dim, c.norm_eps, layer_norm=False)
-            self.k_norm = Norm(c.head_dim, c.norm_eps, layer_norm=False)
-        self.qk_norm = c.family == "qwen3"
-
-    def forward(
-        self,
-        x: Tensor,
-        batch: int,
-        rope: tuple[Tensor, Tensor] | None,
-        cache: LayerCache | None,
-        mask: Tensor | None,
-    ) -> Tensor:
-        tokens = len(x) // batch
-        if self.gpt2:
-            q, k, v = self.qkv_proj(x).chunk(3, dim=-1)
-        else:
-            layers = (self.q_proj, self.k_proj, self.v_proj)
-            # Not for each generated token: its product costs less than the weights' copy.
-            q, k, v = project(x, *layers) if cache is None else (each(x) for each in layers)
-        q, k, v = (part.view(batch, tokens, -1, self.head_dim) for part in (q, k, v))
-        if rope is not None:
-            q, k = q.to(rope[0].dtype), k.to(rope[0].dtype)
-            if self.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        # q: (B, A, T, D); k, v: (B, K, T, D)
-
-        if cache is None:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0, mask)
-        else:
-            keys, values, past = cache
-            end = past + tokens
-            keys[:, :, past:end] = k
-            values[:, :, past:end] = v
-            k, v = keys[:, :, :end], values[:, :, :end]
-            y = cached_attention(q.to(k.dtype), k, v, mask).to(q.dtype)
-        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(len(x), -1))
-        return out
-
-
-class MLP(nn.Module):
-    """GPT-2's two matrices with GELU, or SwiGLU's three (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        c = config
-        self.gpt2 = c.family == "gpt2"
-        if not self.gpt2:
-            self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gpt2:
-            inner = F.gelu(self.up_proj(x), approximate="tanh")
-        else:
-            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        out: Tensor = self.down_proj(inner)
-        return out
 
 
 class _NoChange(torch.autograd.Function):
@@ -258,65 +42,6 @@ class _NoChange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         return None, None
-
-
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        layer_norm = config.family == "gpt2"
-        self.input_layernorm = Norm(config.hidden_size, config.norm_eps, layer_norm)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.norm_eps, layer_norm)
-        self.mlp = MLP(config)
-        self.dropout = config.dropout
-
-    def forward(
-        self,
-        x: Tensor,
-        change: Tensor,
-        batch: int,
-        rope: tuple[Tensor, Tensor] | None,
-        cache: LayerCache | None = None,
-        mask: Tensor | None = None,
-        recompute: Checkpointing = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Apply the block.
-
-        The last addition is left to the next block, where a compiler fuses it with the norm.
-
-        Args:
-            x: (B T, H), the residual stream. It is a matrix, as products take it: a compiler then
-                fuses all that is between two of them.
-            change: (B T, H), what the block before adds to it.
-            batch: B.
-            rope: cosine and sine of the positions; None for gpt2.
-            cache: see ``KVCache.layer``.
-            mask: see ``causal_attention``.
-            recompute: what the backward pass computes again.
-
-        Returns:
-            The residual stream before this block's MLP, and what the MLP adds to it.
-        """
-        x = x + change
-        if recompute:  # here, so that torch.compile sees it and fuses the recomputation too
-            selective = recompute == "selective"
-            return recomputed(self._forward, x, batch, rope, mask, keep_products=selective)
-        return self._forward(x, batch, rope, mask, cache)
-
-    def _forward(
-        self,
-        x: Tensor,
-        batch: int,
-        rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        # Cast once: autocast would cast again for each projection.
-        dtype = autocast_dtype(x)
-        attended = self.self_attn(self.input_layernorm(x).to(dtype), batch, rope, cache, mask)
-        x = x + F.dropout(attended, self.dropout, self.training)
-        out: Tensor = self.mlp(self.post_attention_layernorm(x).to(dtype))
-        return x, F.dropout(out, self.dropout, self.training)
 
 
 class Head(nn.Linear):

@@ -4,6 +4,7 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+from torch import Tensor
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.recipe import PrecisionSettings
@@ -53,6 +54,12 @@ def compiles(precision: PrecisionSettings, device: torch.device) -> bool:
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of weights and optimizer state: float32, or float64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: autocast's if it is on, else x's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:

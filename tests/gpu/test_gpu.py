@@ -12,9 +12,10 @@ from torch import Tensor
 from minigpt_cli.checkpoint import store
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.distributed.world import start_world
-from minigpt_cli.model.attention import causal_attention, has_varlen, segment_boundaries
+from minigpt_cli.model.attention import causal_attention, has_varlen
 from minigpt_cli.model.cost import peak_flops
-from minigpt_cli.model.gpt import GPT, initialize_weights, segment_mask
+from minigpt_cli.model.gpt import GPT, initialize_weights
+from minigpt_cli.model.segments import segment_boundaries, segment_mask
 from minigpt_cli.recipe import Recipe
 from minigpt_cli.recipe.schema import LoraSettings
 from minigpt_cli.report import metrics

@@ -31,7 +31,7 @@ from minigpt_cli.core.constants import LOGITS_BYTES, MUON_ELEMENTS
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.distributed import parallel
 from minigpt_cli.distributed.world import World
-from minigpt_cli.model import attention, gpt, norm, precision
+from minigpt_cli.model import attention, block, norm, precision
 from minigpt_cli.model.config import ModelConfig
 from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.model.traffic import Traffic
@@ -64,7 +64,7 @@ def kernels_of_a_gpu() -> Iterator[None]:
     before = attention.CPU_MATMUL_TOKENS, norm.rms_norm
     sizes = (LOGITS_BYTES, MUON_ELEMENTS)
     on_cpu = [size["cpu"] for size in sizes]
-    gpt.ONE_PRODUCT.add("cpu")
+    block.ONE_PRODUCT.add("cpu")
     attention.CPU_MATMUL_TOKENS = 0
     norm.rms_norm = lambda x, weight, eps: norm._RMSNorm.apply(x, weight.to(x.dtype), eps)
     for size in sizes:
@@ -72,7 +72,7 @@ def kernels_of_a_gpu() -> Iterator[None]:
     try:
         yield
     finally:
-        gpt.ONE_PRODUCT.remove("cpu")
+        block.ONE_PRODUCT.remove("cpu")
         attention.CPU_MATMUL_TOKENS, norm.rms_norm = before
         for size, value in zip(sizes, on_cpu, strict=True):
             size["cpu"] = value
@@ -95,7 +95,7 @@ def saved_bytes(config: ModelConfig, workload: Workload, device: torch.device = 
     model.checkpoint_activations = workload.activation_checkpointing
     weights = {_address(p) for p in model.parameters()}
     c = config
-    together = torch.Size(  # see gpt.project
+    together = torch.Size(  # see block.project
         [(c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, c.hidden_size]
     )
     matrices = [together, *(p.shape for p in model.parameters())]

@@ -9,8 +9,8 @@ from minigpt_cli.model.attention import (
     cached_attention,
     causal_attention,
     has_varlen,
-    segment_boundaries,
 )
+from minigpt_cli.model.segments import segment_boundaries
 
 LENGTHS = [1, 2, 127, 128, 129, 256, 300]
 HEADS = [(4, 4), (4, 2), (6, 1)]

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
-from minigpt_cli.model.gpt import GPT, initialize_weights, new_cache
+from minigpt_cli.model.gpt import GPT, initialize_weights
+from minigpt_cli.model.kv_cache import new_cache
 
 FAMILIES = ["gpt2", "llama", "qwen3"]
 GPT2_124M = {

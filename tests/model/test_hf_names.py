@@ -11,13 +11,14 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import model_config
-from minigpt_cli.model.gpt import GPT, initialize_weights, rope_table
+from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.model.hf_names import (
     config_from_huggingface,
     huggingface_config,
     huggingface_name,
     is_transposed,
 )
+from minigpt_cli.model.rotary import rope_table
 from minigpt_cli.recipe import RopeScaling
 from tests.helpers.hf_layout import from_huggingface, to_huggingface
 
