@@ -13,7 +13,7 @@ from minigpt_cli.data.order import sample_ids
 LENGTH, BATCH, SEED = 32, 8, 1337  # of the tiny recipe
 SPIKES = ("guard.spike_sigma=6", "guard.spike_window=16", "data.verify=false", "train.steps=40",
           "checkpoint.every_steps=10", "eval.every_steps=100", "precision.dtype=fp32",
-          "optimizer.lr=1e-2", "optimizer.muon_lr=2e-2")  # fmt: skip
+          "optimizer.lr=7e-3", "optimizer.muon_lr=1.5e-2")  # fmt: skip
 
 
 def poisoned(
