@@ -1,17 +1,15 @@
 """Linear layers of one input by one product, as on a GPU, against separate layers."""
 
-from collections import Counter
-
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt_cli.model import block, lora
 from minigpt_cli.model.block import project
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.recipe import AdapterSettings
+from tests.helpers.ops import CountOps
 
 TOKENS, HIDDEN = 10, 8
 GROUPED = (16, 4, 4)  # queries, keys, values
@@ -20,20 +18,6 @@ GROUPED = (16, 4, 4)  # queries, keys, values
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(block, "ONE_PRODUCT", {"cpu"})
-
-
-class CountProducts(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.overloadpacket._qualified_op_name] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def products(self):
-        return self.calls["aten::mm"] + self.calls["aten::addmm"]
 
 
 def integers(*shape, seed=0):
@@ -54,10 +38,10 @@ def test_one_product_equals_separate_layers(bias):
     layers = separate_layers(bias)
     x = integers(TOKENS, HIDDEN, seed=7).bfloat16().requires_grad_()
     grads = [integers(TOKENS, size, seed=size) for size in GROUPED]
-    with CountProducts() as forward, torch.autocast("cpu", torch.bfloat16):
+    with CountOps() as forward, torch.autocast("cpu", torch.bfloat16):
         out = project(x, *layers)
     assert forward.products == 1
-    with CountProducts() as backward:
+    with CountOps() as backward:
         torch.autograd.backward(out, [grad.bfloat16() for grad in grads])
     assert backward.products == 2
 
@@ -78,7 +62,7 @@ def test_one_product_equals_separate_layers(bias):
 
 def test_weights_that_are_not_cast_stay_apart():
     layers, x = separate_layers(bias=True), integers(TOKENS, HIDDEN)
-    with CountProducts() as count:
+    with CountOps() as count:
         out = project(x, *layers)
     assert count.products == 3
     assert all(torch.equal(a, layer(x)) for a, layer in zip(out, layers, strict=True))
@@ -111,7 +95,7 @@ def test_a_model_is_the_same_with_one_product(family, monkeypatch):
     found = []
     for devices in ({"cpu"}, set()):
         monkeypatch.setattr(block, "ONE_PRODUCT", devices)
-        with CountProducts() as count, torch.autocast("cpu", torch.bfloat16):
+        with CountOps() as count, torch.autocast("cpu", torch.bfloat16):
             loss = model(ids, ids)
         grads = torch.autograd.grad(loss, model.parameters())
         found.append((count.products, loss.detach(), grads))
