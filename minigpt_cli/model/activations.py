@@ -48,7 +48,10 @@ def multiplies_once(config: ModelConfig, workload: Workload) -> bool:
 
 
 def _has_mask(config: ModelConfig, workload: Workload) -> bool:
-    """Return whether packed sequences need a mask: ``has_varlen`` of model/attention.py says no."""
+    """Return whether sequences are packed and need a mask, as without ``has_varlen``.
+
+    The conditions are those of model/attention.py, for a GPU of the Ampere generation or later.
+    """
     c, w = config, workload
     varlen = w.device_type == "cuda" and w.compute_bytes == 2 and not c.dropout
     return w.packed and not (varlen and c.head_dim % 8 == 0 and c.head_dim <= 256)
