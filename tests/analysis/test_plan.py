@@ -108,7 +108,7 @@ def test_strategies_of_a_7b_model(make_recipe: Callable[..., Recipe]):
     assert plan.model.parameters == 6_738_415_616
     found = {each.strategy: each for each in plan.model.strategies}
     peaks = {name: round(each.needed / 1e9, 1) for name, each in found.items()}
-    assert peaks == {"ddp": 144.6, "zero2": 39.6, "fsdp": 26.6, "hsdp": 38.4}
+    assert peaks == {"ddp": 147.0, "zero2": 39.7, "fsdp": 26.8, "hsdp": 38.6}
     assert [name for name, each in found.items() if each.fits] == ["zero2", "fsdp", "hsdp"]
     assert [name for name, each in found.items() if each.is_chosen] == ["fsdp"]
     ddp = find_advice(make_plan(make_recipe(*LLAMA_7B, "distributed.strategy=ddp"), gpus(64)),
