@@ -48,7 +48,10 @@ def multiplies_once(config: ModelConfig, workload: Workload) -> bool:
 
 
 def _has_mask(config: ModelConfig, workload: Workload) -> bool:
-    """Return whether packed sequences need a mask: ``has_varlen`` of model/attention.py says no."""
+    """Return whether sequences are packed and need a mask, as without ``has_varlen``.
+
+    The conditions are those of model/attention.py, for a GPU of the Ampere generation or later.
+    """
     c, w = config, workload
     varlen = w.device_type == "cuda" and w.compute_bytes == 2 and not c.dropout
     return w.packed and not (varlen and c.head_dim % 8 == 0 and c.head_dim <= 256)
@@ -58,8 +61,8 @@ def kept_per_token(config: ModelConfig, workload: Workload) -> tuple[int, int]:
     """Bytes that one block keeps of its products when it recomputes the rest, per token.
 
     Returns:
-        (what is kept beside the block's input, the part of it that a block which recomputes
-        nothing saves as well). The products of model/recompute.py.
+        (what is kept beside the block's input, the part of it that takes no memory of its own once
+        the block is recomputed). The products of model/recompute.py.
     """
     c, w = config, workload
     heads, kv_heads, is_gpt2 = c.num_attention_heads, c.num_key_value_heads, c.family == "gpt2"
@@ -69,11 +72,13 @@ def kept_per_token(config: ModelConfig, workload: Workload) -> tuple[int, int]:
     # Queries and keys are saved after their rotation.
     whole = is_gpt2 or multiplies_once(c, w)
     also = ((projected if whole else kv_heads * c.head_dim) + inner) * w.compute_bytes
-    if w.adapter is not None:  # what follows an adapted layer is its sum with the adapter's result
+    if w.adapter is not None:
         layers = adapted_layers(c, w.adapter)
-        also = len(layers) * w.adapter.rank * w.compute_bytes
-        kept += also + sum(outside for _, outside in layers) * w.compute_bytes
-    if not c.dropout:
+        kept += sum(w.adapter.rank + outside for _, outside in layers) * w.compute_bytes
+        # An adapter's result is added to its layer's, and only the sum is saved: both are freed
+        # while the block is recomputed.
+        also = kept
+    if not c.dropout and (w.adapter is None or not w.adapter.dropout):  # else attention isn't kept
         result = heads * c.head_dim * w.compute_bytes
         kept += result
         if w.device_type != "cpu" or w.packed or w.sequence_length > CPU_MATMUL_TOKENS:

@@ -47,7 +47,8 @@ def causal_attention(
 def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
     """Return whether torch's flash attention can keep segments apart by their boundaries alone.
 
-    It needs a GPU since Ampere. It has no dropout, and no other sizes and dtypes.
+    It needs an NVIDIA GPU of the Ampere generation or later, bf16 or fp16, heads of at most 256
+    elements (a multiple of 8), and no dropout.
     """
     usable = (
         device.type == "cuda"

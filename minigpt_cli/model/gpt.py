@@ -33,7 +33,10 @@ from minigpt_cli.model.workload import Checkpointing
 
 
 class _NoChange(torch.autograd.Function):
-    """Return zeros, which take a gradient and drop it: else the first block is compiled apart."""
+    """Return zeros, the first block's ``change``, with a gradient that is dropped.
+
+    What the other blocks get has a gradient too. Else the first one would be compiled separately.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,6 +148,7 @@ class GPT(nn.Module):
         if targets is None:
             x = x.unflatten(0, (batch, -1))[:, -logits_to_keep:]  # -0: all
         if self.packed_head is not None:
+            assert targets is None, "packed weights are for logits only"
             logits: Tensor = self.packed_head(x)
             return logits
         output = partial(self._output, targets=targets)

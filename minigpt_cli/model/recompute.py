@@ -53,7 +53,8 @@ def recomputed(function: Callable[..., T], *args: Any, keep_products: bool) -> T
 def _choose(
     kept: tuple[Any, ...], _: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
 ) -> CheckpointPolicy:
-    # Without gradients, adapters multiply their own matrices (lora.row_lengths).
+    # DoRA multiplies weights to get the lengths of rows (lora.row_lengths), without gradients. The
+    # result is as large as the weights: it isn't kept.
     of_weights = op in _PRODUCTS and not torch.is_grad_enabled()
     if op in kept and not of_weights:
         return CheckpointPolicy.MUST_SAVE

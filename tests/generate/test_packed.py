@@ -39,6 +39,8 @@ def test_the_same_logits_and_tokens(shape, tmp_path, license_dataset):
         4 if model.config.family == "gpt2" else 7
     )
     torch.testing.assert_close(model(IDS), expected, rtol=0, atol=1e-4)
+    with pytest.raises(AssertionError, match="packed weights are for logits only"):
+        model(IDS, IDS)
     prompts = IDS.tolist()
     for rows in (prompts[:1], prompts):  # one row takes other kernels than several
         steps = generate_each(model, rows, GREEDY, max_new_tokens=12, finished=[False] * len(rows))

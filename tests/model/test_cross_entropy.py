@@ -1,12 +1,19 @@
 """The fused projection and cross-entropy against torch's own two steps."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt_cli.core.constants import IGNORE_INDEX
-from minigpt_cli.model.cross_entropy import projected_cross_entropy
+from minigpt_cli.model.cross_entropy import (
+    eager_loss_and_gradient,
+    fused_loss_and_gradient,
+    projected_cross_entropy,
+)
+from tests.helpers.ops import CountOps
 
 N, H, V = 37, 8, 23
 
@@ -142,17 +149,10 @@ def test_memory_kept_for_backward():
 
 
 def test_one_product_without_gradients():
-    products = []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            products.append(func) if func is torch.ops.aten.mm.default else None
-            return func(*args, **(kwargs or {}))
-
     weight = torch.nn.Parameter(torch.randn(11, 8))
-    with torch.no_grad(), Count():
+    with torch.no_grad(), CountOps() as count:
         projected_cross_entropy(torch.randn(5, 8), weight, torch.zeros(5, dtype=torch.int64))
-    assert len(products) == 1
+    assert count.products == 1
 
 
 @pytest.mark.parametrize("valid", [600, 786, 2048])
@@ -169,3 +169,54 @@ def test_division_by_targets_is_float32(valid: int):
     assert hidden.grad is not None
     ratio = (hidden.grad.double() * exact.grad).sum() / exact.grad.square().sum()
     assert abs(ratio - 1) < 4e-4
+
+
+def hard_logits(dtype):
+    """Ordinary rows, and rows whose target is certain, far away, or as likely as all others."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 4 * torch.randn(40, 130, generator=generator, dtype=torch.float64)
+    targets = torch.randint(130, (40,), generator=generator)
+    logits[0], logits[0, targets[0]] = 0.0, 90.0
+    logits[1], logits[1, targets[1]] = 0.0, -1e4
+    logits[2] = 3e4
+    logits[3] *= 1e3
+    return logits.to(dtype), targets
+
+
+def exact_loss_and_gradient(logits, targets):
+    logits = logits.double().requires_grad_()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses.detach(), torch.autograd.grad(losses.sum(), logits)[0]
+
+
+def check_kernel(kernel, dtype):
+    logits, targets = hard_logits(dtype)
+    losses, gradient = kernel(logits.clone(), targets)
+    exact_losses, exact_gradient = exact_loss_and_gradient(logits, targets)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    assert gradient.dtype == dtype
+    relative = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps)
+    small = 1e-13 if dtype == torch.float64 else 2e-7  # of a loss and a gradient that are nearly 0
+    torch.testing.assert_close(losses.double(), exact_losses, rtol=min(relative, 1e-6), atol=small)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=relative, atol=small)
+
+
+@pytest.mark.parametrize("kernel", [eager_loss_and_gradient, fused_loss_and_gradient])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_against_float64(kernel, dtype):
+    check_kernel(kernel, dtype)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++")
+def test_the_compiled_kernel_against_float64():
+    check_kernel(torch.compile(fused_loss_and_gradient, dynamic=False), torch.bfloat16)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 5])
+def test_the_fused_kernel_serves_the_whole_function(chunk_tokens):
+    """With tokens that are left out, and a last chunk that is shorter."""
+    hidden, weight, targets = data()
+    loss = projected_cross_entropy(hidden, weight, targets, chunk_tokens, fused_loss_and_gradient)
+    ours = loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+    for mine, theirs in zip(ours, expected(*data()), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)

@@ -1,19 +1,18 @@
 """The transformer: its size, its initial weights, what sees what, and what changes nothing."""
 
 import math
-from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigpt_cli.core.errors import UserError
 from minigpt_cli.model.config import model_config
 from minigpt_cli.model.cost import parameter_count
 from minigpt_cli.model.gpt import GPT, initialize_weights
 from minigpt_cli.model.kv_cache import new_cache
+from tests.helpers.ops import CountOps
 
 FAMILIES = ["gpt2", "llama", "qwen3"]
 GPT2_124M = {
@@ -279,16 +278,6 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(model(ids), plain(ids))
 
 
-class CountOps(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.overloadpacket._qualified_op_name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("recompute", [True, "selective"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -308,11 +297,12 @@ def test_checkpointing_activations_changes_no_bit(family, dropout, recompute, mo
         again, recomputed = gradients(model)
     assert len(calls) == 2  # once on the way there, once more on the way back
     assert bool(kept_states) == bool(dropout)
-    products, more = (sum(each.calls[name] for name in ("mm", "addmm")) for each in (first, second))
     again_in_block = {"gpt2": 4, "llama": 7, "qwen3": 7}[family]
     if not dropout:
         again_in_block -= 1  # nothing needs the block's last product
-    assert more - products == (0 if recompute == "selective" else 2 * again_in_block)
+    assert second.products - first.products == (
+        0 if recompute == "selective" else 2 * again_in_block
+    )
     assert torch.equal(loss, again)
     assert all(torch.equal(recomputed[name], expected[name]) for name in expected)
 
