@@ -31,7 +31,7 @@ def full_before_the_run(scene: Scene) -> None:
         code, said = scene.do(*scene.go(place / "run"))
         assert code == 2, said
         told = said.splitlines()[-1]
-        assert told.startswith(f"minigpt: {place}/run: a checkpoint takes 0.62 MB, and 0."), said
+        assert told.startswith(f"minigpt: {place}/run: a checkpoint takes 0.67 MB, and 0."), said
         assert told.endswith(" MB are free: make room, or choose another --out"), said
         assert "step 1/" not in said
         subprocess.run(["mount", "-o", "remount,size=50m", place], check=True)
@@ -146,7 +146,7 @@ def full_at_the_end(scene: Scene, *settings: str) -> None:
         process = scene.fork(*scene.go(run, *settings))
         assert process.wait() == 2, process.tail
         told = process.said.splitlines()[-1]
-        assert f"step-{STEPS:08d}: {NOT_WRITTEN}it takes 0.62 MB, and 0." in told
+        assert f"step-{STEPS:08d}: {NOT_WRITTEN}it takes 0.67 MB, and 0." in told
         assert "older checkpoints are untouched: free some space or repair the path, then" in told
         assert process.said.count(GOES_ON) > 3
         assert "Traceback" not in process.said
@@ -174,7 +174,7 @@ def stopped_on_a_full_disk(scene: Scene, *settings: str) -> None:
         _fill_up(place / "more")  # with what a save left that it began before the disk was full
         code, said = scene.do(*scene.go(run, *settings))
         assert code == 2, said
-        assert "a checkpoint takes 0.62 MB, and 0.00 MB are free: make room" in said, said
+        assert "a checkpoint takes 0.67 MB, and 0.00 MB are free: make room" in said, said
         assert "Traceback" not in said
         check_nothing_lost(run, saved)
         (place / "filler").unlink()
