@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint import integrity
 from minigpt_cli.report import metrics
 from tests.helpers.opens import opens_in
 from tests.helpers.ranks import train_many
@@ -128,7 +128,7 @@ def test_metadata_is_read_by_one_rank(runs: Path):
 def test_ranks_share_what_several_hold(runs: Path, strategy: str):
     """Each value is written once, by a rank that holds it, and each rank writes about as much."""
     checkpoint = runs / f"same-{strategy}/checkpoints/step-{STEPS:08d}"
-    assert store.verify(checkpoint) == []
+    assert integrity.verify(checkpoint) == []
     sizes = [
         sum(file.stat().st_size for file in checkpoint.glob(f"shard-{rank:05d}-*.safetensors"))
         for rank in range(1, 5)
