@@ -100,6 +100,18 @@ def test_other_files_beside_the_results_are_not_shown(tmp_path: Path):
         read_results(tmp_path / "gpu-nvidia-h200.json")
 
 
+def test_two_measurements_have_their_own_words(tmp_path: Path):
+    for name, rows in (("bench", ROWS[:5]), ("bench-full", ROWS[5:])):
+        write_results(tmp_path / f"{name}.json", rows, busy=False, peer_python=None)
+    full = tmp_path / "bench-full.json"
+    day = json.loads(full.read_text())["date"][:10]
+    same = table.readme_table(tmp_path)
+    full.write_text(full.read_text().replace(day, "2026-01-31"))
+    found = table.readme_table(tmp_path)
+    assert found.startswith(f"{same}\n\nWhole runs, and the cost against sizes: Medians on ")
+    assert "2026-01-31" in found.removeprefix(same)
+
+
 def test_bench_train_gives_every_step():
     words = ["--hidden", "16", "--layers", "1", "--heads", "2", "--vocab", "128", "--batch", "2"]
     done = subprocess.run(
