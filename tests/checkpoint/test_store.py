@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ from minigpt_cli.checkpoint.tensors import read_tensors, save_tensors, tensor_en
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import sha256_of
 from minigpt_cli.distributed.world import start_world
+from tests.helpers.processes import ROOT
+from tests.helpers.ranks import free_port, rank_environment
 
 TENSORS = {
     "weights.a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -218,6 +222,25 @@ def test_other_tensors(tmp_path: Path):
     ):
         with pytest.raises(UserError, match="belongs to another model, optimizer or precision"):
             read_tensors(path, wanted, manifest)
+
+
+def test_headers_are_read_by_one_rank(tmp_path: Path):
+    """The other one reads no file that it needs no values of."""
+    path, port = save(tmp_path, 1), free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, Path(__file__).parent / "rank_that_reads.py", path], cwd=ROOT,
+            env=rank_environment(rank, 2, port), stdout=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert json.loads(said[0]) == {name: tensor.sum().item() for name, tensor in TENSORS.items()}
 
 
 def test_newest_valid_walks_back(tmp_path: Path):
