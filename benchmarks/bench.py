@@ -1,7 +1,7 @@
 """Measure minigpt beside its peers on this machine; every raw sample goes to a JSON file.
 
     make bench NANOGPT=~/nanoGPT        # a checkout of nanoGPT; without it, its rows are missing
-    python -m benchmarks.bench --only train --rounds 1
+    python -m benchmarks.bench --only train --rounds 1      # to bench-part.json
 
 Each figure is of processes of its own, and those that are compared alternate. A busy machine is
 refused, unless --busy is given; then the results say so. benchmarks/table.py shows the results.
@@ -239,11 +239,11 @@ FULL = (seeds, growth)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = {part.__name__: part for part in (*PARTS, *FULL)}
-    usual = [part.__name__ for part in PARTS]
-    parser.add_argument("--only", nargs="+", choices=known, default=usual, metavar="PART",
+    parser.add_argument("--only", nargs="+", choices=known, metavar="PART",
                         help=f"some of {', '.join(known)}")  # fmt: skip
     parser.add_argument("--full", action="store_true", help="all parts")
-    parser.add_argument("--name", default="bench", help="of the file in benchmarks/results")
+    parser.add_argument("--name", help="of the file in benchmarks/results; default: bench, with "
+                        "--only bench-part")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="timed training steps of a process")
     parser.add_argument("--megabytes", type=int, default=100, help="of text to tokenize")
@@ -265,10 +265,13 @@ def main() -> None:
             "or give --busy, which marks the results"
         )
     a.nanogpt, a.shakespeare = (path and path.resolve() for path in (a.nanogpt, a.shakespeare))
-    for name, parts in ((a.name, PARTS), (f"{a.name}-full", FULL)):
+    wanted = a.only or [part.__name__ for part in (*PARTS, *(FULL if a.full else ()))]
+    # The README is made of bench.json: some parts must not replace all of them.
+    whole = a.name or ("bench-part" if a.only else "bench")
+    for name, parts in ((whole, PARTS), (f"{whole}-full", FULL)):
         rows: list[Row] = []
         for part in parts:
-            if a.full or part.__name__ in a.only:
+            if part.__name__ in wanted:
                 rows += part(a)
                 # After each part, so that a killed run leaves what it had.
                 write_results(FOLDER / f"{name}.json", rows, busy=busy, peer_python=a.peer_python)

@@ -146,7 +146,7 @@ def main() -> None:
                 "torch": torch.__version__,
                 "parameters": parameter_count(context.model.config),
                 "median_step_seconds": median,
-                "step_seconds": times[5:],
+                "step_seconds": times,
                 "tokens_per_second": rate,
                 "mfu": rate * flops / peak if peak else None,
                 "mean_seconds_by_the_clock": seconds / a.steps,

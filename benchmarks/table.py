@@ -114,13 +114,17 @@ def readme_table(folder: Path = FOLDER) -> str:
     if not (folder / "bench.json").exists():
         return "Not measured yet."
     head, rows = read_results(folder / "bench.json")
-    return table(head, rows + full_rows(folder))
+    full_head, more = full_results(folder)
+    text = table(head, rows + more)
+    if full_head is not None and (words := describe(full_head)) != describe(head):
+        text += f"\n\nWhole runs, and the cost against sizes: {words}"
+    return text
 
 
-def full_rows(folder: Path) -> list[Row]:
-    """Return what only ``make bench-full`` measures."""
+def full_results(folder: Path) -> tuple[dict[str, Any] | None, list[Row]]:
+    """Return the facts and rows of what only ``make bench-full`` measures."""
     file = folder / "bench-full.json"
-    return read_results(file)[1] if file.exists() else []
+    return read_results(file) if file.exists() else (None, [])
 
 
 def main() -> None:
@@ -128,7 +132,9 @@ def main() -> None:
         sys.exit("table: no benchmarks/results/bench.json: run make bench")
     readme = ROOT / "README.md"
     readme.write_text(put(readme.read_text(), readme_table()))
-    draw_all([*read_results(FOLDER / "bench.json")[1], *full_rows(FOLDER)], ROOT / "docs/images")
+    draw_all(
+        [*read_results(FOLDER / "bench.json")[1], *full_results(FOLDER)[1]], ROOT / "docs/images"
+    )
 
 
 if __name__ == "__main__":

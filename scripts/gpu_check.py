@@ -54,6 +54,15 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     new.replace(path)
 
 
+def new_file(folder: Path, name: str) -> Path:
+    """Return the JSON file for the results. Those of an earlier check, and its log, stay."""
+    path, number = folder / f"{name}.json", 1
+    while path.exists() or path.with_suffix(".log").exists():
+        number += 1
+        path = folder / f"{name}-{number}.json"
+    return path
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="gpu_check.sh", description="Check and measure minigpt on this machine's CUDA GPUs."
@@ -83,7 +92,7 @@ def main() -> int:
     device = torch.cuda.get_device_name()
     name = f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-').lower()}"
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{name}.json"
+    path = new_file(args.out, name)
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     results: dict[str, Any] = {
         "format": FORMAT,
@@ -97,7 +106,7 @@ def main() -> int:
     failed = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        open(args.out / f"{name}.log", "wb") as errors,
+        open(path.with_suffix(".log"), "wb") as errors,
     ):
         for part_name, (part, seconds) in PARTS.items():
             if args.only and part_name not in args.only:

@@ -3,7 +3,7 @@
 # tests marked gpu, GPT-2 124M's step in several ways, a real run, kill -9 and resume, sampling, and
 # with several GPUs the strategies. --list prints the parts, --only PART runs one.
 # Results appear in benchmarks/results/gpu-<device>.json as they come; the standard error of all
-# commands is in the .log beside it.
+# commands is in the .log beside it. Files of an earlier check stay: the next has gpu-<device>-2.
 # PYTHON: an interpreter with torch >= 2.11 and the other dependencies (`datasets` isn't needed).
 # GPU_CHECK_CUDNN=0: torch doesn't use cuDNN for attention (where there is none).
 set -euo pipefail

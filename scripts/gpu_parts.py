@@ -134,7 +134,8 @@ def resume(check: Check) -> Results:
     seen = killed / f"checkpoints/step-{2 * every:08d}"
     while process.poll() is None and not seen.is_dir() and time.monotonic() < check.deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
     yield "killed", {"ok": process.wait() == -signal.SIGKILL and seen.is_dir()}
     caches = {
         name: str(check.folder / name.lower())

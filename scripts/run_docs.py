@@ -157,6 +157,7 @@ def _run(shell: str, folder: Path, scene: Path) -> tuple[int, str]:
         "ROOT": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "XDG_CACHE_HOME": str(scene / "cache"),  # the user's stays as it is
     }
     try:
         ended = subprocess.run(

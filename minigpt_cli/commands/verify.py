@@ -39,7 +39,7 @@ def verify_command(
 
 def _check(path: Path) -> tuple[int, dict[str, str]]:
     """Return how many things were compared, and damaged file -> what is wrong with it."""
-    from minigpt_cli.checkpoint import store
+    from minigpt_cli.checkpoint import integrity, store
     from minigpt_cli.data.dataset import verify_dataset
     from minigpt_cli.data.dataset_manifest import is_dataset
     from minigpt_cli.huggingface.origin import ORIGIN, read_origin, verify_export
@@ -52,7 +52,7 @@ def _check(path: Path) -> tuple[int, dict[str, str]]:
         return 1, {name: f"{name}: {why}" for name, why in verify_export(path).items()}
     run, checkpoint = store.locate(path)
     if checkpoint:
-        return 1, {problem: problem for problem in store.verify(checkpoint)}
+        return 1, {problem: problem for problem in integrity.verify(checkpoint)}
     checkpoints = [each for _, each in store.list_steps(run)]
     if not checkpoints:
         raise UserError(f"{path}: holds no checkpoint; name a run, a checkpoint or a token dataset")
@@ -60,7 +60,7 @@ def _check(path: Path) -> tuple[int, dict[str, str]]:
     checked, damaged = 0, dict[str, str]()
     for each in checkpoints:
         try:
-            problems = store.verify(each)
+            problems = integrity.verify(each)
         except OSError:
             problems = [f"{each}: can't be read"]
         if each.exists():  # else the run, which trains, has just pruned it

@@ -59,7 +59,7 @@ def verify_on_each_storage(path: Path, world: World) -> dict[str, FileState]:
         return sorted(recall(path, manifest, states))
 
     # Not every machine's cache directory is the one that rank 0 wrote to
-    known = world.run_on_rank0(known_files, list[str]) if shared else known_files()
+    known = set(world.run_on_rank0(known_files, list[str]) if shared else known_files())
     # All sharers cut the same list, also if one knows more files than another
     largest_first = sorted(manifest.files(), key=lambda each: -each[0].bytes_on_disk)
     own = largest_first[sharers.index(world.rank) :: len(sharers)]

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import statistics
 import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from benchmarks.plots import draw_all
 from benchmarks.results import FOLDER, Row, read_results, write_results
 from benchmarks.shapes import TOKENS, product_flops, shape
 from minigpt_cli.model.cost import parameter_count
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, environment
 
 ROWS = [
     Row("gpt2", "minigpt", "eager", "ms", [[500.0, 529.4, 600.0], [531.0], [400.0]]),
@@ -85,7 +87,42 @@ def test_results_have_every_sample():
         assert {"machine", "versions", "commit", "threads", "date"} <= head.keys()
         for row in rows:
             assert row.samples, row
+            assert all(row.samples), row
             assert all(math.isfinite(each) for process in row.samples for each in process), row
+
+
+def test_other_files_beside_the_results_are_not_shown(tmp_path: Path):
+    write_results(tmp_path / "bench.json", ROWS, busy=False, peer_python=None)
+    before = table.readme_table(tmp_path)
+    (tmp_path / "gpu-nvidia-h200.json").write_text('{"format": "minigpt-gpu-check-1"}')
+    assert table.readme_table(tmp_path) == before
+    with pytest.raises(AssertionError, match="gpu-nvidia-h200"):
+        read_results(tmp_path / "gpu-nvidia-h200.json")
+
+
+def test_two_measurements_have_their_own_words(tmp_path: Path):
+    for name, rows in (("bench", ROWS[:5]), ("bench-full", ROWS[5:])):
+        write_results(tmp_path / f"{name}.json", rows, busy=False, peer_python=None)
+    full = tmp_path / "bench-full.json"
+    day = json.loads(full.read_text())["date"][:10]
+    same = table.readme_table(tmp_path)
+    full.write_text(full.read_text().replace(day, "2026-01-31"))
+    found = table.readme_table(tmp_path)
+    assert found.startswith(f"{same}\n\nWhole runs, and the cost against sizes: Medians on ")
+    assert "2026-01-31" in found.removeprefix(same)
+
+
+def test_bench_train_gives_every_step():
+    words = ["--hidden", "16", "--layers", "1", "--heads", "2", "--vocab", "128", "--batch", "2"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/bench_train.py", *words, "--sequence-length", "8",
+         "--steps", "5"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found["step_seconds"]) == 5
+    assert statistics.median(found["step_seconds"]) == found["median_step_seconds"]
 
 
 def test_the_limit_counts_each_product():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from minigpt_cli.checkpoint import state, store
+from minigpt_cli.checkpoint import integrity, state, store
 from minigpt_cli.checkpoint.saver import Saver, check_room
 from minigpt_cli.checkpoint.tensors import read_tensors
 from minigpt_cli.core.errors import Stopped, UserError
@@ -46,7 +46,7 @@ def small(step: int) -> dict[str, bytes]:
 
 
 def read(checkpoint: Path) -> dict[str, torch.Tensor]:
-    manifest = store.require_valid(checkpoint)
+    manifest = integrity.require_valid(checkpoint)
     found = {
         name: torch.zeros(entry["shape"], dtype=getattr(torch, entry["dtype"]))
         for name, entry in manifest.tensors.items()

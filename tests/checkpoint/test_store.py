@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint import integrity, store
 from minigpt_cli.checkpoint.commit import abandon, begin, commit, flush_files
 from minigpt_cli.checkpoint.manifest import read_checkpoint_manifest
 from minigpt_cli.checkpoint.state import RunState, read_state, state_bytes
@@ -22,6 +24,8 @@ from minigpt_cli.checkpoint.tensors import read_tensors, save_tensors, tensor_en
 from minigpt_cli.core.errors import Damaged, UserError
 from minigpt_cli.core.files import sha256_of
 from minigpt_cli.distributed.world import start_world
+from tests.helpers.processes import ROOT
+from tests.helpers.ranks import free_port, rank_environment
 
 TENSORS = {
     "weights.a": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -45,8 +49,8 @@ def kept(run: Path) -> list[int]:
 def test_commit_reads_back(tmp_path: Path):
     path = save(tmp_path, 500, 1.25)
     assert path == tmp_path / "checkpoints/step-00000500"
-    assert store.verify(path) == []
-    manifest = store.require_valid(path)
+    assert integrity.verify(path) == []
+    manifest = integrity.require_valid(path)
     assert manifest.step == 500
     assert manifest.val_loss == 1.25
     assert manifest.tensors["optimizer.state.a.exp_avg"] == {"dtype": "bfloat16", "shape": [3, 4]}
@@ -66,20 +70,20 @@ def test_damage_is_found(tmp_path: Path):
             damaged = bytearray(content)
             damaged[place] ^= 4
             file.write_bytes(damaged)
-            assert store.verify(path), (file, place)
+            assert integrity.verify(path), (file, place)
         for length in (0, len(content) - 1):
             file.write_bytes(content[:length])
-            assert store.verify(path), (file, length)
+            assert integrity.verify(path), (file, length)
         file.unlink()
-        assert store.verify(path), file
+        assert integrity.verify(path), file
         file.write_bytes(content)
-        assert store.verify(path) == []
+        assert integrity.verify(path) == []
 
 
 def test_extra_file(tmp_path: Path):
     path = save(tmp_path, 1)
     shutil.copy(next(path.glob("*.safetensors")), path / "extra.safetensors")
-    assert store.verify(path) == [f"{path}/extra.safetensors: is not in the manifest"]
+    assert integrity.verify(path) == [f"{path}/extra.safetensors: is not in the manifest"]
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/passwd", "a/b", "..", ""])
@@ -87,7 +91,7 @@ def test_manifest_names_a_file_outside(tmp_path: Path, name: str):
     path = save(tmp_path, 1)
     files = read_checkpoint_manifest(path).files
     forge(path, files=files | {name: {"bytes": 1, "sha256": "0" * 64}})
-    (problem,) = store.verify(path)
+    (problem,) = integrity.verify(path)
     assert "names a file outside it" in problem
 
 
@@ -98,7 +102,7 @@ def test_malformed_manifest(tmp_path: Path, text: str):
     path = save(tmp_path, 1)
     (path / "manifest.json").write_text(text)
     with pytest.raises(Damaged):
-        store.require_valid(path)
+        integrity.require_valid(path)
 
 
 def forge(path: Path, **changes: object) -> None:
@@ -124,11 +128,11 @@ def test_forged_manifest(tmp_path: Path):
         (longer, "holds 12 of 16 elements of weights.a"),
     ):
         forge(path, tensors=tensors)
-        assert any(problem in each for each in store.verify(path)), problem
+        assert any(problem in each for each in integrity.verify(path)), problem
     forge(path, tensors=true.tensors, step=2)
-    assert "its manifest is of step 2" in store.verify(path)[0]
+    assert "its manifest is of step 2" in integrity.verify(path)[0]
     forge(path, step=1)
-    assert store.verify(path) == []
+    assert integrity.verify(path) == []
     for field, value in (
         ("step", "1"), ("val_loss", "low"), ("val_loss", math.nan), ("files", []), ("tensors", []),
         ("tensors", {"weights.a": "float32"}), ("tensors", {"weights.a": {"dtype": "float32"}}),
@@ -136,10 +140,10 @@ def test_forged_manifest(tmp_path: Path):
         ("tensors", {"weights.a": {"dtype": "float32", "shape": [-3, -4]}}),
     ):  # fmt: skip
         forge(path, **{field: value})
-        (problem,) = store.verify(path)
+        (problem,) = integrity.verify(path)
         assert "manifest.json: is not a manifest" in problem
         forge(path, **{field: true.__dict__[field]})
-    assert store.verify(path) == []
+    assert integrity.verify(path) == []
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
@@ -153,7 +157,7 @@ def test_manifest_is_a_regular_file(tmp_path: Path, kind: str):
         os.mkfifo(path / "manifest.json")
     else:
         (path / "manifest.json").mkdir()
-    (problem,) = store.verify(path)
+    (problem,) = integrity.verify(path)
     assert "manifest.json: is not a regular file" in problem
 
 
@@ -170,7 +174,7 @@ def test_forged_shard_offsets(tmp_path: Path, offset: object):
     text = json.dumps(header).encode()
     (path / name).write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
     vouch(path, name)
-    (problem,) = store.verify(path)
+    (problem,) = integrity.verify(path)
     assert ("overlap" if isinstance(offset, int) else "is not a safetensors file") in problem
 
 
@@ -190,7 +194,7 @@ def test_invalid_state(tmp_path: Path, content: str | bytes):
     path = save(tmp_path, 1)
     (path / "state.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     vouch(path, "state.json")
-    (problem,) = store.verify(path)
+    (problem,) = integrity.verify(path)
     assert "state.json: " in problem
 
 
@@ -198,14 +202,14 @@ def test_pickle_in_the_manifest(tmp_path: Path):
     path = save(tmp_path, 1)
     files = read_checkpoint_manifest(path).files
     torch.save({"weights.a": torch.zeros(3, 4)}, path / "model.pt")
-    assert "is not in the manifest" in store.verify(path)[0]
+    assert "is not in the manifest" in integrity.verify(path)[0]
     entry = {"bytes": (path / "model.pt").stat().st_size,
              "sha256": sha256_of(path / "model.pt")}  # fmt: skip
     forge(path, files=files | {"model.pt": entry})
-    assert "names model.pt, which no checkpoint holds" in store.verify(path)[0]
+    assert "names model.pt, which no checkpoint holds" in integrity.verify(path)[0]
     (path / "model.pt").rename(path / "model.safetensors")
     forge(path, files=files | {"model.safetensors": entry})
-    assert "is not a safetensors file" in store.verify(path)[0]
+    assert "is not a safetensors file" in integrity.verify(path)[0]
 
 
 def test_other_tensors(tmp_path: Path):
@@ -218,6 +222,25 @@ def test_other_tensors(tmp_path: Path):
     ):
         with pytest.raises(UserError, match="belongs to another model, optimizer or precision"):
             read_tensors(path, wanted, manifest)
+
+
+def test_headers_are_read_by_one_rank(tmp_path: Path):
+    """The other one reads no file that it needs no values of."""
+    path, port = save(tmp_path, 1), free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, Path(__file__).parent / "rank_that_reads.py", path], cwd=ROOT,
+            env=rank_environment(rank, 2, port), stdout=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=240)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0, 0]
+    assert json.loads(said[0]) == {name: tensor.sum().item() for name, tensor in TENSORS.items()}
 
 
 def test_newest_valid_walks_back(tmp_path: Path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint import integrity, store
 from minigpt_cli.core.errors import Outcome
 from minigpt_cli.distributed import failure
 from minigpt_cli.distributed.join import session
@@ -133,7 +133,7 @@ def test_one_rank_fails_the_save_of_all(tmp_path: Path, how: str):
             assert line.startswith(f"{step}: "), output
             assert problem in line, output
     ((step, checkpoint),) = store.list_steps(tmp_path / how)
-    assert (step, store.verify(checkpoint)) == (len(lacks), [])
+    assert (step, integrity.verify(checkpoint)) == (len(lacks), [])
 
 
 def test_killed_torchrun(tmp_path: Path, recipe_file: Path):

@@ -64,10 +64,16 @@ class Scene:
         return path
 
     def fork(self, *arguments: object, user: int | None = None, **environment: str) -> Process:
-        return self._kept(processes.fork(self._log(), *arguments, user=user, **environment))
+        own = self._own | environment
+        return self._kept(processes.fork(self._log(), *arguments, user=user, **own))
 
     def fresh(self, *arguments: object, **environment: str) -> Process:
-        return self._kept(processes.fresh(self._log(), *arguments, **environment))
+        return self._kept(processes.fresh(self._log(), *arguments, **self._own | environment))
+
+    @property
+    def _own(self) -> dict[str, str]:
+        """Variables that leave the user's cache directory alone."""
+        return {"XDG_CACHE_HOME": str(self.folder / "cache")}
 
     def _log(self) -> Path:
         return self.folder / "logs" / f"{len(self.started)}.txt"

@@ -70,7 +70,7 @@ def build_scene(top: Path) -> None:
     modules = top / "modules"
 
     def minigpt(arguments: list[str], **variables: str) -> int:
-        asked = {"FUZZ_MODULES": str(modules)}
+        asked = {"FUZZ_MODULES": str(modules), "XDG_CACHE_HOME": str(top / "cache")}
         ended = run_command(arguments, ENVIRONMENT | asked | variables, top)
         for name in modules.read_text().split():
             if name not in sys.modules:
@@ -120,7 +120,7 @@ def _attempt(job: Job, debug: bool) -> Tried:
         raise RuntimeError(f"{name} {number} can't be made") from error
     ended = run_command(
         case.arguments + ["--debug"] * debug,
-        ENVIRONMENT | {"TMPDIR": str(log)} | case.environment,
+        ENVIRONMENT | {"TMPDIR": str(log), "XDG_CACHE_HOME": str(log / "cache")} | case.environment,
         log,
     )
     result, detail = outcome(ended)

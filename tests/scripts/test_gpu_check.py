@@ -1,5 +1,6 @@
 """scripts/gpu_check.sh, as far as a machine without a GPU shows it; see also tests/nullgpu."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -39,6 +40,15 @@ def test_a_machine_without_a_gpu_is_refused(tmp_path: Path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "gpu_check: torch finds no CUDA GPU here\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_results_of_an_earlier_check_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    new_file = importlib.import_module("gpu_check").new_file
+    # A check that was killed before its first result has left only a log.
+    for name, left in (("gpu-h200", ".json"), ("gpu-h200-2", ".log"), ("gpu-h200-3", ".json")):
+        assert new_file(tmp_path, "gpu-h200") == tmp_path / f"{name}.json"
+        (tmp_path / f"{name}{left}").touch()
 
 
 def test_the_standard_library_is_tokenized_without_datasets(tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint import integrity, store
 from minigpt_cli.core.errors import Diverged
 from minigpt_cli.data.order import sample_ids
 from minigpt_cli.prepare.sources import Source
@@ -131,7 +131,7 @@ def test_diverging_for_real_as_a_process(tmp_path: Path, recipe_file: Path):
     assert standard_json(run / "status.json")["exit_code"] == 3
     (kept,) = store.list_steps(run)
     assert kept[0] < incident["step"]
-    assert store.verify(kept[1]) == []
+    assert integrity.verify(kept[1]) == []
     from tests.helpers.runs import tensors
 
     assert all(value.isfinite().all() for value in tensors(kept[1]).values())

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minigpt_cli.checkpoint import store
+from minigpt_cli.checkpoint import integrity, store
 from minigpt_cli.core.errors import Diverged
 from minigpt_cli.data.loader import Batch
 from minigpt_cli.model.gpt import GPT
@@ -241,7 +241,7 @@ def test_a_save_waits_for_the_save_before_it(
     assert said.count("saved ") == 3
     assert [step for step, _ in store.list_steps(tmp_path)] == [1, 2, 3]
     for _, path in store.list_steps(tmp_path):
-        assert store.verify(path) == []
+        assert integrity.verify(path) == []
 
 
 def test_a_failed_save_is_tried_again(
