@@ -72,6 +72,8 @@ def build_scene(top: Path) -> None:
     def minigpt(arguments: list[str], **variables: str) -> int:
         asked = {"FUZZ_MODULES": str(modules), "XDG_CACHE_HOME": str(top / "cache")}
         ended = run_command(arguments, ENVIRONMENT | asked | variables, top)
+        if ended.code > 0:
+            print(ended, file=sys.stderr)
         for name in modules.read_text().split():
             if name not in sys.modules:
                 try:
