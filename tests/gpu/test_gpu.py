@@ -80,7 +80,8 @@ def test_other_steps_never_wait_for_the_gpu(make_recipe: MakeRecipe, way: str, c
     warm_up(context, 32, packed=way == "packed")
     tokens = torch.randint(320, (8, 33), device="cuda")
     segment_ids = torch.arange(32, device="cuda").div(10, rounding_mode="floor").expand(8, 32)
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], segment_ids if way == "packed" else None)
+    segments = (segment_ids, [4] * 8) if way == "packed" else (None, None)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], *segments)
     take_step_without_waits(context, lambda step: batch)
 
 

@@ -116,7 +116,8 @@ def _count_step(recipe: Recipe, packed: bool) -> StepCounts:
     tokens = torch.zeros(
         (recipe.train.global_batch_size, length + 1), dtype=torch.int64, device="cuda"
     )
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], tokens[:, 1:] if packed else None)
+    segments = (tokens[:, 1:], [3] * len(tokens)) if packed else (None, None)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], *segments)
     for step in range(2):
         train_step(context, batch, step, 1.0)
     return count_step(lambda: train_step(context, batch, 2, 1.0))
