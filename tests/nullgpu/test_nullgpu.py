@@ -60,7 +60,8 @@ def test_packed_rows_need_no_mask(library: Path):
     assert products["gpt2, recomputing"] == products["gpt2"] + 4 * 3
     assert found["gpt2, selective"]["bytes"] < found["gpt2"]["bytes"]
     # With other numbers of segments, too
-    assert found["llama, selective, compiled"]["compilations"] == 1
+    # the block, the last norm, the loss
+    assert found["llama, selective, compiled"]["compilations"] == 3
 
 
 def test_decoding_plans_no_attention(library: Path):
