@@ -1,4 +1,4 @@
-"""What it costs that ranks agree in each step, when they wait for the answer and when they don't.
+"""Measure what the agreement of the ranks costs per step, with waiting at once and at the end.
 
     python -m benchmarks.bench_agree
 

@@ -22,7 +22,7 @@ _WRONG_HEADER = "its header is not that of a shard"
 
 @dataclass(frozen=True)
 class FileState:
-    """What changes when a file is written to or replaced.
+    """The state of a file, which changes when the file is written to or replaced.
 
     Attributes:
         bytes: its size.

@@ -147,7 +147,7 @@ class Block(nn.Module):
         Args:
             x: (B T, H), the residual stream. It is a matrix, as products take it: a compiler then
                 fuses all that is between two of them.
-            change: (B T, H), what the block before adds to it.
+            change: (B T, H), the output of the last block's MLP; this block adds it to ``x``.
             batch: B.
             rope: cosine and sine of the positions; None for gpt2.
             cache: see ``KVCache.layer``.

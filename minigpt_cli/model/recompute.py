@@ -33,7 +33,7 @@ def recomputed(function: Callable[..., T], *args: Any, keep_products: bool) -> T
     Args:
         function: a bound method of an ``nn.Module``.
         args: of the method; kept until the backward pass.
-        keep_products: save the results of matrix products and attention all the same, so that the
+        keep_products: still save the results of matrix products and attention, so that the
             backward pass recomputes only what is cheap. With dropout it recomputes attention too:
             random numbers must be drawn in the same order again.
     """

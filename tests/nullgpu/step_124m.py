@@ -21,26 +21,8 @@ from minigpt_cli.recipe import parse_recipe
 from minigpt_cli.train.step import train_step
 from minigpt_cli.train.trainer import build_context, warm_up
 from tests.nullgpu.counts import StepCounts, count_step
+from tests.nullgpu.gpt2_124m import RECIPE
 
-RECIPE = """
-[data]
-path = "unused"
-[model]
-family = "gpt2"
-hidden_size = 768
-num_hidden_layers = 12
-num_attention_heads = 12
-[train]
-steps = 3
-global_batch_size = 32
-sequence_length = 1024
-deterministic = false
-[optimizer]
-lr = 3e-4
-[precision]
-dtype = "bf16"
-compile = false
-"""
 VOCAB_SIZE = 50304
 WAYS = {
     "plain": [],
