@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from minigpt_cli.core.errors import Damaged
+from minigpt_cli.data import shard_files
 from minigpt_cli.data.dataset import TokenSplit, open_dataset
 from minigpt_cli.data.dataset_manifest import Shard
 from minigpt_cli.data.file_checks import shard_problem
@@ -23,10 +24,16 @@ from tests.helpers.token_dataset import VOCAB, build_dataset
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 4000)
 
 
+@pytest.fixture
+def twenty_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "_MOST_OPEN", 20)
+
+
 @contextmanager
-def file_limit(count: int) -> Iterator[None]:
+def no_more_files() -> Iterator[None]:
+    """No number is free for another open file."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (count, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
     try:
         yield
     finally:
@@ -46,25 +53,25 @@ def test_a_read_from_an_open_file_is_one_call(quick: Path):
     assert calls == {"preadv": 3}
 
 
+@pytest.mark.usefixtures("twenty_open")
 def test_a_file_that_is_not_open_costs_the_same_with_any_number_of_shards(quick: Path):
     found = []
     for shards in (40, 400):
         split = build_dataset(quick / str(shards), TOKENS, 4000 // shards).splits["train"]
-        with file_limit(80):  # 20 for the split
-            split.slice(0, 4000)
-            with system_calls() as calls:
-                split.slice(0, 8)  # of the first shard, which has been dropped
+        split.slice(0, 4000)
+        with system_calls() as calls:
+            split.slice(0, 8)  # of the first shard, which has been dropped
         found.append(calls)
     assert found[0] == found[1] == {"open": 1, "fstat": 1, "preadv": 1, "close": 1}
 
 
+@pytest.mark.usefixtures("twenty_open")
 def test_few_files_are_open_and_all_are_closed(quick: Path):
     before = open_files()
     split = build_dataset(quick, TOKENS, 10).splits["train"]
-    with file_limit(120):
-        for _ in range(2):
-            assert np.array_equal(split.slice(0, 4000), TOKENS)
-            assert before < open_files() <= before + 30
+    for _ in range(2):
+        assert np.array_equal(split.slice(0, 4000), TOKENS)
+        assert before < open_files() <= before + 20
     del split
     assert open_files() == before
 
@@ -81,18 +88,18 @@ def test_opening_a_dataset_asks_five_times_per_shard(quick: Path):
 
 
 @pytest.mark.parametrize("files", [8, 4000])
-def test_threads_share_it(quick: Path, files: int):
+def test_threads_share_it(quick: Path, monkeypatch: pytest.MonkeyPatch, files: int):
+    monkeypatch.setattr(shard_files, "_MOST_OPEN", files)
     split = build_dataset(quick, TOKENS, 10).splits["train"]
-    with file_limit(max(200, files)):
 
-        def read(seed: int) -> int:
-            random = np.random.default_rng(seed)
-            for start in random.integers(0, 3960, 2000).tolist():
-                assert np.array_equal(split.slice(start, start + 35), TOKENS[start : start + 35])
-            return seed
+    def read(seed: int) -> int:
+        random = np.random.default_rng(seed)
+        for start in random.integers(0, 3960, 2000).tolist():
+            assert np.array_equal(split.slice(start, start + 35), TOKENS[start : start + 35])
+        return seed
 
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(read, range(4))) == [0, 1, 2, 3]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [0, 1, 2, 3]
 
 
 def test_a_header_of_another_length(tmp_path: Path):
@@ -179,11 +186,12 @@ def test_a_missing_file_is_damage(split: TokenSplit):
 
 
 def test_too_many_open_files_is_no_damage(split: TokenSplit):
-    with file_limit(3), pytest.raises(OSError, match="Too many open files"):
+    with no_more_files(), pytest.raises(OSError, match="Too many open files"):
         split.slice(0, 10)
     assert np.array_equal(split.slice(0, 10), TOKENS[:10])
 
 
+@pytest.mark.usefixtures("twenty_open")
 def test_a_file_that_is_replaced_by_turns_is_never_misread(quick: Path):
     """Each value of a sequence comes from the file that was checked, or there is an error."""
     split = build_dataset(quick, TOKENS, 10).splits["train"]
@@ -191,12 +199,11 @@ def test_a_file_that_is_replaced_by_turns_is_never_misread(quick: Path):
     content = file.read_bytes()
     expected = TOKENS[1000:1010]
     outcomes = set()
-    with file_limit(80):
-        for turn in range(12):
-            replace_file(file, content if turn % 2 else content[:-2] + b"\1\1", turn)
-            split.slice(0, 1000)  # drops the file
-            try:
-                outcomes.add(np.array_equal(split.slice(1000, 1010), expected))
-            except Damaged:
-                outcomes.add("damaged")
+    for turn in range(12):
+        replace_file(file, content if turn % 2 else content[:-2] + b"\1\1", turn)
+        split.slice(0, 1000)  # drops the file
+        try:
+            outcomes.add(np.array_equal(split.slice(1000, 1010), expected))
+        except Damaged:
+            outcomes.add("damaged")
     assert outcomes == {True, "damaged"}
