@@ -72,6 +72,8 @@ def kept_per_token(config: ModelConfig, workload: Workload) -> tuple[int, int]:
     # Queries and keys are saved after their rotation.
     whole = is_gpt2 or multiplies_once(c, w)
     also = ((projected if whole else kv_heads * c.head_dim) + inner) * w.compute_bytes
+    if is_gpt2 and w.device_type == "cpu" and w.compute_bytes == 2:
+        also -= inner * w.compute_bytes  # model/gelu.py saves the derivative, not its input
     if w.adapter is not None:
         layers = adapted_layers(c, w.adapter)
         kept += sum(w.adapter.rank + outside for _, outside in layers) * w.compute_bytes

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minigpt_cli.model.attention import cached_attention, causal_attention
 from minigpt_cli.model.config import ModelConfig
+from minigpt_cli.model.gelu import gelu
 from minigpt_cli.model.kv_cache import LayerCache
 from minigpt_cli.model.norm import Norm
 from minigpt_cli.model.precision import autocast_dtype
@@ -113,7 +114,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gpt2:
-            inner = F.gelu(self.up_proj(x), approximate="tanh")
+            inner = gelu(self.up_proj(x))
         else:
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         out: Tensor = self.down_proj(inner)
