@@ -103,6 +103,8 @@ class Server:
 
     def __init__(self, which: str, python: str, folder: str, threads: int):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        if which == "ours":
+            environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as `minigpt sample` sets it
         self.process = subprocess.Popen(
             [python, __file__, "--serve", which, folder], env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """``minigpt sample``."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,8 @@ def sample_command(
     With several --adapter each one continues the prompt in turn.
     """
     nothing_is_saved()
+    # Large pages for tensors on a CPU, before torch makes the first one (benchmarks/LOG.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     prompt = _read_prompt(prompt, prompt_file)
     if chat:
         from minigpt_cli.data.untrusted import start_early

@@ -9,20 +9,28 @@ import platform
 import torch
 from torch import Tensor, nn
 
+from minigpt_cli.model.block import MLP
 from minigpt_cli.model.gpt import GPT
 
 
 class PackedLinear(nn.Module):
     """A linear layer for inference; its weight can't be read back."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, gelu: bool = False):
+        """Pack a weight.
+
+        Args:
+            gelu: also apply GELU to the result, as model/gelu.py does.
+        """
         super().__init__()
         self.bias = bias
+        self.then: tuple[str, str] = ("gelu", "tanh") if gelu else ("none", "")
         # The operations with which torch.compile packs weights.
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        name, form = self.then
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], form)
         return out
 
 
@@ -50,4 +58,7 @@ def pack_weights(model: GPT) -> None:
     for parent in list(model.layers.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
-                setattr(parent, name, PackedLinear(layer.weight, layer.bias))
+                gelu = isinstance(parent, MLP) and parent.gpt2 and name == "up_proj"
+                setattr(parent, name, PackedLinear(layer.weight, layer.bias, gelu))
+                if gelu:
+                    parent.gelu_in_up_proj = True

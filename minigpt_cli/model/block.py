@@ -107,6 +107,7 @@ class MLP(nn.Module):
         super().__init__()
         c = config
         self.gpt2 = c.family == "gpt2"
+        self.gelu_in_up_proj = False  # see generate/packed.py
         if not self.gpt2:
             self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
@@ -114,7 +115,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gpt2:
-            inner = gelu(self.up_proj(x))
+            inner = self.up_proj(x)
+            if not self.gelu_in_up_proj:
+                inner = gelu(inner)
         else:
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
         out: Tensor = self.down_proj(inner)

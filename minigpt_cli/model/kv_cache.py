@@ -46,7 +46,8 @@ def new_cache(
         capacity,
         config.head_dim,
     )
+    # What is beyond ``length`` is never read.
     return KVCache(
-        torch.zeros(shape, device=device, dtype=dtype),
-        torch.zeros(shape, device=device, dtype=dtype),
+        torch.empty(shape, device=device, dtype=dtype),
+        torch.empty(shape, device=device, dtype=dtype),
     )
