@@ -5,7 +5,7 @@ RUN := runs/tiny
 FAULTS := --kills 200
 FUZZ := --cases 20000 --minutes 10
 
-.PHONY: setup train test faults fuzz old-runs nullgpu nullgpu-budgets harness docs docs-test check \
+.PHONY: setup train test test-slow faults fuzz old-runs nullgpu nullgpu-budgets harness docs docs-test check \
 	bench bench-full bench-table clean
 
 setup: .venv/installed
@@ -24,6 +24,10 @@ train: setup
 # Two files at a time; more threads would only compete for the cores.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+# More of the same, some 10 minutes.
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow
 
 # Hundreds of kills, signals, full disks and false files; prints a table of the survived ones.
 faults: setup

@@ -58,7 +58,7 @@ def pack_weights(model: GPT) -> None:
     for parent in list(model.layers.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear:
-                gelu = isinstance(parent, MLP) and parent.gpt2 and name == "up_proj"
+                gelu = name == "up_proj" and isinstance(parent, MLP) and parent.gpt2
                 setattr(parent, name, PackedLinear(layer.weight, layer.bias, gelu))
-                if gelu:
-                    parent.gelu_in_up_proj = True
+                if isinstance(parent, MLP):
+                    parent.gelu_in_up_proj |= gelu

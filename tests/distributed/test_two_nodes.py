@@ -127,6 +127,7 @@ def test_two_nodes_give_the_losses_of_one_process(straight: Path, folder: Path):
         assert line == pytest.approx(expected, rel=1e-10 if "grad_norm" in line else 1e-12)
 
 
+@pytest.mark.slow
 def test_faults_change_nothing(nodes: Nodes, straight: Path, folder: Path):
     run = folder / "disturbed"
 

@@ -1,6 +1,7 @@
-"""A few faults of each kind; ``make faults`` tries hundreds."""
+"""One fault of each kind, with ``-m slow`` a few more; ``make faults`` tries hundreds."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,15 @@ def where() -> Iterator[Scene]:
         yield made
 
 
-@pytest.mark.parametrize("trial", list(short(0)), ids=lambda trial: f"{trial.kind}: {trial.name}")
+def trials() -> Iterator[Any]:
+    kinds = set()
+    for trial in short(0):
+        marks = [pytest.mark.slow] if trial.kind in kinds else []
+        yield pytest.param(trial, id=f"{trial.kind}: {trial.name}", marks=marks)
+        kinds.add(trial.kind)
+
+
+@pytest.mark.parametrize("trial", list(trials()))
 def test_it_survives(trial: Trial, where: Scene):
     try:
         trial.do(where)

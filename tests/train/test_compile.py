@@ -68,6 +68,7 @@ def test_no_compiler(tmp_path: Path, recipe_file: Path):
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "eager"), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_no_compiler_on_one_rank(tmp_path: Path, recipe_file: Path):
     port = free_port()
     nowhere = {"CXX": str(tmp_path / "no-such-compiler"), "PATH": os.path.dirname(sys.executable)}
@@ -110,7 +111,7 @@ def test_a_failed_warm_up_leaves_no_gradients(
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++")
-@pytest.mark.parametrize("recompute", ["false", "selective"])
+@pytest.mark.parametrize("recompute", [pytest.param("false", marks=pytest.mark.slow), "selective"])
 def test_nothing_is_compiled_after_the_warm_up(tmp_path: Path, recipe_file: Path, recompute: str):
     """Neither for evaluations of other sizes, nor for prompts, nor for the first loss."""
     settings = (

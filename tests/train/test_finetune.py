@@ -96,7 +96,7 @@ def finished(*arguments: object) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_the_adapters_are_the_same(
     tmp_path: Path,
     base: Path,
@@ -165,10 +165,16 @@ def test_peft_loads_what_a_run_leaves(tmp_path: Path, base: Path, license_datase
     assert found[0]["checkpoint"] == f"{run}/checkpoints/step-00000012"
 
 
-def test_ranks_and_one_process_agree(tmp_path: Path, base: Path, license_dataset: Path):
+@pytest.mark.parametrize("strategies", [
+    ("fsdp",),
+    pytest.param(("ddp", "fsdp", "zero2"), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_ranks_and_one_process_agree(
+    tmp_path: Path, base: Path, license_dataset: Path, strategies: tuple[str, ...]
+):
     file = recipe(tmp_path, base, license_dataset, lora="use_dora = true")
     finished("finetune-lora", file, "--out", tmp_path / "one")
-    for strategy in ("ddp", "fsdp", "zero2"):
+    for strategy in strategies:
         run, setting = tmp_path / strategy, f"distributed.strategy={strategy}"
         finished("finetune-lora", file, "--out", run, "--nproc", 2, "--set", setting, "--set",
                  "train.micro_batch_size=2")  # fmt: skip
