@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # 2 u = x (LINEAR + CUBIC x^2)
 LINEAR = 2 * math.sqrt(2 / math.pi)
@@ -39,6 +40,7 @@ class _Gelu(torch.autograd.Function):
         return out.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (derivative,) = ctx.saved_tensors
         return grads[0] * derivative
@@ -50,7 +52,8 @@ def gelu(x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             return (wide * torch.sigmoid(wide * (LINEAR + CUBIC * wide * wide))).to(x.dtype)
-        if x.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+        is_short = x.dtype in (torch.bfloat16, torch.float16)
+        if is_short and torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _Gelu.apply(x)
             return out
     return F.gelu(x, approximate="tanh")

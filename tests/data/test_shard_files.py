@@ -90,7 +90,7 @@ def test_opening_a_dataset_asks_five_times_per_shard(quick: Path):
 @pytest.mark.parametrize("files", [8, 4000])
 def test_threads_share_it(quick: Path, monkeypatch: pytest.MonkeyPatch, files: int):
     monkeypatch.setattr(shard_files, "_MOST_OPEN", files)
-    split = build_dataset(quick, TOKENS, 10).splits["train"]
+    split = build_dataset(quick, TOKENS, 20).splits["train"]  # 200 files, a fourth of ulimit -n
 
     def read(seed: int) -> int:
         random = np.random.default_rng(seed)

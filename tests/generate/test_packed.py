@@ -66,9 +66,10 @@ def test_bf16_is_as_close_as_without(tmp_path, license_dataset):
     assert len(list(generate(model, [1], GREEDY, max_new_tokens=3))) == 3
 
 
-def test_layers_with_an_adapter_stay(tmp_path, license_dataset):
-    model, _ = load("llama", tmp_path, license_dataset)
-    lora.attach(model, AdapterSettings(rank=2, alpha=4.0, target_modules=("q_proj",)))
+@pytest.mark.parametrize(("family", "layer"), [("llama", "q_proj"), ("gpt2", "c_fc")])
+def test_layers_with_an_adapter_stay(tmp_path, license_dataset, family, layer):
+    model, _ = load(family, tmp_path, license_dataset)
+    lora.attach(model, AdapterSettings(rank=2, alpha=4.0, target_modules=(layer,)))
     lora.initialize_adapters(model, 0, lambda name: model.get_parameter(name), fill_all_rows)
     for layer in lora.adapted(model).values():
         torch.nn.init.normal_(layer.lora_B)
