@@ -10,6 +10,7 @@ from tests.fuzz.run import Ended, outcome
 from tests.helpers.processes import ROOT
 
 
+@pytest.mark.slow
 def test_mutated_files_and_command_lines_are_handled():
     options = ["--cases", "100", "--minutes", "60", "--workers", "1"]
     done = subprocess.run(

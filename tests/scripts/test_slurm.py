@@ -218,6 +218,7 @@ def test_a_killed_rank_ends_the_job(slurm: Slurm, recipe: Path):
     assert end["ExitCode"].split(":")[0] == "137", end
 
 
+@pytest.mark.slow
 def test_a_rank_per_core_of_one_node(slurm: Slurm, recipe: Path, straight: Path):
     run = slurm.folder / "wide"
     job = slurm.submit(recipe, run, *SETTINGS, nodes=1)
