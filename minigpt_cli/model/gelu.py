@@ -52,8 +52,8 @@ def gelu(x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             return (wide * torch.sigmoid(wide * (LINEAR + CUBIC * wide * wide))).to(x.dtype)
-        is_short = x.dtype in (torch.bfloat16, torch.float16)
-        if is_short and torch.is_grad_enabled() and x.requires_grad:
+        has_16_bits = x.dtype in (torch.bfloat16, torch.float16)
+        if has_16_bits and torch.is_grad_enabled() and x.requires_grad:
             out: Tensor = _Gelu.apply(x)
             return out
     return F.gelu(x, approximate="tanh")
